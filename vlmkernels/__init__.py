@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision-language layers at the speed of the hardware: kernels, drop-in modules, and the masks between images and text."""
+
+from vlmkernels.masks import KeyRanges
+from vlmkernels.ops._op import BackendError, use_backend
+
+__version__ = "0.1.0"
+__all__ = ["BackendError", "KeyRanges", "use_backend"]
