@@ -3,6 +3,7 @@
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
+from vlmkernels.ops.attention import attention
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "KeyRanges", "use_backend"]
+__all__ = ["BackendError", "KeyRanges", "attention", "use_backend"]

@@ -77,7 +77,11 @@ class Op:
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vlmkernels::{self.name}", fake, lib=LIBRARY)
+        self._registered = getattr(torch.ops.vlmkernels, self.name).default
         OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._registered(*args)
 
     def _module(self, backend: str) -> ModuleType | str:
         """The backend's module, or why there is none."""

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention in which every query sees one range of keys: the mask of every vision-language model."""
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from vlmkernels.masks import KeyRanges
+from vlmkernels.ops._op import Op, bad_argument, forced_backend
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: KeyRanges | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention, ``out[i] = sum_j softmax_j(s[i, j]) v[j]`` with ``s[i, j] = scale * q[i] . k[j]`` over the keys that ``i`` sees.
+
+    Query ``i`` sees the keys ``ranges.start[i] <= j < ranges.stop[i]``, all of them without ``ranges``. A query that sees no
+    key gives a row of zeros, a log-sum-exp of -inf and no gradient. The softmax is computed in fp32 with a running maximum
+    (Milakov and Gimelshein 2018; Dao et al. 2022) and never stored.
+
+    Args:
+        q: ``[B, Sq, H, D]``, or packed ``[Tq, H, D]``; any strides with a contiguous last dimension.
+        k: ``[B, Sk, Hk, D]`` or ``[Tk, Hk, D]``; ``H`` is a multiple of ``Hk``, query head ``h`` reads key head ``h // (H // Hk)``.
+        v: ``[B, Sk, Hk, Dv]`` or ``[Tk, Hk, Dv]``.
+        ranges: int32 ``[B, Sq]`` or ``[1, Sq]`` (packed: ``[1, Tq]``). Bounds outside ``[0, Sk]`` are cut to it.
+        causal: query ``i`` also sees no key after ``i + Sk - Sq`` (the last query sees the last key, as in FlashAttention).
+        scale: the factor on the logits, ``1 / sqrt(D)`` by default.
+        softcap: if positive, the scaled logits become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        return_lse: also return the log-sum-exp of each row's logits.
+        backend: the backend that must run; by default the first that can.
+
+    Returns:
+        ``out``, contiguous ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of ``q``; with ``return_lse`` also ``lse``,
+        fp32 (fp64 for fp64 inputs) ``[B, H, Sq]`` (packed ``[H, Tq]``). Both are differentiable once.
+
+    Raises:
+        ValueError: shapes, dtypes (bf16, fp16, fp32, fp64; one for all three), devices or strides that don't fit.
+        BackendError: the forced backend can't run these inputs.
+    """
+    packed = q.dim() == 3
+    _check(q, k, v, ranges, softcap)
+    if packed:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if causal and ranges is not None:
+        ranges = ranges & KeyRanges.causal(q.shape[1], k.shape[1], device=q.device)
+        causal = False
+    start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    arguments = (q, k, v, start, stop, causal, scale, float(softcap))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        result = _Attention.apply(*arguments, return_lse, forced_backend(backend))
+        out, lse = result if return_lse else (result, None)
+    else:
+        out, lse = _fwd(*arguments, return_lse, forced_backend(backend))
+    if packed:
+        out = out.squeeze(0)
+    if not return_lse:
+        return out
+    return out, lse.squeeze(0) if packed else lse
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None, softcap: float) -> None:
+    if q.dim() not in (3, 4):
+        raise bad_argument("q", f"shape {tuple(q.shape)}", "[B, Sq, H, D] or [Tq, H, D]")
+    if k.dim() != q.dim() or k.shape[:-3] != q.shape[:-3] or k.shape[-1] != q.shape[-1]:
+        wanted = "[B, Sk, Hk, D]" if q.dim() == 4 else "[Tk, Hk, D]"
+        raise bad_argument("k", f"shape {tuple(k.shape)}", f"{wanted} with the B and D of q's {tuple(q.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise bad_argument("v", f"shape {tuple(v.shape)}", f"k's {tuple(k.shape)} up to the last dimension")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise bad_argument("k", f"{k.shape[-2]} heads", f"a divisor of q's {q.shape[-2]} heads")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise bad_argument("q" if q.shape[-1] == 0 else "v", "a head dimension of 0", "at least 1")
+    if q.dtype not in DTYPES:
+        raise bad_argument("q", q.dtype, "bfloat16, float16, float32 or float64")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise bad_argument(name, f"{x.dtype} on {x.device}", f"q's {q.dtype} on {q.device}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise bad_argument(name, f"strides {x.stride()}", "a contiguous last dimension")
+    if softcap < 0 or not math.isfinite(softcap):
+        raise bad_argument("softcap", softcap, "a finite number, 0 (off) or more")
+    if ranges is not None:
+        batch, queries = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
+        if ranges.start.shape not in ((batch, queries), (1, queries)):
+            raise bad_argument(
+                "ranges", f"shape {tuple(ranges.start.shape)}", f"({batch}, {queries}) or (1, {queries}), one range per query"
+            )
+        if ranges.start.device != q.device:
+            raise bad_argument("ranges", f"on {ranges.start.device}", f"on q's {q.device}")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        q, k, v, start, stop, *settings, return_lse, backend = arguments
+        out, lse = _fwd(q, k, v, start, stop, *settings, True, backend)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop)
+        ctx.settings, ctx.backend = settings, backend
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, start, stop = ctx.saved_tensors
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dq, dk, dv = _bwd(dout, dlse, q, k, v, out, lse, start, stop, *ctx.settings, ctx.backend)
+        return dq, dk, dv, *([None] * 7)
+
+
+def _fwd_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    stop: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=lse_dtype)
+    return q.new_empty(batch, queries, heads, v.shape[-1]), lse
+
+
+def _bwd_fake(
+    dout: torch.Tensor, dlse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+_MASK_SCHEMA = "Tensor? start, Tensor? stop, bool causal, float scale, float softcap"
+# lse is empty unless save_lse is set: without it a forward pass needs no log-sum-exp.
+_fwd = Op(
+    "attention",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_MASK_SCHEMA}, bool save_lse, str backend) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = Op(
+    "attention",
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
