@@ -33,7 +33,7 @@ def attention(
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[Tq, H, D]``; any strides with a contiguous last dimension.
-        k: ``[B, Sk, Hk, D]`` or ``[Tk, Hk, D]``; ``H`` is a multiple of ``Hk``, query head ``h`` reads key head ``h // (H // Hk)``.
+        k: ``[B, Sk, Hk, D]`` or ``[Tk, Hk, D]``; ``H`` a multiple of ``Hk``; query head ``h`` reads key head ``h // (H // Hk)``.
         v: ``[B, Sk, Hk, Dv]`` or ``[Tk, Hk, Dv]``.
         ranges: int32 ``[B, Sq]`` or ``[1, Sq]`` (packed: ``[1, Tq]``). Bounds outside ``[0, Sk]`` are cut to it.
         causal: query ``i`` also sees no key after ``i + Sk - Sq`` (the last query sees the last key, as in FlashAttention).
