@@ -48,7 +48,9 @@ def compare(got: torch.Tensor, exact: torch.Tensor, rule: str) -> Comparison:
         differ = test(got) != test(rounded)
         if differ.any():
             where = tuple(differ.nonzero()[0].tolist())
-            return Comparison(rule, float("inf"), bound, float("inf"), 0.0, f"{what} in {int(differ.sum())} other places, first {where}")
+            return Comparison(
+                rule, float("inf"), bound, float("inf"), 0.0, f"{what} in {int(differ.sum())} other places, first {where}"
+            )
     finite = torch.isfinite(rounded)
     if not finite.any():
         return Comparison(rule, 0.0, bound, 0.0, 0.0)

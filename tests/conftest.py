@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: the device, the backends that run on it, reproducible seeds, and outputs that show what wasn't written.
+
+Without a GPU, or with ``TRITON_INTERPRET=1``, everything runs on the CPU and Triton kernels run in Triton's interpreter, mended
+for bfloat16. Triton reads the variable when a kernel is decorated, so this file sets it before anything imports Triton.
+"""
+
+import contextlib
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+if not ON_GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise RuntimeError("Triton was imported before tests/conftest.py could set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from vlmkernels.ops._op import OPS, ORDER, Op  # noqa: E402
+from vlmkernels.testing import interpreter  # noqa: E402
+
+if not ON_GPU:
+    with contextlib.suppress(ImportError):
+        interpreter.install()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line(
+        "markers",
+        "backends(*ops, exclude=()): run the test once for each backend that runs all these registered ops here, named by the "
+        "argument `backend`",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not ON_GPU:
+        reason = "TRITON_INTERPRET=1 keeps the tests on the CPU" if torch.cuda.is_available() else "no GPU"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("backends")
+    if marker and "backend" in metafunc.fixturenames:
+        exclude = marker.kwargs.get("exclude", ())
+        metafunc.parametrize("backend", [name for name in runnable(*marker.args) if name not in exclude])
+
+
+def runnable(*ops: str) -> list[str]:
+    """The backends that run all these registered ops (``"attention_fwd"``) on the test device, whatever the inputs."""
+    return [name for name in ORDER if all(OPS[op].why_not(name, DEVICE) is None for op in ops)]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """The same inputs in every run and in any order of tests, and others in every test."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def unwritten_outputs_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill with NaN (integers with -1) what a backend allocates uninitialised: an element that no kernel writes fails the test."""
+    select = Op.select
+
+    def select_poisoned(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
+        function = select(self, backend, *args)
+
+        def run(*args: Any) -> Any:
+            with poisoned_empty():
+                return function(*args)
+
+        return run
+
+    monkeypatch.setattr(Op, "select", select_poisoned)
+
+
+EMPTY = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"))
+EMPTY += ((torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"))
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Uninitialised allocations from Python come filled with NaN, or -1, inside."""
+
+    def poison(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = original(*args, **kwargs)
+            if out.dtype.is_floating_point:
+                return out.fill_(float("nan"))
+            return out.fill_(255 if out.dtype == torch.uint8 else True if out.dtype == torch.bool else -1)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in EMPTY:
+            patch.setattr(owner, name, poison(getattr(owner, name)))
+        yield
