@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing that compares: all providers of a workload take turns, each call finds a cold cache, the median counts.
+
+On a GPU a call is timed by a pair of events on its stream. Before each call a buffer several times the size of the L2 cache
+is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
+keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one provider: the median, the quartiles, and how many calls they come from."""
+
+    ms: float
+    low: float
+    high: float
+    samples: int
+
+
+def summary(samples: list[float]) -> Timing:
+    """The median and the quartiles of some samples in milliseconds."""
+    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    return Timing(median, low, high, len(samples))
+
+
+class _ColdCache:
+    """Evicts a GPU's L2 cache by reading a buffer of at least four times its size."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(256 << 20, 4 * int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)))
+        self.buffer = torch.zeros(size // 4, device=device)
+        self.result = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.buffer, dim=0, out=self.result)
+
+
+def device_times(functions: dict[str, Callable[[], Any]], device: torch.device, budget_ms: float = 60.0) -> dict[str, Timing]:
+    """Time each function in turn, round after round.
+
+    Args:
+        functions: name to call. Each was called before (compiled, autotuned).
+        device: where they run. On a CPU the wall clock is used, the cache is left as it is, and a round takes one call each.
+        budget_ms: about how long each function is timed for; never under 5 rounds or over 200.
+
+    Returns:
+        name to timing, in milliseconds per call.
+    """
+    if not functions:
+        return {}
+    once = _wall_time if device.type != "cuda" else _event_timer(device)
+    estimates = [once(functions, list(functions)) for _ in range(2)][-1]
+    rounds = max(5, min(200, int(budget_ms * len(functions) / max(sum(estimates.values()), 1e-6))))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        first = i % len(names)
+        for name, ms in once(functions, names[first:] + names[:first]).items():
+            samples[name].append(ms)
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
+    times = {}
+    for name in order:
+        start = time.perf_counter()
+        functions[name]()
+        times[name] = (time.perf_counter() - start) * 1e3
+    return times
+
+
+def _event_timer(device: torch.device) -> Callable[[dict[str, Callable[[], Any]], list[str]], dict[str, float]]:
+    cold = _ColdCache(device)
+
+    def once(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
+        events = {}
+        for name in order:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cold()
+            start.record()
+            functions[name]()
+            stop.record()
+            events[name] = (start, stop)
+        torch.cuda.synchronize(device)
+        return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
+
+    return once
+
+
+def host_times(functions: dict[str, Callable[[], Any]], device: torch.device, calls: int = 100, rounds: int = 15) -> dict[str, Timing]:
+    """The time that the host is busy with one call (Python, dispatch, launches), in milliseconds.
+
+    The work of a call must take the GPU less time than the host, else the queue fills and the GPU is timed.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            samples[name].append((time.perf_counter() - start) * 1e3 / calls)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {name: summary(times) for name, times in samples.items()}

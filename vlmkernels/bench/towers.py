@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision towers that the main suite measures: transformers' own modules, of the published sizes, with random weights.
+
+Nothing is downloaded. A tower has one layer: its patch embedding and its first attention are what is measured, and every
+layer does the same work. Queries, keys and values are those that the module hands to its attention function.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmkernels.bench import Unavailable, need, photos
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A published vision tower.
+
+    Args:
+        model: the module in ``transformers.models`` and the name of the model class.
+        config: the name of the configuration class and what differs from its defaults.
+        batch: images in a batch on a GPU, and on a CPU.
+        statistics: mean and standard deviation of its preprocessor.
+    """
+
+    name: str
+    model: tuple[str, str]
+    config: tuple[str, dict[str, Any]]
+    batch: tuple[int, int]
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+
+    def settings(self, key: str) -> int:
+        """A number of the configuration."""
+        return int(self.config[1][key])
+
+    def images(self, device: torch.device) -> torch.Tensor:
+        """uint8 photos ``[B, 3, R, R]``."""
+        return photos.batch(self.batch[device.type != "cuda"], self.settings("image_size")).to(device)
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        """The transformers module with one layer, seeded random weights, in evaluation mode."""
+        return _build(self.model, self.config, device, dtype)
+
+
+def _vit(hidden: int, heads: int, mlp: int, resolution: int, patch: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": mlp}
+    return {**sizes, "image_size": resolution, "patch_size": patch, "num_hidden_layers": 1, **more}
+
+
+VIT_B = Tower("ViT-B/16@224", ("vit", "ViTModel"), ("ViTConfig", _vit(768, 12, 3072, 224, 16)), (256, 2), photos.HALF)
+CLIP_L = Tower(
+    "CLIP-L/14@336", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", _vit(1024, 16, 4096, 336, 14)), (128, 1), photos.CLIP
+)
+SIGLIP = Tower(
+    "SigLIP-So400m/14@384",
+    ("siglip", "SiglipVisionModel"),
+    ("SiglipVisionConfig", _vit(1152, 16, 4304, 384, 14, vision_use_head=False)),
+    (64, 1),
+    photos.HALF,
+)
+EVA_G = Tower(
+    "EVA-g/14@224", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", _vit(1408, 16, 6144, 224, 14)), (128, 2), photos.CLIP
+)
+#: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second layer.
+QFORMER_CONFIG = {"num_hidden_layers": 1, "cross_attention_frequency": 1, "encoder_hidden_size": 1408}
+QUERIES = 32
+
+
+def _build(
+    model: tuple[str, str], config: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    need("transformers")
+    modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
+    configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(SEED)
+        settings = getattr(configuration, config[0])(**config[1], attn_implementation="eager")
+        module: torch.nn.Module = getattr(modeling, model[1])(settings)
+    return module.to(device=device, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a transformers attention function: its module and what it got, q, k, v being ``[B, H, S, D]`` views."""
+
+    module: torch.nn.Module
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+
+    def run(self, function: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Call a transformers attention function on other tensors; ``[B, S, H, D]``."""
+        out: torch.Tensor = function(self.module, q, k, v, None, scaling=self.scale, dropout=0.0)[0]
+        return out
+
+    def eager(self) -> Callable[..., Any]:
+        """The attention function of the model's own file."""
+        function: Callable[..., Any] = importlib.import_module(type(self.module).__module__).eager_attention_forward
+        return function
+
+    def sdpa(self) -> Callable[..., Any]:
+        """The attention function of ``attn_implementation="sdpa"``, the default."""
+        function: Callable[..., Any] = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return function
+
+
+@contextmanager
+def _recorded(*modules: torch.nn.Module) -> Iterator[list[AttentionCall]]:
+    """Record the attention calls of transformers modules through the interface for attention functions."""
+    interface = importlib.import_module("transformers").AttentionInterface
+    calls: list[AttentionCall] = []
+
+    def record(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **_: Any) -> tuple[Any, None]:
+        calls.append(AttentionCall(module, q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    interface.register("vlmkernels_record", record)
+    for module in modules:
+        module.config._attn_implementation = "vlmkernels_record"
+    try:
+        yield calls
+    finally:
+        for module in modules:
+            module.config._attn_implementation = "eager"
+        if not calls:
+            raise Unavailable("this version of transformers does not call its attention through AttentionInterface")
+
+
+@torch.no_grad()
+def self_attention(tower: Tower, device: torch.device, dtype: torch.dtype) -> AttentionCall:
+    """The first attention of a tower on a batch of photos."""
+    module = tower.build(device, dtype)
+    with _recorded(module) as calls:
+        module(photos.normalized(tower.images(device), tower.statistics, dtype))
+    return calls[0]
+
+
+@torch.no_grad()
+def qformer_cross_attention(device: torch.device, dtype: torch.dtype) -> AttentionCall:
+    """The first cross-attention of the Q-Former, on what EVA-g makes of a batch of photos."""
+    vision = EVA_G.build(device, dtype)
+    qformer = _build(("blip_2", "Blip2QFormerModel"), ("Blip2QFormerConfig", QFORMER_CONFIG), device, dtype)
+    image_tokens = vision(photos.normalized(EVA_G.images(device), EVA_G.statistics, dtype)).last_hidden_state
+    generator = torch.Generator().manual_seed(SEED)
+    queries = (torch.randn(1, QUERIES, 768, generator=generator) * 0.02).to(device, dtype)
+    with _recorded(qformer) as calls:
+        qformer(query_embeds=queries.expand(len(image_tokens), -1, -1), encoder_hidden_states=image_tokens)
+    for call in calls:
+        if call.k.shape[2] == image_tokens.shape[1]:
+            return call
+    raise Unavailable("this version of transformers has no Q-Former cross-attention that goes through AttentionInterface")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The patch embedding of a tower: transformers' own module, and its parameters for those who write it differently."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    patch: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    class_token: torch.Tensor | None
+    positions: torch.Tensor
+    norm: torch.nn.LayerNorm | None
+
+
+def embedding(tower: Tower, device: torch.device, dtype: torch.dtype) -> Embedding:
+    """A tower's patch embedding up to the first layer: class token, positions and CLIP's norm included."""
+    module = tower.build(device, dtype)
+    module.requires_grad_(False)
+    inner = next(m for m in module.modules() if type(m).__name__.endswith(("VisionEmbeddings", "ViTEmbeddings")))
+    conv = next(m for m in inner.modules() if isinstance(m, torch.nn.Conv2d))
+    norm = next((m for name, m in module.named_modules() if name.endswith("pre_layrnorm")), None)
+    named = dict(inner.named_parameters())
+    width = conv.out_channels
+    class_token = named.get("cls_token", named.get("class_embedding"))
+    positions = next(value for name, value in named.items() if name.startswith("position_embedding"))
+    return Embedding(
+        forward=(lambda x: norm(inner(x))) if norm is not None else inner,
+        patch=tower.settings("patch_size"),
+        weight=conv.weight,
+        bias=conv.bias,
+        class_token=None if class_token is None else class_token.reshape(1, width),
+        positions=positions.reshape(-1, width),
+        norm=norm,
+    )
