@@ -1,68 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image-text mask as one contiguous range of keys per query.
+"""The masks of self-attention: text decoders that see images, vision towers, packed sequences, padding."""
 
-All constructors build their tensors on the device from torch ops that read no value back, so they trace in
-``torch.compile(fullgraph=True)`` and can be captured in a CUDA graph. Only ``from_dense``, ``|`` and ``validate=True`` read
-values, because they refuse a mask by its contents.
-"""
-
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree
 
+from vlmkernels.masks._ranges import Ranges, integers, spans_of
 from vlmkernels.ops._op import bad_argument
 
-_WINDOW_RULES = ("window_outside", "image_outside")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WINDOW_RULES = ("window_outside", "image_outside")
 
 
-@dataclass(frozen=True, eq=False)
-class KeyRanges:
-    """Query ``i`` of batch ``b`` attends to the keys ``start[b, i] <= j < stop[b, i]``; an empty range attends to nothing.
-
-    A range is empty where ``stop <= start``. Ranges need not be monotone in ``i``. A batch of 1 serves every batch element;
-    packed ``[T, H, D]`` tensors use ``[1, T]``. Any strides will do.
-
-    Args:
-        start: ``[B, Sq]`` or ``[1, Sq]`` int32.
-        stop: like ``start``.
-
-    Raises:
-        ValueError: an argument isn't a 2-D int32 tensor, or their shapes or devices differ.
-    """
-
-    start: torch.Tensor
-    stop: torch.Tensor
-
-    def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("stop", self.stop)):
-            if not isinstance(value, torch.Tensor):
-                raise bad_argument(name, f"a {type(value).__name__}", "a 2-D int32 tensor")
-            if value.dtype != torch.int32 or value.dim() != 2:
-                raise bad_argument(name, f"{value.dtype} of shape {tuple(value.shape)}", "torch.int32 of shape [B|1, Sq]")
-        if self.start.shape != self.stop.shape:
-            raise bad_argument("stop", f"shape {tuple(self.stop.shape)}", f"that of start, {tuple(self.start.shape)}")
-        if self.start.device != self.stop.device:
-            raise bad_argument("stop", f"a tensor on {self.stop.device}", f"one on the device of start, {self.start.device}")
-
-    @property
-    def batch(self) -> int:
-        """The number of batch elements, or 1 where all share the same ranges."""
-        return self.start.shape[0]
-
-    @property
-    def num_queries(self) -> int:
-        return self.start.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.start.device
-
-    # Self-attention
+class SelfAttentionMasks(Ranges):
+    """Constructors of ``KeyRanges`` for self-attention."""
 
     @classmethod
-    def full(cls, num_queries: int, num_keys: int | None = None, *, device: Any = None) -> "KeyRanges":
+    def full(cls, num_queries: int, num_keys: int | None = None, *, device: Any = None) -> "Self":
         """Every query sees every key (ViT). ``num_keys`` defaults to ``num_queries``."""
         start = torch.zeros(1, num_queries, dtype=torch.int32, device=device)
         return cls(start, torch.full_like(start, num_queries if num_keys is None else num_keys))
@@ -76,7 +32,7 @@ class KeyRanges:
         offset: int | torch.Tensor | None = None,
         window: int | None = None,
         device: Any = None,
-    ) -> "KeyRanges":
+    ) -> "Self":
         """Query ``i`` sees the keys up to its own position ``i + offset``.
 
         Args:
@@ -101,7 +57,7 @@ class KeyRanges:
         window: int | None = None,
         window_rule: str = "image_outside",
         device: Any = None,
-    ) -> "KeyRanges":
+    ) -> "Self":
         """The first ``prefix`` keys see each other both ways and are seen by all; later queries are causal (PaliGemma, GIT).
 
         Args:
@@ -129,7 +85,7 @@ class KeyRanges:
         image_type: int = 1,
         window: int | None = None,
         window_rule: str = "window_outside",
-    ) -> "KeyRanges":
+    ) -> "Self":
         """The tokens of one image see each other both ways; everything else is causal (Gemma-3). Give one of:
 
         Args:
@@ -144,9 +100,9 @@ class KeyRanges:
         if (token_types is None) == (image_ids is None):
             raise bad_argument("token_types, image_ids", "both or none", "one of the two")
         if image_ids is not None:
-            ids = _ints("image_ids", image_ids, 2)
+            ids = integers("image_ids", image_ids, 2)
         else:
-            types = _ints("token_types", token_types, 2)
+            types = integers("token_types", token_types, 2)
             ids = torch.zeros_like(types).masked_fill(types != image_type, -1)
         num_keys = ids.shape[1]
         position = torch.arange(num_keys, dtype=torch.int32, device=ids.device)[None]
@@ -165,15 +121,15 @@ class KeyRanges:
         num_keys: int,
         window: int | None,
         window_rule: str,
-    ) -> "KeyRanges":
+    ) -> "Self":
         """A text query has ``image_start = position`` and ``image_stop = 0``, which change nothing."""
-        if window_rule not in _WINDOW_RULES:
-            raise bad_argument("window_rule", repr(window_rule), f"one of {', '.join(_WINDOW_RULES)}")
+        if window_rule not in WINDOW_RULES:
+            raise bad_argument("window_rule", repr(window_rule), f"one of {', '.join(WINDOW_RULES)}")
         start = _window_start(position, window)
         if window_rule == "image_outside":
             start = torch.minimum(start, image_start)
         stop = torch.maximum(position + 1, image_stop).clamp(0, num_keys)
-        return cls(*torch.broadcast_tensors(start, stop))
+        return cls(start.expand_as(stop), stop)
 
     @classmethod
     def packed(
@@ -183,7 +139,7 @@ class KeyRanges:
         *,
         cu_seqlens_k: torch.Tensor | None = None,
         causal: bool = False,
-    ) -> "KeyRanges":
+    ) -> "Self":
         """Sequences packed in one row see only themselves; ``[1, total]``, for ``[T, H, D]`` tensors.
 
         Args:
@@ -193,8 +149,8 @@ class KeyRanges:
             cu_seqlens_k: the same for the keys, where they are packed otherwise.
             causal: inside each sequence; bottom-right aligned where its queries and keys differ in number.
         """
-        cu_q = _ints("cu_seqlens", cu_seqlens, 1)
-        cu_k = cu_q if cu_seqlens_k is None else _ints("cu_seqlens_k", cu_seqlens_k, 1)
+        cu_q = integers("cu_seqlens", cu_seqlens, 1)
+        cu_k = cu_q if cu_seqlens_k is None else integers("cu_seqlens_k", cu_seqlens_k, 1)
         if cu_q.shape[0] == 0:
             raise bad_argument("cu_seqlens", "shape (0,)", "[N + 1], the first entry 0")
         if cu_k.shape != cu_q.shape:
@@ -209,7 +165,7 @@ class KeyRanges:
         return cls(start[None], stop[None])
 
     @classmethod
-    def windows(cls, window: int | torch.Tensor, total: int, *, device: Any = None) -> "KeyRanges":
+    def windows(cls, window: int | torch.Tensor, total: int, *, device: Any = None) -> "Self":
         """Tokens, already ordered by window, see only their own window (Qwen2.5-VL, Swin); ``[1, total]``.
 
         Args:
@@ -231,7 +187,7 @@ class KeyRanges:
         lengths: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         validate: bool = False,
-    ) -> "KeyRanges":
+    ) -> "Self":
         """Every query sees the keys that aren't padding. Give one of:
 
         Args:
@@ -247,67 +203,34 @@ class KeyRanges:
         if (lengths is None) == (mask is None):
             raise bad_argument("lengths, mask", "both or none", "one of the two")
         if lengths is not None:
-            stop = _ints("lengths", lengths, 1)[:, None]
+            stop = integers("lengths", lengths, 1)[:, None]
             start = torch.zeros_like(stop)
         else:
-            start, stop = _span(_ints("mask", mask, 2) != 0, "mask", validate)
+            start, stop = spans_of(integers("mask", mask, 2) != 0, "mask", validate)
         return cls(*(t.expand(-1, num_queries) for t in (start, stop)))
 
-    # From and to a dense mask
-
     @classmethod
-    def from_dense(cls, mask: torch.Tensor, *, validate: bool = True) -> "KeyRanges":
-        """The ranges of a bool mask, True where a query sees a key.
+    def mllama_vision(cls, lengths: torch.Tensor, total: int) -> "Self":
+        """Llama-3.2's vision tower: real tokens see everything, padding included; padding sees the real tokens only.
+
+        The tower masks a pair only where both are padding, which has no hole once the padding comes last: reorder the tokens
+        with ``compact_keys``, whose ``key_stop`` are the lengths.
 
         Args:
-            mask: ``[Sq, Sk]``, ``[B, Sq, Sk]`` or ``[B, 1, Sq, Sk]`` bool.
-            validate: refuse holes, which reads values back (a host sync). Without it a row with holes gives wrong ranges.
-
-        Raises:
-            ValueError: a row has a hole; the message names the first one.
+            lengths: ``[B]`` integer, the real tokens of each image.
+            total: the number of tokens ``S``, real and padding.
         """
-        if mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or (mask.dim() == 4 and mask.shape[1] != 1):
-            wanted = "torch.bool of shape [Sq, Sk], [B, Sq, Sk] or [B, 1, Sq, Sk]"
-            raise bad_argument("mask", f"{mask.dtype} of shape {tuple(mask.shape)}", wanted)
-        mask = mask[:, 0] if mask.dim() == 4 else mask[None] if mask.dim() == 2 else mask
-        start, stop = (t[..., 0] for t in _span(mask, "mask", validate))
-        empty = stop <= start
-        return cls(start.masked_fill(empty, 0), stop.masked_fill(empty, 0))
-
-    def dense(self, num_keys: int) -> torch.Tensor:
-        """The bool mask ``[B, Sq, num_keys]``, True where a query sees a key."""
-        key = torch.arange(num_keys, dtype=torch.int32, device=self.device)
-        return (key >= self.start[..., None]) & (key < self.stop[..., None])
-
-    # Composition
-
-    def __and__(self, other: "KeyRanges") -> "KeyRanges":
-        """The keys that both see: always a range."""
-        if not isinstance(other, KeyRanges):
-            return NotImplemented
-        self._check_composes(other)
-        return KeyRanges(torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop))
-
-    def _check_composes(self, other: "KeyRanges") -> None:
-        batches = {self.batch, other.batch} - {1}
-        if self.num_queries != other.num_queries or len(batches) > 1:
-            raise bad_argument("other", f"ranges of shape {tuple(other.start.shape)}", f"a match for {tuple(self.start.shape)}")
-        if self.device != other.device:
-            raise bad_argument("other", f"ranges on {other.device}", f"ranges on {self.device}")
-
-
-def _ints(name: str, value: Any, dim: int) -> torch.Tensor:
-    """``value`` as an int32 tensor of ``dim`` dimensions."""
-    if not isinstance(value, torch.Tensor):
-        raise bad_argument(name, f"a {type(value).__name__}", f"a {dim}-D integer tensor")
-    if value.dim() != dim or value.is_floating_point() or value.is_complex():
-        raise bad_argument(name, f"{value.dtype} of shape {tuple(value.shape)}", f"a {dim}-D integer tensor")
-    return value.to(torch.int32)
+        length = integers("lengths", lengths, 1)[:, None]
+        token = torch.arange(total, dtype=torch.int32, device=length.device)[None]
+        stop = torch.where(token < length, torch.full_like(length, total), length)
+        return cls(torch.zeros_like(stop), stop)
 
 
 def _per_batch(name: str, value: int | torch.Tensor) -> int | torch.Tensor:
     """An int as it is; a tensor ``[B]`` as ``[B, 1]`` int32."""
-    return _ints(name, value.reshape(1) if value.dim() == 0 else value, 1)[:, None] if isinstance(value, torch.Tensor) else value
+    return (
+        integers(name, value.reshape(1) if value.dim() == 0 else value, 1)[:, None] if isinstance(value, torch.Tensor) else value
+    )
 
 
 def _positions(num_queries: int, num_keys: int, offset: int | torch.Tensor | None, device: Any) -> torch.Tensor:
@@ -336,45 +259,3 @@ def _runs(ids: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torc
     first = torch.where(torch.cat([edge, differs], 1), position, 0).cummax(1).values
     last = torch.where(torch.cat([differs, edge], 1), position + 1, size).flip(1).cummin(1).values.flip(1)
     return first, last
-
-
-def _span(mask: torch.Tensor, name: str, validate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """First True and first + number of True along the last dimension of a bool ``mask``, int32, kept as a dimension of 1."""
-    seen = mask.cumsum(-1, dtype=torch.int32)
-    start = (seen == 0).sum(-1, keepdim=True, dtype=torch.int32)
-    stop = start + mask.sum(-1, keepdim=True, dtype=torch.int32)
-    if validate:
-        key = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-        hole = (mask != ((key >= start) & (key < stop))).any(-1)
-        if hole.any():
-            where = hole.nonzero()[0].tolist()
-            row = f"batch {where[0]}" + (f", query {where[1]}" if len(where) > 1 else "")
-            keys = mask[tuple(where)].nonzero()[:, 0].tolist()
-            gap = next(k + 1 for k, after in zip(keys, keys[1:], strict=False) if after != k + 1)
-            raise bad_argument(name, f"a hole at key {gap} of {row}, whose keys run from {keys[0]} to {keys[-1]}", "no holes")
-    return start, stop
-
-
-def _flatten(ranges: KeyRanges) -> tuple[list[torch.Tensor], None]:
-    return [ranges.start, ranges.stop], None
-
-
-def _flatten_with_keys(ranges: KeyRanges) -> tuple[list[tuple[Any, torch.Tensor]], None]:
-    return [(_pytree.GetAttrKey("start"), ranges.start), (_pytree.GetAttrKey("stop"), ranges.stop)], None
-
-
-def _unflatten(leaves: Any, _: None) -> KeyRanges:
-    # tree_map may put anything in place of the tensors, so this skips the checks of __post_init__.
-    ranges = object.__new__(KeyRanges)
-    for name, leaf in zip(("start", "stop"), leaves, strict=True):
-        object.__setattr__(ranges, name, leaf)
-    return ranges
-
-
-_pytree.register_pytree_node(
-    KeyRanges,
-    _flatten,
-    _unflatten,
-    serialized_type_name="vlmkernels.KeyRanges",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
