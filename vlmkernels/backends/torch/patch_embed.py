@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch embedding by stock torch: one copy into a matrix of patches, then one matrix product.
+
+A convolution whose stride is its kernel shares no pixel between patches, so there is nothing that a convolution algorithm could
+save over the plain product.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
+
+
+def _columns(patches: Tensor) -> tuple[int, ...]:
+    """The order of a patch's columns in its memory: rows that are in place stay there, other pixels are read in long runs."""
+    return CHANNELS_LAST if patches.stride(4) < patches.stride(7) and patches.shape[4] > 1 else CHANNELS_FIRST
+
+
+def _weight_matrix(weight: Tensor, columns: tuple[int, ...]) -> Tensor:
+    return weight.permute(0, *(c - 3 for c in columns)).reshape(weight.shape[0], -1)
+
+
+def _patch_matrix(
+    patches: Tensor, dtype: torch.dtype, mean: list[float] | None, std: list[float] | None, columns: tuple[int, ...]
+) -> Tensor:
+    """The normalised patches as ``[B * N, K]`` in the weight's dtype."""
+    if mean is not None and std is not None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def per_channel(values: list[float]) -> Tensor:
+            # Filled on the device number by number: a copy from the host could not be captured in a CUDA graph.
+            filled = [torch.full((1,), v, dtype=wide, device=patches.device) for v in values]
+            return torch.cat(filled).view(-1, 1, 1, 1)
+
+        scale = per_channel([1 / (255 * s) for s in std])
+        shift = per_channel([-m / s for m, s in zip(mean, std, strict=True)])
+        patches = torch.addcmul(shift, patches.to(wide), scale)
+    matrix = patches.to(dtype).permute(0, 1, 2, 3, *columns)
+    return matrix.reshape(patches.shape[:4].numel(), patches.shape[4:].numel())
+
+
+def patch_embed_fwd(
+    patches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix_tokens: Tensor | None,
+    pos_embed: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    keep_total: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, n_patches, dim = patches.shape[0], patches.shape[1:4].numel(), weight.shape[0]
+    columns = _columns(patches)
+    a = _patch_matrix(patches, weight.dtype, mean, std, columns)
+    total = F.linear(a, _weight_matrix(weight, columns), bias).view(batch, n_patches, dim)
+    if norm_weight is not None:
+        # The sum stays in fp32 up to the norm: one rounding fewer than adding in the low dtype.
+        total = total.to(torch.promote_types(weight.dtype, torch.float32))
+    if pos_embed is not None and pos_embed.shape[-2] == n_patches:
+        total += pos_embed
+        pos_embed = None
+    if prefix_tokens is not None:
+        total = torch.cat([prefix_tokens.to(total.dtype).expand(batch, -1, -1), total], 1)
+    if pos_embed is not None:
+        total += pos_embed
+    if norm_weight is None:
+        return total, weight.new_empty(0)
+    wide_bias = None if norm_bias is None else norm_bias.to(total.dtype)
+    out = F.layer_norm(total, (dim,), norm_weight.to(total.dtype), wide_bias, eps).to(weight.dtype)
+    return out, total.to(weight.dtype) if keep_total else weight.new_empty(0)
+
+
+def patch_embed_bwd(
+    grad: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    total: Tensor,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    pos_shape: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    batch, n_tokens, dim = grad.shape
+    n_patches = patches.shape[1:4].numel()
+    n_prefix = n_tokens - n_patches
+    grads = [weight.new_empty(0) for _ in needs]
+    d_total = grad
+    if norm_weight is not None:
+        wide = total.to(torch.promote_types(weight.dtype, torch.float32))
+        _, row_mean, rstd = torch.native_layer_norm(wide, (dim,), None, None, eps)
+        mask = [any(needs[:5]), needs[5], needs[6]]
+        affine = norm_weight.to(wide.dtype)
+        # The bias decides nothing here but must be present for its gradient to be asked for.
+        results = torch.ops.aten.native_layer_norm_backward(
+            grad.to(wide.dtype).contiguous(), wide, (dim,), row_mean, rstd, affine, torch.zeros_like(affine), mask
+        )
+        d_total, d_norm_weight, d_norm_bias = (None if r is None else r.to(weight.dtype) for r in results)
+        grads[5] = d_norm_weight if needs[5] else grads[5]
+        grads[6] = d_norm_bias if needs[6] else grads[6]
+    # Sums over the batch, in fp32: position, prefix and bias all read from it.
+    by_token = d_total.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)) if any(needs[2:5]) else None
+    if by_token is not None:
+        grads[2] = by_token[n_prefix:].sum(0).to(weight.dtype) if needs[2] else grads[2]
+        grads[3] = by_token[:n_prefix].to(weight.dtype, copy=True) if needs[3] else grads[3]
+    if needs[4] and by_token is not None:
+        summed = d_total if len(pos_shape) == 3 else by_token
+        grads[4] = summed.narrow(-2, n_tokens - pos_shape[-2], pos_shape[-2]).to(weight.dtype, copy=True).contiguous()
+    if needs[0] or needs[1]:
+        d_tokens = d_total[:, n_prefix:].reshape(batch * n_patches, dim)
+        columns = _columns(patches)
+    if needs[0]:
+        d_patches = d_tokens @ _weight_matrix(weight, CHANNELS_FIRST)
+        grads[0] = d_patches.view(patches.shape).to(patches.dtype)
+    if needs[1]:
+        d_weight = d_tokens.T @ _patch_matrix(patches, weight.dtype, mean, std, columns)
+        shape = [patches.shape[c] for c in columns]
+        back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
+        grads[1] = d_weight.view(dim, *shape).permute(back).contiguous()
+    return tuple(grads)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch embedding: from pixels, or rows already cut into patches, to the token sequence that a vision transformer starts with.
+
+Every input layout is one strided view of the pixels, ``[B, Gt, Gy, Gx, C, Pt, Py, Px]``: a grid of patches in front, one patch
+behind. The registered ops take that view, so a backend knows nothing of layouts, and pixel gradients find their way back
+through the view.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmkernels.ops._op import Op, bad_argument, forced_backend
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LAYOUTS = ("channels_first", "channels_last", "rows")
+COLUMNS = ("cyx", "yxc")
+#: The tensors that a gradient can be asked for, in the order of ``needs`` and of the results of ``patch_embed_bwd``.
+DIFFERENTIABLE = ("patches", "weight", "bias", "prefix_tokens", "pos_embed", "norm_weight", "norm_bias")
+
+
+def _fake_fwd(
+    patches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix_tokens: Tensor | None,
+    pos_embed: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    keep_total: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    batch, gt, gy, gx = patches.shape[:4]
+    n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    out = weight.new_empty(batch, n_prefix + gt * gy * gx, weight.shape[0])
+    return out, torch.empty_like(out) if keep_total else weight.new_empty(0)
+
+
+def _fake_bwd(
+    grad: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    total: Tensor,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    pos_shape: list[int],
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    dim, n_prefix = weight.shape[0], grad.shape[1] - math.prod(patches.shape[1:4])
+    shapes = (patches.shape, weight.shape, (dim,), (n_prefix, dim), pos_shape, (dim,), (dim,))
+    grads = [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    return (grads[0].to(patches.dtype) if needs[0] else grads[0], *grads[1:])
+
+
+Op(
+    "patch_embed",
+    "patch_embed_fwd(Tensor patches, Tensor weight, Tensor? bias, Tensor? prefix_tokens, Tensor? pos_embed, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, float[]? mean, float[]? std, bool keep_total, str backend) -> (Tensor, Tensor)",
+    _fake_fwd,
+)
+Op(
+    "patch_embed",
+    "patch_embed_bwd(Tensor grad, Tensor patches, Tensor weight, Tensor? norm_weight, Tensor total, float eps, float[]? mean, "
+    "float[]? std, int[] pos_shape, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
+class _PatchEmbed(torch.autograd.Function):
+    """Keeps the pixels, the weight and, with a norm, the sum that it normalises (``total``)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        patches, weight, _, _, pos_embed, norm_weight, _, eps, mean, std, backend = args
+        out: Tensor
+        out, total = torch.ops.vlmkernels.patch_embed_fwd(*args[:-1], norm_weight is not None, backend)
+        ctx.save_for_backward(patches, weight, norm_weight, total)
+        ctx.constants = (eps, mean, std, [] if pos_embed is None else list(pos_embed.shape))
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patches, weight, norm_weight, total = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+        grads = torch.ops.vlmkernels.patch_embed_bwd(
+            grad, patches, weight, norm_weight, total, *ctx.constants, needs, ctx.backend
+        )
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+class _Sizes(NamedTuple):
+    """A patch: channels, frames, rows and columns of pixels."""
+
+    channels: int
+    pt: int
+    py: int
+    px: int
+
+    @property
+    def k(self) -> int:
+        return self.channels * self.pt * self.py * self.px
+
+
+def _patch_size(patch_size: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(sizes) not in (2, 3) or not all(isinstance(p, int) and p > 0 for p in sizes):
+        raise bad_argument("patch_size", patch_size, "a positive int, (height, width), or (frames, height, width)")
+    return sizes
+
+
+def _weight_view(weight: Tensor, patch: tuple[int, ...], columns: str) -> Tensor:
+    """The weight as ``[D, C, Pt, Py, Px]``, whatever its shape and the order of its columns."""
+    pt, py, px = (1, *patch)[-3:]
+    if weight.dim() == 2:
+        channels, rest = divmod(weight.shape[1], pt * py * px)
+        if rest or not channels:
+            raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[D, K], K a multiple of {pt * py * px} (the patch)")
+        if columns == "yxc":
+            return weight.view(-1, pt, py, px, channels).permute(0, 4, 1, 2, 3)
+        return weight.view(-1, channels, pt, py, px)
+    if weight.dim() != 2 + len(patch) or tuple(weight.shape[2:]) != patch:
+        raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[D, K] or [D, C, {', '.join(map(str, patch))}]")
+    return weight if len(patch) == 3 else weight.unsqueeze(2)
+
+
+def _rows_view(rows: Tensor, sizes: _Sizes, columns: str) -> Tensor:
+    if rows.dim() not in (2, 3) or rows.shape[-1] != sizes.k:
+        raise bad_argument(
+            "pixels", f"shape {tuple(rows.shape)}", f"rows [N, {sizes.k}] or [B, N, {sizes.k}] (the weight's columns)"
+        )
+    rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
+    front = (rows.shape[0], 1, 1, rows.shape[1])
+    if columns == "yxc":
+        return rows.view(*front, *sizes[1:], sizes.channels).permute(0, 1, 2, 3, 7, 4, 5, 6)
+    return rows.view(*front, *sizes)
+
+
+def _image_view(pixels: Tensor, sizes: _Sizes, temporal: bool, channels_last: bool) -> Tensor:
+    """Images as a grid of patches; what the patch does not divide is left out at the far edges."""
+    shape = tuple(pixels.shape)
+    letters = ("B", "C", "T", "H", "W") if temporal else ("B", "C", "H", "W")
+    if channels_last:
+        letters = (letters[0], *letters[2:], "C")
+    if len(shape) != len(letters):
+        raise bad_argument("pixels", f"shape {shape}", f"[{', '.join(letters)}]")
+    if shape[-1 if channels_last else 1] != sizes.channels:
+        raise bad_argument(
+            "pixels", f"shape {shape}", f"[{', '.join(letters)}] with C = {sizes.channels} (the weight's channels)"
+        )
+    if channels_last:
+        pixels = pixels.movedim(-1, 1)
+    if not temporal:
+        pixels = pixels.unsqueeze(2)
+    frames, height, width = pixels.shape[2:]
+    gt, gy, gx = frames // sizes.pt, height // sizes.py, width // sizes.px
+    if not (gt and gy and gx):
+        raise bad_argument("pixels", f"shape {shape}", f"at least one patch of {sizes[1:]} (frames, height, width)")
+    if (frames, height, width) != (gt * sizes.pt, gy * sizes.py, gx * sizes.px):
+        pixels = pixels[:, :, : gt * sizes.pt, : gy * sizes.py, : gx * sizes.px]
+    view = pixels.view(pixels.shape[0], sizes.channels, gt, sizes.pt, gy, sizes.py, gx, sizes.px)
+    return view.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _check_affine(name: str, values: Sequence[float] | None, pixels: Tensor, channels: int) -> list[float] | None:
+    if (values is None) == (pixels.dtype == torch.uint8):
+        wanted = (
+            "one number per channel for uint8 pixels"
+            if values is None
+            else f"None for {pixels.dtype} pixels, taken as normalised"
+        )
+        raise bad_argument(name, values, wanted)
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        raise bad_argument(name, "a tensor", "a sequence of numbers (reading a tensor would wait for the device)")
+    numbers = [float(v) for v in values]
+    if len(numbers) != channels or (name == "std" and 0.0 in numbers):
+        raise bad_argument(name, values, f"{channels} {'nonzero ' if name == 'std' else ''}numbers, one per channel")
+    return numbers
+
+
+def _check_tokens(patches: Tensor, weight: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None) -> None:
+    batch, dim = patches.shape[0], weight.shape[0]
+    n_patches = math.prod(patches.shape[1:4])
+    if prefix_tokens is not None and (prefix_tokens.dim() != 2 or prefix_tokens.shape[1] != dim):
+        raise bad_argument("prefix_tokens", f"shape {tuple(prefix_tokens.shape)}", f"[number of prefix tokens, {dim}]")
+    if pos_embed is None:
+        return
+    n_tokens = n_patches + (0 if prefix_tokens is None else prefix_tokens.shape[0])
+    shape = tuple(pos_embed.shape)
+    if len(shape) not in (2, 3) or shape[-1] != dim or shape[-2] not in (n_patches, n_tokens) or shape[:-2] not in ((), (batch,)):
+        rows = f"{n_patches}" if n_patches == n_tokens else f"{n_patches} (patches only) or {n_tokens} (prefix too)"
+        raise bad_argument("pos_embed", f"shape {shape}", f"[rows, {dim}] or [{batch}, rows, {dim}] with rows = {rows}")
+
+
+def _check_dtypes(pixels: Tensor, weight: Tensor, others: dict[str, Tensor | None]) -> None:
+    if weight.dtype not in FLOATS:
+        raise bad_argument("weight", weight.dtype, "bfloat16, float16, float32 or float64")
+    if pixels.dtype not in (torch.uint8, *FLOATS):
+        raise bad_argument("pixels", pixels.dtype, "uint8, bfloat16, float16, float32 or float64")
+    if pixels.device != weight.device:
+        raise bad_argument("pixels", f"device {pixels.device}", f"{weight.device}, the weight's")
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.dtype != weight.dtype or tensor.device != weight.device):
+            raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"{weight.dtype} on {weight.device}, as the weight")
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    patch_size: int | Sequence[int],
+    layout: str = "channels_first",
+    columns: str = "cyx",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    prefix_tokens: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cut images into patches, project each to ``D`` channels, and add what a vision transformer adds before its first layer.
+
+    A convolution whose stride is its kernel is one matrix product. With ``x_n`` the ``K`` pixels of patch ``n``::
+
+        token_n = W x_n + bias
+        total   = [prefix_tokens; token_1 .. token_N] + pos_embed
+        out     = (total - mean(total)) / sqrt(var(total) + eps) * norm_weight + norm_bias      with norm, else total
+
+    The arithmetic is in fp32 (fp64 for fp64 weights); products take pixels in the weight's dtype.
+
+    Args:
+        pixels: ``[B, C, H, W]``, or with 3-D patches ``[B, C, T, H, W]``, of any strides; see ``layout``. uint8 pixels are
+            normalised here with ``mean`` and ``std``; float pixels are taken as normalised and cast to the weight's dtype.
+            Patches are numbered frame by frame, row by row; pixels beyond the last whole patch are dropped, as Conv2d does.
+        weight: ``[D, C, Py, Px]`` (Conv2d), ``[D, C, Pt, Py, Px]`` (Conv3d) or ``[D, K]`` (Linear; see ``columns``) in bf16,
+            fp16, fp32 or fp64. Its dtype is that of the output and of every other parameter.
+        bias: ``[D]``.
+        patch_size: ``P``, ``(Py, Px)``, or ``(Pt, Py, Px)`` for 3-D patches.
+        layout: ``"channels_first"``; ``"channels_last"``: pixels are ``[B, H, W, C]`` or ``[B, T, H, W, C]``; ``"rows"``: pixels
+            are cut into patches already, ``[N, K]`` or ``[B, N, K]``.
+        columns: the order of the ``K`` columns of rows and of a ``[D, K]`` weight: ``"cyx"`` is (c, t, y, x), that of a flattened
+            Conv weight and of Qwen-VL's rows; ``"yxc"`` is (t, y, x, c), that of SigLIP2's and timm's NaFlex rows.
+        mean: ``C`` numbers, for uint8 pixels and only for them: the product takes ``(pixel / 255 - mean) / std``.
+        std: ``C`` numbers, beside ``mean``.
+        prefix_tokens: ``[n, D]``: class and register tokens, put before the patches of every image.
+        pos_embed: ``[N, D]`` is added to the patches only, ``[n + N, D]`` to the prefix tokens too; the row count decides, and
+            without prefix tokens both mean the same. ``[B, N, D]`` and ``[B, n + N, D]`` give every image its own.
+        norm: ``(weight [D], bias [D] or None, eps)`` of a LayerNorm over every token (CLIP's pre-LayerNorm).
+        backend: force a backend; the default is the best that takes these inputs.
+
+    Returns:
+        ``[B, n + N, D]`` in the weight's dtype, contiguous; ``[n + N, D]`` for ``[N, K]`` rows. It is differentiable once, in
+        every parameter and in float pixels.
+
+    Raises:
+        ValueError: a shape, dtype, device or name does not fit; ``mean`` and ``std`` are missing for uint8 pixels or given for
+            float ones; the image is smaller than a patch.
+        BackendError: the forced backend can't run these inputs.
+    """
+    patch = _patch_size(patch_size)
+    if layout not in LAYOUTS:
+        raise bad_argument("layout", repr(layout), f"one of {', '.join(LAYOUTS)}")
+    if columns not in COLUMNS:
+        raise bad_argument("columns", repr(columns), f"one of {', '.join(COLUMNS)}")
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    vectors = {"bias": bias, "norm weight": norm_weight, "norm bias": norm_bias}
+    _check_dtypes(pixels, weight, {**vectors, "prefix_tokens": prefix_tokens, "pos_embed": pos_embed})
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (weight.shape[0],):
+            raise bad_argument(name, f"shape {tuple(vector.shape)}", f"[{weight.shape[0]}]")
+    weight = _weight_view(weight, patch, columns)
+    sizes = _Sizes(*weight.shape[1:])
+    means, stds = _check_affine("mean", mean, pixels, sizes.channels), _check_affine("std", std, pixels, sizes.channels)
+    if layout == "rows":
+        patches = _rows_view(pixels, sizes, columns)
+    else:
+        patches = _image_view(pixels, sizes, len(patch) == 3, layout == "channels_last")
+    _check_tokens(patches, weight, prefix_tokens, pos_embed)
+    tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
+    constants = (float(eps), means, stds)
+    name = forced_backend(backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out: Tensor = _PatchEmbed.apply(*tensors, *constants, name)  # type: ignore[no-untyped-call]
+    else:
+        out = torch.ops.vlmkernels.patch_embed_fwd(*tensors, *constants, False, name)[0]
+    return out[0] if layout == "rows" and pixels.dim() == 2 else out
