@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 in the configurations its launcher picks, and spills no registers.
+
+No GPU takes part: one process for each architecture turns launches into compilations (vlmkernels/backends/triton/_aot.py).
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "vlmkernels" / "backends" / "triton"
+MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.startswith("_"))
+ARCHS = (80, 90, 100)
+#: Modules that don't declare aot_cases() yet.
+WITHOUT_CASES = {"attention", "patch_embed", "rope"}
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    """Python with real Triton, which the interpreter's variable would replace for the whole process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=600)
+
+
+@functools.cache
+def compiled(arch: int) -> list[dict[str, Any]]:
+    """What every kernel of every module uses on ``arch``."""
+    done = python("-m", "vlmkernels.backends.triton._aot", str(arch), *MODULES)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spills(module: str, arch: int) -> None:
+    if module in WITHOUT_CASES:
+        pytest.skip(f"{module} declares no aot_cases() yet")
+    results = [result for result in compiled(arch) if result["module"] == module]
+    assert results, f"{module} declares no aot_cases()"
+    problems = [f"{r['case']} {r['kernel']} (warps {r['num_warps']}): {r['problem']}" for r in results if r["problem"]]
+    assert not problems, "\n".join(problems)
+
+
+def test_cases_reach_every_kernel() -> None:
+    kernels = set()
+    for path in KERNELS.glob("*.py"):
+        if not path.stem.lstrip("_").startswith(tuple(WITHOUT_CASES)):
+            kernels |= set(re.findall(r"^@triton\.jit\b.*\n(?:@.*\n)*def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert not kernels - {result["kernel"] for arch in ARCHS for result in compiled(arch)}
+
+
+def test_exemptions_are_needed() -> None:
+    """A module that has its cases leaves the list."""
+    assert not [m for m in WITHOUT_CASES & set(MODULES) if "def aot_cases" in (KERNELS / f"{m}.py").read_text()]
+
+
+TOY = """
+import sys
+import torch, triton, triton.language as tl
+from vlmkernels.backends.triton._aot import AotCase, compile_case
+
+@triton.jit
+def _square_kernel(a_ptr, out_ptr, stride, N: tl.constexpr):
+    offs = tl.arange(0, N)[:, None] * stride + tl.arange(0, N)[None, :]
+    a = tl.load(a_ptr + offs)
+    tl.store(out_ptr + offs, tl.dot(a, a))
+
+def square(n, num_warps):
+    a = torch.empty(n, n, dtype=torch.bfloat16)
+    _square_kernel[lambda meta: (1,)](a, torch.empty(n, n), a.stride(0), N=n, num_warps=num_warps)
+
+cases = [AotCase("fits", lambda: square(64, 4)), AotCase("spills", lambda: square(128, 1)), AotCase("none", lambda: None),
+         AotCase("shared", lambda: square(512, 32)), AotCase("raises", lambda: square(1, 4)),
+         AotCase("allowed", lambda: square(128, 1), stack={90: 1 << 20}, reason="a test")]
+for arch in (80, 90):
+    for case in cases:
+        print(arch, case.name, *(resources.problem() for resources in compile_case(case, arch)))
+"""
+
+
+def test_gate_finds_what_it_is_for(tmp_path: Path) -> None:
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+    done = python(str(script))
+    assert done.returncode == 0, done.stderr
+    problems = {}
+    for line in done.stdout.splitlines():
+        arch, case, *problem = line.split()
+        problems[f"{arch} {case}"] = " ".join(problem)
+    assert problems["90 fits"] == problems["80 fits"] == problems["90 allowed"] == ""
+    assert "spill instructions" in problems["80 spills"] and "spill instructions" in problems["80 allowed"]
+    assert "launched no kernel" in problems["90 none"]
+    assert "shared memory" in problems["80 shared"]
+    assert "Error" in problems["90 raises"]
