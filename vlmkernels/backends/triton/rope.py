@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rope`` in Triton. The work is bound by memory, so every element of q and k is read once and written once.
+
+Without a norm a program takes a run of ``BLOCK`` channel pairs as they lie in memory, whatever the head dimension: no lane
+idles at 72 or 80 channels. With a norm it takes whole heads, one row each, padded to a power of two. The tables are read once
+from DRAM and then, for the other heads of the token, from the caches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmkernels.backends.triton import INTERPRETED
+
+_BLOCK = 1024
+_WARPS = 4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _locate(block, H: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Token (int64), head and pair of each element of a block: ``[BLOCK]``, or ``[BLOCK // WIDTH, WIDTH]`` with ``ROWS``."""
+    if ROWS:
+        row = block.to(tl.int64) * (BLOCK // WIDTH)
+        offs_p = tl.arange(0, WIDTH)[None, :]
+        head = (row % H).to(tl.int32) + tl.arange(0, BLOCK // WIDTH)[:, None]
+    else:
+        first = block.to(tl.int64) * BLOCK
+        row = first // PAIRS
+        offs = (first % PAIRS).to(tl.int32) + tl.arange(0, BLOCK)
+        offs_p = offs % PAIRS
+        head = (row % H).to(tl.int32) + offs // PAIRS
+    return row // H + head // H, head % H, offs_p
+
+
+@triton.jit
+def _aligned(offs, VECTOR: tl.constexpr, ROWS: tl.constexpr):
+    """Tell the compiler that the offsets of rows are multiples of ``VECTOR``, which the host has checked on the strides."""
+    if ROWS:
+        return tl.multiple_of(offs, [VECTOR, VECTOR])
+    else:
+        return tl.multiple_of(offs, [VECTOR])
+
+
+@triton.jit
+def _channels(offs_p, D: tl.constexpr, HALF: tl.constexpr):
+    """Both channels of half-split pairs. The channels past the rotated ``2 HALF`` are paired with each other."""
+    if 2 * HALF == D:
+        first = offs_p
+        second = offs_p + HALF
+    else:
+        first = offs_p + tl.where(offs_p < HALF, 0, HALF)
+        second = offs_p + tl.where(offs_p < HALF, HALF, D // 2)
+    return first, second
+
+
+@triton.jit
+def _load_pairs(ptrs, offs_p, stride, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if INTERLEAVED:
+        pairs = tl.expand_dims(ptrs + 2 * offs_p * stride, -1) + tl.arange(0, 2) * stride
+        first, second = tl.split(tl.load(pairs, mask=tl.expand_dims(mask, -1), other=0.0))
+    else:
+        ch_a, ch_b = _channels(offs_p, D, HALF)
+        first = tl.load(ptrs + ch_a * stride, mask=mask, other=0.0)
+        second = tl.load(ptrs + ch_b * stride, mask=mask, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(ptrs, first, second, offs_p, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    dtype = ptrs.dtype.element_ty
+    if INTERLEAVED:
+        pairs = tl.expand_dims(ptrs + 2 * offs_p, -1) + tl.arange(0, 2)
+        tl.store(pairs, tl.join(first.to(dtype), second.to(dtype)), mask=tl.expand_dims(mask, -1))
+    else:
+        ch_a, ch_b = _channels(offs_p, D, HALF)
+        tl.store(ptrs + ch_a, first.to(dtype), mask=mask)
+        tl.store(ptrs + ch_b, second.to(dtype), mask=mask)
+
+
+@triton.jit
+def _turn(
+    first,
+    second,
+    cos_ptr,
+    sin_ptr,
+    offs_t,
+    offs_p,
+    stride_td,
+    mask,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """Rotate pairs; ``offs_t`` is the offset of the token's row in the tables. Pairs past ``HALF`` stay as they are."""
+    turned = mask & (offs_p < HALF)
+    cos = tl.load(cos_ptr + offs_t + offs_p * stride_td, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + offs_t + offs_p * stride_td, mask=turned, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    new_first = first * cos - second * sin
+    new_second = first * sin + second * cos
+    if PAIRS > HALF:
+        # Not left to the angle 0: there 0 * inf would be NaN.
+        new_first = tl.where(offs_p < HALF, new_first, first)
+        new_second = tl.where(offs_p < HALF, new_second, second)
+    return new_first, new_second
+
+
+@triton.jit
+def _load_weight(w_ptr, offs_p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    return _load_pairs(w_ptr + tl.zeros_like(offs_p), offs_p, 1, offs_p < D // 2, D, HALF, INTERLEAVED)
+
+
+@triton.jit
+def _rope_fwd_part(
+    x_ptr, out_ptr, w_ptr, cos_ptr, sin_ptr, batch, block, S, eps,
+    stride_xb, stride_xs, stride_xh, stride_xd, stride_ob, stride_os, stride_tb, stride_ts, stride_td,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    VECTOR_X: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_T: tl.constexpr,
+):  # fmt: skip
+    token, head, offs_p = _locate(block, H, PAIRS, WIDTH, BLOCK, NORM)
+    mask = (token < S) & (offs_p < PAIRS)
+    offs_x = _aligned(batch * stride_xb + token * stride_xs + head.to(tl.int64) * stride_xh, VECTOR_X, NORM)
+    offs_o = _aligned(batch * stride_ob + token * stride_os + head * D, VECTOR_O, NORM)
+    offs_t = _aligned(batch * stride_tb + token * stride_ts, VECTOR_T, NORM)
+    first, second = _load_pairs(x_ptr + offs_x, offs_p, stride_xd, mask, D, HALF, INTERLEAVED)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / D + eps)[:, None]
+        w_first, w_second = _load_weight(w_ptr, offs_p, D, HALF, INTERLEAVED)
+        first = first * scale * w_first
+        second = second * scale * w_second
+    first, second = _turn(first, second, cos_ptr, sin_ptr, offs_t, offs_p, stride_td, mask, PAIRS, HALF, INVERSE)
+    _store_pairs(out_ptr + offs_o, first, second, offs_p, mask, D, HALF, INTERLEAVED)
+
+
+@triton.jit
+def _rope_fwd_kernel(
+    q_ptr, k_ptr, out_q_ptr, out_k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_oqb, stride_oqs, stride_okb, stride_oks, stride_tb, stride_ts, stride_td,
+    S, blocks_q, blocks_k, eps,
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    PAIRS_Q: tl.constexpr, PAIRS_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    VECTOR_X: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_T: tl.constexpr,
+):  # fmt: skip
+    """Blocks of q, then blocks of k, for each batch."""
+    pid = tl.program_id(0)
+    batch = (pid // (blocks_q + blocks_k)).to(tl.int64)
+    block = pid % (blocks_q + blocks_k)
+    if block < blocks_q:
+        _rope_fwd_part(
+            q_ptr, out_q_ptr, qw_ptr, cos_ptr, sin_ptr, batch, block, S, eps,
+            stride_qb, stride_qs, stride_qh, stride_qd, stride_oqb, stride_oqs, stride_tb, stride_ts, stride_td,
+            H, D, HALF, PAIRS_Q, WIDTH, BLOCK, NORM_Q, INVERSE, INTERLEAVED, VECTOR_X, VECTOR_O, VECTOR_T,
+        )  # fmt: skip
+    else:
+        _rope_fwd_part(
+            k_ptr, out_k_ptr, kw_ptr, cos_ptr, sin_ptr, batch, block - blocks_q, S, eps,
+            stride_kb, stride_ks, stride_kh, stride_kd, stride_okb, stride_oks, stride_tb, stride_ts, stride_td,
+            HK, D, HALF, PAIRS_K, WIDTH, BLOCK, NORM_K, INVERSE, INTERLEAVED, VECTOR_X, VECTOR_O, VECTOR_T,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rope_norm_bwd_kernel(
+    g_ptr, x_ptr, w_ptr, out_ptr, grad_w_ptr, cos_ptr, sin_ptr,
+    stride_gb, stride_gs, stride_gh, stride_gd, stride_xb, stride_xs, stride_xh, stride_xd,
+    stride_ob, stride_os, stride_tb, stride_ts, stride_td, S, blocks, blocks_all, eps,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, VECTOR_X: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_T: tl.constexpr,
+):  # fmt: skip
+    """Gradient of q or of k through rotation and norm. Each program writes one row of the weight's gradient: no atomics."""
+    pid = tl.program_id(0)
+    PAIRS: tl.constexpr = D // 2
+    offs_w = tl.arange(0, WIDTH)[None, :]
+    w_first, w_second = _load_weight(w_ptr, offs_w, D, HALF, INTERLEAVED)
+    sum_first = tl.zeros([BLOCK // WIDTH, WIDTH], tl.float32)
+    sum_second = tl.zeros([BLOCK // WIDTH, WIDTH], tl.float32)
+    for index in range(pid, blocks_all, tl.num_programs(0)):
+        batch = (index // blocks).to(tl.int64)
+        token, head, offs_p = _locate(index % blocks, H, PAIRS, WIDTH, BLOCK, True)
+        mask = (token < S) & (offs_p < PAIRS)
+        offs_h = head.to(tl.int64)
+        offs_g = _aligned(batch * stride_gb + token * stride_gs + offs_h * stride_gh, VECTOR_X, True)
+        offs_x = _aligned(batch * stride_xb + token * stride_xs + offs_h * stride_xh, VECTOR_X, True)
+        offs_o = _aligned(batch * stride_ob + token * stride_os + head * D, VECTOR_O, True)
+        offs_t = _aligned(batch * stride_tb + token * stride_ts, VECTOR_T, True)
+        g_first, g_second = _load_pairs(g_ptr + offs_g, offs_p, stride_gd, mask, D, HALF, INTERLEAVED)
+        first, second = _load_pairs(x_ptr + offs_x, offs_p, stride_xd, mask, D, HALF, INTERLEAVED)
+        g_first, g_second = _turn(g_first, g_second, cos_ptr, sin_ptr, offs_t, offs_p, stride_td, mask, PAIRS, HALF, True)
+        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / D + eps)[:, None]
+        first = first * scale
+        second = second * scale
+        # A row that is not there has scale = rsqrt(eps), which may be infinite.
+        sum_first += tl.where(mask, g_first * first, 0.0)
+        sum_second += tl.where(mask, g_second * second, 0.0)
+        g_first = g_first * w_first
+        g_second = g_second * w_second
+        along = (tl.sum(g_first * first + g_second * second, 1) / D)[:, None]
+        g_first = scale * (g_first - first * along)
+        g_second = scale * (g_second - second * along)
+        _store_pairs(out_ptr + offs_o, g_first, g_second, offs_p, mask, D, HALF, INTERLEAVED)
+    total_first = tl.sum(sum_first, 0)[None, :]
+    total_second = tl.sum(sum_second, 0)[None, :]
+    rows = grad_w_ptr + pid.to(tl.int64) * D + tl.zeros_like(offs_w)
+    _store_pairs(rows, total_first, total_second, offs_w, offs_w < PAIRS, D, HALF, INTERLEAVED)
+
+
+def _vector(x: torch.Tensor, *strides: int) -> int:
+    """The largest power of two, up to 16 bytes of elements of ``x``, that divides all strides."""
+    bits = 16 // x.element_size()
+    for stride in strides:
+        bits |= stride
+    return bits & -bits
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Strides over batch, token, head and channel of ``[B, S, H, D]`` or ``[T, H, D]``."""
+    return x.stride() if x.dim() == 4 else (0, *x.stride())  # type: ignore[return-value]
+
+
+def _table_strides(cos: torch.Tensor) -> tuple[int, int, int]:
+    if cos.dim() == 2:
+        return (0, *cos.stride())  # type: ignore[return-value]
+    batch, token, pair = cos.stride()
+    return (0 if cos.shape[0] == 1 else batch), token, pair
+
+
+def _width(head_dim: int) -> int:
+    return triton.next_power_of_2(max(head_dim // 2, 1))
+
+
+def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
+
+def _launch_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    out_q: torch.Tensor,
+    out_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Outputs may be the inputs."""
+    heads, head_dim, kv_heads, half = q.shape[-2], q.shape[-1], k.shape[-2], cos.shape[-1]
+    batches, tokens = (q.shape[0], q.shape[1]) if q.dim() == 4 else (1, q.shape[0])
+    cos, sin = _same_layout(cos, sin)
+    width = _width(head_dim)
+    block = max(_BLOCK, width)
+    in_place = q.data_ptr() == out_q.data_ptr() and k.data_ptr() == out_k.data_ptr()
+    pairs, blocks = [], []
+    for count, weight in ((heads, q_weight), (kv_heads, k_weight)):
+        # In place the channels past the rotated ones are already there.
+        pairs.append(half if in_place and weight is None else head_dim // 2)
+        per_row = pairs[-1] if weight is None else width
+        blocks.append(triton.cdiv(tokens * count * per_row, block))
+    if batches * sum(blocks) == 0:
+        return
+    strides_q, strides_k, strides_t = _rows(q), _rows(k), _table_strides(cos)
+    strides_oq, strides_ok = _rows(out_q)[:2], _rows(out_k)[:2]
+    with torch.cuda.device_of(q):
+        _rope_fwd_kernel[(batches * sum(blocks),)](
+            q, k, out_q, out_k, q_weight, k_weight, cos, sin,
+            *strides_q, *strides_k, *strides_oq, *strides_ok, *strides_t, tokens, *blocks, eps,
+            H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
+            PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
+            NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
+            VECTOR_X=_vector(q, *strides_q[:3], *strides_k[:3]), VECTOR_O=_vector(q, head_dim, *strides_oq, *strides_ok),
+            VECTOR_T=_vector(cos, *strides_t[:2]), num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _norm_bwd(
+    grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, head_dim = grad.shape[-2:]
+    batches, tokens = (grad.shape[0], grad.shape[1]) if grad.dim() == 4 else (1, grad.shape[0])
+    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    if out.numel() == 0:
+        return out, torch.zeros_like(weight)
+    cos, sin = _same_layout(cos, sin)
+    width = _width(head_dim)
+    block = max(_BLOCK, width)
+    blocks = triton.cdiv(tokens * heads, block // width)
+    programs = 2 if INTERPRETED else 8 * torch.cuda.get_device_properties(grad.device).multi_processor_count
+    programs = min(programs, batches * blocks)
+    partial = torch.empty(programs, head_dim, dtype=torch.float32, device=grad.device)
+    strides_g, strides_x, strides_o, strides_t = _rows(grad), _rows(x), _rows(out)[:2], _table_strides(cos)
+    with torch.cuda.device_of(grad):
+        _rope_norm_bwd_kernel[(programs,)](
+            grad, x, weight, out, partial, cos, sin,
+            *strides_g, *strides_x, *strides_o, *strides_t, tokens, blocks, batches * blocks, eps,
+            H=heads, D=head_dim, HALF=cos.shape[-1], WIDTH=width, BLOCK=block, INTERLEAVED=interleaved,
+            VECTOR_X=_vector(grad, *strides_g[:3], *strides_x[:3]), VECTOR_O=_vector(grad, head_dim, *strides_o),
+            VECTOR_T=_vector(cos, *strides_t[:2]), num_warps=_WARPS,
+        )  # fmt: skip
+    return out, partial.sum(0).to(weight.dtype)
+
+
+def _why_not(x: torch.Tensor, cos: torch.Tensor, *weights: torch.Tensor | None) -> str | None:
+    for tensor in (x, cos, *weights):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"it takes fp32, bf16 and fp16, not {tensor.dtype}"
+    return None
+
+
+def why_not_rope_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> str | None:
+    return _why_not(q, cos, q_weight, k_weight)
+
+
+def rope_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch_fwd(q, k, out_q, out_k, cos, sin, q_weight, k_weight, eps, interleaved, False)
+    return out_q, out_k
+
+
+def why_not_rope_bwd(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> str | None:
+    return _why_not(grad_q, cos, q_weight, k_weight)
+
+
+def rope_bwd(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    outs: list[torch.Tensor | None] = [None, None]
+    grad_weights = [grad_q.new_empty(0), grad_k.new_empty(0)]
+    for i, (grad, x, weight) in enumerate(((grad_q, q, q_weight), (grad_k, k, k_weight))):
+        if weight is not None and x is not None:
+            outs[i], grad_weights[i] = _norm_bwd(grad, x, cos, sin, weight, eps, interleaved)
+    out_q, out_k = outs
+    # What has no norm is only turned back, both in one launch; a side that is done goes in without heads.
+    new_q = out_q if out_q is not None else torch.empty(grad_q.shape, dtype=grad_q.dtype, device=grad_q.device)
+    new_k = out_k if out_k is not None else torch.empty(grad_k.shape, dtype=grad_k.dtype, device=grad_k.device)
+    if out_q is None or out_k is None:
+        keep_q, keep_k = (slice(None) if out is None else slice(0) for out in outs)
+        _launch_fwd(
+            grad_q[..., keep_q, :], grad_k[..., keep_k, :], new_q[..., keep_q, :], new_k[..., keep_k, :],
+            cos, sin, None, None, eps, interleaved, True,
+        )  # fmt: skip
+    return new_q, new_k, grad_weights[0], grad_weights[1]
+
+
+def _heads(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of q and k, ``[..., heads, D]``, and of v, ``[..., Hk D]``."""
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    q, k, v = qkv.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], -1)
+    return q.unflatten(-1, (num_heads, head_dim)), k.unflatten(-1, (num_kv_heads, head_dim)), v
+
+
+def why_not_rope_qkv_(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    interleaved: bool,
+) -> str | None:
+    if qkv.stride(-1) != 1:
+        return "it writes rows whose last dimension is contiguous"
+    return _why_not(qkv, cos, q_weight, k_weight)
+
+
+def rope_qkv_(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    q, k, _ = _heads(qkv, num_heads, num_kv_heads)
+    _launch_fwd(q, k, q, k, cos, sin, q_weight, k_weight, eps, interleaved, False)
+
+
+def why_not_rope_qkv_bwd(
+    grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_kv_heads: int, interleaved: bool
+) -> str | None:
+    return _why_not(grad, cos)
+
+
+def rope_qkv_bwd(
+    grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_kv_heads: int, interleaved: bool
+) -> torch.Tensor:
+    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    q, k, v = _heads(grad, num_heads, num_kv_heads)
+    out_q, out_k, out_v = _heads(out, num_heads, num_kv_heads)
+    _launch_fwd(q, k, out_q, out_k, cos, sin, None, None, 0.0, interleaved, True)
+    out_v.copy_(v)
+    return out
