@@ -1,2 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.nn modules over the operators: parameters and one call each, with the state_dict of the layer they replace."""
+
+from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
+from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
+from vlmkernels.nn.patch_embed3d import PatchEmbed3d
+from vlmkernels.nn.qformer import QFormerLayer
+from vlmkernels.nn.self_attention import SelfAttention
+
+__all__ = [
+    "ATTENTION_LAYOUTS",
+    "PATCH_EMBED_LAYOUTS",
+    "AttentionLayout",
+    "CrossAttention",
+    "PatchEmbed",
+    "PatchEmbed3d",
+    "PatchEmbedLayout",
+    "QFormerLayer",
+    "SelfAttention",
+]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention: queries, or text, that read the tokens of images."""
+
+import torch
+
+from vlmkernels.masks import KeyRanges
+from vlmkernels.nn._attention import AttentionLayout, ProjectedAttention
+from vlmkernels.ops._op import bad_argument
+
+
+class CrossAttention(ProjectedAttention):
+    """``out(attention(q(x), k(context), v(context)))``.
+
+    Args:
+        embed_dim: width ``C`` of the queries and the output.
+        num_heads: query heads ``H``.
+        num_kv_heads: key and value heads, a divisor of ``H``; ``H`` by default.
+        head_dim: width ``D`` of a head; ``embed_dim // num_heads`` by default.
+        context_dim: width of the context; ``embed_dim`` by default.
+        layout: the names of the parameters: ``"bert"`` (Q-Former, without an output projection), ``"llama"`` (mllama),
+            ``"clip"``, ``"flamingo"`` and ``"timm_pool"`` (K and V fused), or an ``AttentionLayout`` of your own.
+        bias: whether the input projections have one.
+        out_bias: the same of the output projection; like ``bias`` by default.
+        qk_norm: None, or ``"rms"``: RMSNorm over each head of q and k (mllama), or ``"gemma"``.
+        norm_eps: of those norms.
+        scale: the factor on the logits; ``1 / sqrt(D)`` by default.
+        softcap: see ``vlmkernels.ops.attention.attention``.
+        attention_dropout: kept so that a configuration can be passed on; only 0 can train.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        context_dim: int | None = None,
+        layout: str | AttentionLayout = "bert",
+        bias: bool = True,
+        out_bias: bool | None = None,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        attention_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            embed_dim if context_dim is None else context_dim,
+            layout=layout,
+            bias=bias,
+            out_bias=out_bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            scale=scale,
+            softcap=softcap,
+            causal=False,
+            attention_dropout=attention_dropout,
+            device=device,
+            dtype=dtype,
+        )
+        if len(self.layout.projections) == 1:
+            raise bad_argument("layout", f"a fused {self.layout.projections[0]}", "Q apart from K and V")
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, ranges: KeyRanges | None = None) -> torch.Tensor:
+        """Let each query read its keys.
+
+        Args:
+            x: ``[B, Sq, C]``, or packed ``[Tq, C]``.
+            context: ``[B, Sk, context_dim]``, or packed ``[Tk, context_dim]``. Where one of the two batches is 1, it serves the
+                whole batch of the other: learned queries are projected once.
+            ranges: the keys that each query sees, ``[B|1, Sq]`` (packed: ``[1, Tq]``), for example
+                ``KeyRanges.key_padding(lengths, Sq)``; all of them by default.
+
+        Returns:
+            ``[B, Sq, C]``, packed ``[Tq, C]``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
+
+        Raises:
+            ValueError: a shape that doesn't fit, or training with ``attention_dropout > 0``.
+        """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
+            raise bad_argument("x", f"shape {tuple(x.shape)}", f"[B, Sq, {self.embed_dim}] or [Tq, {self.embed_dim}]")
+        if context.dim() != x.dim() or context.shape[-1] != self.context_dim:
+            wanted = f"[B, Sk, {self.context_dim}]" if x.dim() == 3 else f"[Tk, {self.context_dim}]"
+            raise bad_argument("context", f"shape {tuple(context.shape)}", wanted)
+        q, k, v = self._project(x, context)
+        q, k = self._position(q, k, None)
+        if q.dim() == 4 and q.shape[0] != k.shape[0]:
+            if q.shape[0] == 1:
+                q = q.expand(k.shape[0], -1, -1, -1)
+            elif k.shape[0] == 1:
+                k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+            else:
+                raise bad_argument("context", f"a batch of {k.shape[0]}", f"x's {q.shape[0]}, or 1 in either")
+        return self._attend(q, k, v, ranges)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention of a vision tower or a decoder, with the state_dict of the layer it replaces."""
+
+import torch
+
+from vlmkernels.masks import KeyRanges
+from vlmkernels.nn._attention import AttentionLayout, ProjectedAttention
+from vlmkernels.ops._op import bad_argument
+
+
+class SelfAttention(ProjectedAttention):
+    """``out(attention(q(x), k(x), v(x)))``.
+
+    ``SelfAttention(1152, 16, layout="clip").load_state_dict(siglip_attention.state_dict())`` is all that a replacement takes:
+    parameters have the names and shapes of the original, fused or separate.
+
+    Args:
+        embed_dim: width ``C`` of the input and the output.
+        num_heads: query heads ``H``.
+        num_kv_heads: key and value heads, a divisor of ``H``; ``H`` by default.
+        head_dim: width ``D`` of a head; ``embed_dim // num_heads`` by default.
+        layout: the names of the parameters, and with them whether Q, K and V are one matrix: ``"clip"``, ``"llama"``, ``"bert"``,
+            ``"blip"``, ``"timm"`` (docs/nn.md lists the layers of each), or an ``AttentionLayout`` of your own.
+        bias: whether the input projections have one.
+        out_bias: the same of the output projection; like ``bias`` by default.
+        qk_norm: None; ``"rms"``: RMSNorm over each head of q and k (Qwen3); ``"gemma"``: the same with weight ``1 + w``.
+        norm_eps: of those norms.
+        scale: the factor on the logits; ``1 / sqrt(D)`` by default.
+        softcap: see ``vlmkernels.ops.attention.attention``.
+        causal: each token sees no later token.
+        attention_dropout: kept so that a configuration can be passed on; only 0 can train.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        layout: str | AttentionLayout = "clip",
+        bias: bool = True,
+        out_bias: bool | None = None,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            embed_dim,
+            layout=layout,
+            bias=bias,
+            out_bias=out_bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            scale=scale,
+            softcap=softcap,
+            causal=causal,
+            attention_dropout=attention_dropout,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ranges: KeyRanges | None = None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend within each row of the batch, or within a packed sequence.
+
+        Args:
+            x: ``[B, S, C]``, or packed ``[T, C]``.
+            ranges: the keys that each token sees, ``[B|1, S]`` (packed: ``[1, T]``); all of them by default.
+            rope: the tables ``(cos, sin)`` of the rotary embedding, each ``[B|1, S, R/2]`` (packed: ``[1, T, R/2]``), half of
+                what Hugging Face passes as ``position_embeddings``: ``cos[..., : R // 2]``. None: no rotary embedding.
+
+        Returns:
+            Like ``x``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
+
+        Raises:
+            ValueError: a shape that doesn't fit, or training with ``attention_dropout > 0``.
+        """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
+            raise bad_argument("x", f"shape {tuple(x.shape)}", f"[B, S, {self.embed_dim}] or [T, {self.embed_dim}]")
+        q, k, v = self._project(x, x)
+        q, k = self._position(q, k, rope)
+        return self._attend(q, k, v, ranges)
