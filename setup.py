@@ -28,7 +28,12 @@ def say(text: str) -> None:
 def find_nvcc() -> str | None:
     """The nvcc that CMake would be told to use: the environment's choice, the PATH, then the usual place."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    candidates = [os.environ.get("CUDACXX", ""), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        os.environ.get("CUDACXX", ""),
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     return next((found for c in candidates if c and (found := shutil.which(c))), None)
 
 

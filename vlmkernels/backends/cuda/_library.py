@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared library: found, loaded once with ctypes, checked for its version, and called on the stream that torch is using.
+
+The structures are those of ``csrc/vlmkernels.h``; ``tests/test_build.py`` compares their layouts with the compiler's.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABI_VERSION = 1
+PATH = Path(__file__).resolve().parents[2] / "lib" / "libvlmkernels.so"
+
+
+class TileBoundsParams(ctypes.Structure):
+    """``VlmkTileBoundsParams``."""
+
+    _fields_ = [
+        ("start", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
+        ("q_bounds", ctypes.c_void_p),
+        ("k_bounds", ctypes.c_void_p),
+        ("start_stride_b", ctypes.c_int64),
+        ("start_stride_q", ctypes.c_int64),
+        ("stop_stride_b", ctypes.c_int64),
+        ("stop_stride_q", ctypes.c_int64),
+        ("batch", ctypes.c_int32),
+        ("num_queries", ctypes.c_int32),
+        ("num_keys", ctypes.c_int32),
+    ]
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not PATH.exists():
+        return "the CUDA library was not built (install with nvcc on the PATH and VLMKERNELS_CUDA=1)"
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    library.vlmk_last_error.restype = ctypes.c_char_p
+    version = library.vlmk_abi_version()
+    if version != ABI_VERSION:
+        return f"the CUDA library {PATH} is of interface version {version}, wanted {ABI_VERSION}: install vlmkernels again"
+    return library
+
+
+def why_not_loadable() -> str | None:
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+class EntryPoint:
+    """A function ``int vlmk_<op>(const Params*, void* stream)`` of the library."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @functools.cached_property
+    def _function(self) -> Any:
+        # No argtypes: byref() and c_void_p need no conversion, and checking them would cost as much as the call.
+        return getattr(_loaded(), self._name)
+
+    def __call__(self, params: ctypes.Structure, device: torch.device) -> None:
+        """Launch on the current stream of ``device``.
+
+        Raises:
+            RuntimeError: the entry point returned an error; the message is the library's.
+        """
+        index = device.index
+        if index == torch._C._cuda_getDevice():
+            self._launch(params, index)
+        else:
+            with torch.cuda.device(index):
+                self._launch(params, index)
+
+    def _launch(self, params: ctypes.Structure, index: int) -> None:
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
+        code = self._function(ctypes.byref(params), stream)
+        if code:
+            text: bytes = _loaded().vlmk_last_error()
+            raise RuntimeError(f"{self._name} failed with CUDA error {code}: {text.decode(errors='replace')}")
