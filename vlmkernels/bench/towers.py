@@ -6,6 +6,7 @@ layer does the same work. Queries, keys and values are those that the module han
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,24 +49,25 @@ class Tower:
         return _build(self.model, self.config, device, dtype)
 
 
-def _vit(hidden: int, heads: int, mlp: int, resolution: int, patch: int, **more: Any) -> dict[str, Any]:
+def vit_config(hidden: int, heads: int, mlp: int, resolution: int, patch: int, **more: Any) -> dict[str, Any]:
+    """The sizes of a vision tower of one layer, under transformers' names."""
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": mlp}
     return {**sizes, "image_size": resolution, "patch_size": patch, "num_hidden_layers": 1, **more}
 
 
-VIT_B = Tower("ViT-B/16@224", ("vit", "ViTModel"), ("ViTConfig", _vit(768, 12, 3072, 224, 16)), (256, 2), photos.HALF)
+VIT_B = Tower("ViT-B/16@224", ("vit", "ViTModel"), ("ViTConfig", vit_config(768, 12, 3072, 224, 16)), (256, 2), photos.HALF)
 CLIP_L = Tower(
-    "CLIP-L/14@336", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", _vit(1024, 16, 4096, 336, 14)), (128, 1), photos.CLIP
+    "CLIP-L/14@336", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", vit_config(1024, 16, 4096, 336, 14)), (128, 1), photos.CLIP
 )
 SIGLIP = Tower(
     "SigLIP-So400m/14@384",
     ("siglip", "SiglipVisionModel"),
-    ("SiglipVisionConfig", _vit(1152, 16, 4304, 384, 14, vision_use_head=False)),
+    ("SiglipVisionConfig", vit_config(1152, 16, 4304, 384, 14, vision_use_head=False)),
     (64, 1),
     photos.HALF,
 )
 EVA_G = Tower(
-    "EVA-g/14@224", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", _vit(1408, 16, 6144, 224, 14)), (128, 2), photos.CLIP
+    "EVA-g/14@224", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", vit_config(1408, 16, 6144, 224, 14)), (128, 2), photos.CLIP
 )
 #: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second layer.
 QFORMER_CONFIG = {"num_hidden_layers": 1, "cross_attention_frequency": 1, "encoder_hidden_size": 1408}
@@ -75,6 +77,7 @@ QUERIES = 32
 def _build(
     model: tuple[str, str], config: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
+    _hide_broken_torchvision()
     need("transformers")
     modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
     configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
@@ -83,6 +86,18 @@ def _build(
         settings = getattr(configuration, config[0])(**config[1], attn_implementation="eager")
         module: torch.nn.Module = getattr(modeling, model[1])(settings)
     return module.to(device=device, dtype=dtype).eval()
+
+
+def _hide_broken_torchvision() -> None:
+    """Make transformers do without a torchvision that was built for another torch: no model here uses it."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        pass
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # find_spec then finds none
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs workloads: sets up every provider, compares its result, and only then times it."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+
+from vlmkernels.bench import Unavailable
+from vlmkernels.bench.ceilings import Ceilings
+from vlmkernels.bench.peers import Provider
+from vlmkernels.bench.timing import Timing, device_times, host_times
+from vlmkernels.bench.workloads import OURS, Case, Workload
+from vlmkernels.ops._op import Op
+
+#: A peer's own rounding is not ours to judge, so it is timed up to this many floors. Beyond, it computes something else.
+PEER_BOUND = 64.0
+
+
+@dataclass
+class Row:
+    """One provider on one workload. ``status`` is ok, wrong, unavailable (it can't run, see ``reason``) or failed."""
+
+    suite: str
+    op: str
+    workload: str
+    direction: str
+    provider: str
+    status: str
+    reason: str = ""
+    dtype: str = ""
+    clock: str = "device"
+    backends: list[str] = field(default_factory=list)
+    error_over_floor: float | None = None
+    bound: float | None = None
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    samples: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    tflops: float | None = None
+    gbs: float | None = None
+    ceiling: str = ""
+    ceiling_share: float | None = None
+    best_peer: str = ""
+    speedup: float | None = None  # time of the best peer over ours
+
+    @property
+    def id(self) -> str:
+        return f"{self.suite}/{self.op}/{self.workload}/{self.direction}"
+
+    def record(self) -> dict[str, Any]:
+        """The row as one JSON object."""
+        return {"record": "row", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run. Times are milliseconds per provider; ``peers`` keeps those whose name has one of the words."""
+
+    compile: bool = True
+    peers: tuple[str, ...] = ()
+    budget_ms: float = 60.0
+    time_limit: float = float("inf")
+
+
+@contextlib.contextmanager
+def backends_used() -> Iterator[list[str]]:
+    """The names of the backends that ops choose inside, in order of first use."""
+    used: list[str] = []
+    select = Op.select
+
+    def recording(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
+        function = select(self, backend, *args)
+        name = function.__module__.split(".")[2] if function.__module__.startswith("vlmkernels.backends.") else "?"
+        if name not in used:
+            used.append(name)
+        return function
+
+    Op.select = recording  # type: ignore[method-assign]
+    try:
+        yield used
+    finally:
+        Op.select = select  # type: ignore[method-assign]
+
+
+def run(
+    work: Sequence[Workload],
+    device: torch.device,
+    ceilings: Ceilings,
+    options: Options,
+    progress: Callable[[str], None] = lambda message: None,
+) -> tuple[list[Row], list[str]]:
+    """Run workloads one after the other.
+
+    Args:
+        progress: called with the name of what starts.
+
+    Returns:
+        the rows, ours first in each workload, and a line for everything that was left out.
+    """
+    rows, left_out = [], []
+    started = time.perf_counter()
+    for workload in work:
+        if workload.gpu_only and device.type != "cuda":
+            left_out.append(f"{workload.id}: {workload.gpu_only}")
+        elif time.perf_counter() - started > options.time_limit:
+            left_out.append(f"{workload.id}: the time limit of {options.time_limit:g} s was reached")
+        else:
+            progress(workload.id)
+            rows += run_workload(workload, device, ceilings, options, progress)
+            _free(device)
+    if device.type != "cuda" and any(not workload.gpu_only for workload in work):
+        left_out.append("on a CPU: torch.compile, FlexAttention, FlashAttention and cuDNN peers; large batches; bf16")
+    if not options.compile:
+        left_out.append("peers that go through torch.compile, as asked")
+    if options.peers:
+        left_out.append(f"peers without {' or '.join(options.peers)} in their name, as asked")
+    return rows, left_out
+
+
+def run_workload(
+    workload: Workload, device: torch.device, ceilings: Ceilings, options: Options, progress: Callable[[str], None] = lambda m: None
+) -> list[Row]:
+    """All rows of one workload."""
+
+    def row(provider: str, status: str, reason: str = "") -> Row:
+        return Row(workload.suite, workload.op, workload.name, workload.direction, provider, status, reason)
+
+    try:
+        case = workload.build(device)
+    except Exception as error:  # whatever goes wrong in setting up a workload belongs in the report, beside the others
+        return [row(OURS, "failed", f"inputs: {_message(error)}")]
+    rows, calls = [], {}
+    # The backward passes of peers are called many times: compiled ones must keep what they saved.
+    with torch.no_grad(), functorch_config.patch(donated_buffer=False):
+        for provider in _selected(case, options):
+            progress(f"{workload.id}: {provider.name}")
+            new = row(provider.name, "ok")
+            new.dtype, new.clock, new.flops, new.bytes = str(case.dtype).removeprefix("torch."), case.clock, case.flops, case.bytes
+            call = _checked(provider, case, new)
+            rows.append(new)
+            if call is not None:
+                calls[provider.name] = call
+        timings = host_times(calls, device) if case.clock == "host" else device_times(calls, device, options.budget_ms)
+    for new in rows:
+        if new.provider in timings:
+            _fill(new, timings[new.provider], ceilings)
+    _rank(rows)
+    return rows
+
+
+def _selected(case: Case, options: Options) -> list[Provider]:
+    chosen = [p for p in case.peers if options.compile or not p.compiled]
+    if options.peers:
+        chosen = [p for p in chosen if any(word in p.name for word in options.peers)]
+    return [case.ours, *chosen]
+
+
+def _checked(provider: Provider, case: Case, row: Row) -> Callable[[], Any] | None:
+    """Set a provider up, call it, compare. Its call if the result is right; fills in the row's error and status."""
+    ours = provider.name == OURS
+    try:
+        with backends_used() as used:
+            call = provider.prepare()
+            result = call()
+        row.backends = list(used)
+        comparisons = case.check(result)
+    except Unavailable as error:
+        row.status, row.reason = "unavailable", str(error)
+        return None
+    except Exception as error:  # a peer may fail in any way; ours fails the run
+        row.status, row.reason = "failed" if ours else "unavailable", _message(error)
+        return None
+    worst = max(range(len(comparisons)), key=lambda i: comparisons[i].ratio)
+    row.error_over_floor, row.bound = comparisons[worst].ratio, comparisons[worst].bound
+    wrong = not all(comparisons) if ours else not row.error_over_floor <= PEER_BOUND
+    if wrong:
+        row.status = "wrong"
+        row.reason = f"{case.outputs[worst]} is {row.error_over_floor:.3g} floors off {comparisons[worst].note}".strip()
+        return None
+    return call
+
+
+def _fill(row: Row, timing: Timing, ceilings: Ceilings) -> None:
+    row.ms, row.ms_low, row.ms_high, row.samples = timing.ms, timing.low, timing.high, timing.samples
+    if row.clock == "host":
+        return
+    row.tflops, row.gbs = row.flops / timing.ms / 1e9, row.bytes / timing.ms / 1e6
+    row.ceiling = ceilings.bound_by(row.flops, row.bytes)
+    row.ceiling_share = ceilings.best_ms(row.flops, row.bytes) / timing.ms
+
+
+def _rank(rows: list[Row]) -> None:
+    timed = [(row.ms, row.provider) for row in rows if row.provider != OURS and row.ms is not None]
+    ours = next(row for row in rows if row.provider == OURS)
+    if timed and ours.ms is not None:
+        best_ms, ours.best_peer = min(timed)
+        ours.speedup = best_ms / ours.ms
+
+
+def _message(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _free(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which workloads belong to which suite."""
+
+import dataclasses
+
+import torch
+
+from vlmkernels.bench import towers
+from vlmkernels.bench.workloads import (
+    Case,
+    Workload,
+    random_attention,
+    rope_case,
+    tower_attention,
+    tower_patch_embed,
+)
+
+LARGE = "it is sized for a GPU"
+HOST = "host time is measured where the work itself runs on a GPU"
+
+
+def _main() -> list[Workload]:
+    work = []
+    for tower in (towers.VIT_B, towers.CLIP_L, towers.SIGLIP):
+        work.append(Workload("main", "patch_embed", tower.name, "fwd", tower_patch_embed(tower)))
+        work.append(Workload("main", "attention", tower.name, "fwd", tower_attention(tower)))
+    work.append(Workload("main", "attention", "BLIP-2 Q-Former 32x257", "fwd", tower_attention(None)))
+    return work
+
+
+#: name, mask, (B, H, Hk, Sq, Sk, D), directions.
+ATTENTION = (
+    ("dense 8192 D64", "", (4, 16, 16, 8192, 8192, 64), ("fwd", "bwd")),
+    ("SigLIP2 4096 D72", "", (8, 16, 16, 4096, 4096, 72), ("fwd", "bwd")),
+    ("ViT-H 4096 D80", "", (8, 16, 16, 4096, 4096, 80), ("fwd", "bwd")),
+    ("dense 8192 D128", "", (2, 16, 16, 8192, 8192, 128), ("fwd", "bwd")),
+    ("causal 4096 D128 GQA4", "causal", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
+    ("prefix-LM 1024+3072 D128 GQA4", "prefix", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
+    ("Gemma-3 image blocks 4096 D128 GQA4", "image_blocks", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
+    ("Gemma-3 image blocks 4096 D256 GQA2", "image_blocks", (4, 8, 4, 4096, 4096, 256), ("fwd", "bwd")),
+    ("mllama cross 2048x6404 D128 GQA4", "", (2, 32, 8, 2048, 6404, 128), ("fwd",)),
+    ("resampler 64x1024 D128", "", (32, 16, 16, 64, 1024, 128), ("fwd", "bwd")),
+)
+
+
+def _attention() -> list[Workload]:
+    return [
+        Workload("attention", "attention", name, direction, random_attention(shape, mask, direction == "bwd"), LARGE)
+        for name, mask, shape, directions in ATTENTION
+        for direction in directions
+    ]
+
+
+def _patch_embed() -> list[Workload]:
+    work = []
+    for tower in (towers.VIT_B, towers.CLIP_L, towers.SIGLIP, towers.EVA_G):
+        work.append(Workload("patch_embed", "patch_embed", tower.name, "fwd", tower_patch_embed(tower)))
+        work.append(Workload("patch_embed", "patch_embed", f"{tower.name} uint8", "fwd", tower_patch_embed(tower, uint8=True)))
+    for tower in (towers.CLIP_L, towers.SIGLIP):
+        work.append(Workload("patch_embed", "patch_embed", tower.name, "bwd", tower_patch_embed(tower, backward=True)))
+    return work
+
+
+def _rope() -> list[Workload]:
+    shapes = {
+        "Qwen2-VL vision 16384 D80": ((1, 16384, 16, 16, 80), False),
+        "Qwen2-VL-7B text 4x4096 D128": ((4, 4096, 28, 4, 128), False),
+        "Qwen3-VL-8B text 4x4096 D128 with q/k norm": ((4, 4096, 32, 8, 128), True),
+    }
+    return [Workload("rope", "rope", name, "fwd", rope_case(shape, norm), LARGE) for name, (shape, norm) in shapes.items()]
+
+
+def _host(case: Case) -> Case:
+    return dataclasses.replace(case, clock="host")
+
+
+def _tiny_tower(device: torch.device) -> Case:
+    tower = towers.Tower("", towers.VIT_B.model, ("ViTConfig", towers.vit_config(64, 1, 64, 32, 16)), (1, 1), towers.photos.HALF)
+    return tower_patch_embed(tower)(device)
+
+
+def _overhead() -> list[Workload]:
+    tiny = (1, 4, 4, 64, 64, 64)
+    builds = {
+        "attention": ("attention", random_attention(tiny)),
+        "attention, image blocks": ("attention", random_attention((1, 4, 4, 512, 512, 64), "image_blocks")),
+        "patch_embed": ("patch_embed", _tiny_tower),
+        "rope": ("rope", rope_case((1, 64, 4, 4, 64))),
+    }
+    return [
+        Workload("overhead", op, name, "fwd", lambda device, build=build: _host(build(device)), HOST)  # type: ignore[misc]
+        for name, (op, build) in builds.items()
+    ]
+
+
+def _smoke() -> list[Workload]:
+    shape = (2, 4, 2, 24, 24, 16)
+    return [
+        Workload("smoke", "attention", "dense", "fwd", random_attention(shape)),
+        Workload("smoke", "attention", "causal", "bwd", random_attention(shape, "causal", backward=True)),
+        Workload("smoke", "attention", "prefix", "fwd", random_attention(shape, "prefix")),
+        Workload("smoke", "rope", "norm", "fwd", rope_case((2, 24, 4, 2, 16), norm=True)),
+    ]
+
+
+#: main: published towers on real photos. smoke: seconds, to see whether everything runs.
+SUITES = {
+    "main": _main,
+    "attention": _attention,
+    "patch_embed": _patch_embed,
+    "rope": _rope,
+    "overhead": _overhead,
+    "smoke": _smoke,
+}
+
+
+def workloads(*suites: str) -> list[Workload]:
+    """The workloads of the named suites.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    for name in suites:
+        if name not in SUITES:
+            raise ValueError(f"suite: got {name!r}, wanted one of {', '.join(SUITES)}")
+    return [work for name in suites for work in SUITES[name]()]
