@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch embedding in Triton: cut the pixels into a matrix of patches, multiply with everything added in the epilogue, normalise.
+
+Three kernels at most. The first writes the matrix of patches once, normalised, in the weight's dtype and with rows that TMA can
+read; rows that are a matrix already skip it. The second is a persistent matrix product (TMA from sm_90 on) that adds bias and
+position and writes each row behind its image's prefix tokens. The third is the LayerNorm, in place. docs/patch_embed.md says why.
+"""
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vlmkernels.backends.triton import INTERPRETED
+
+CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
+
+
+@triton.jit(do_not_specialize=["stride_am"])
+def _patch_embed_cut_kernel(
+    x_ptr, a_ptr, stride_am,
+    rows_1, rows_2, rows_3,
+    stride_r0, stride_r1, stride_r2, stride_r3,
+    stride_k0, stride_k1, stride_k2, stride_k3,
+    K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_RUN: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows and columns of the matrix are four dimensions of the pixels each; all strides but stride_k3 count groups of VEC.
+
+    Triton doesn't learn that stride_am is a multiple of 16: it would give each thread 16 bytes to store, and with them loads
+    that lie that far apart in neighbouring threads.
+    """
+    blocks_k: tl.constexpr = (K_PADDED + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    offs_k = (pid % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid = pid // blocks_k
+    blocks_r = tl.cdiv(rows_3, BLOCK_R)
+    offs_r = (pid % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    strip = pid // blocks_r
+    mask = (offs_r < rows_3)[:, None] & (offs_k < K)[None, :]
+
+    r2 = (strip % rows_2).to(tl.int64)
+    r1 = (strip // rows_2 % rows_1).to(tl.int64)
+    r0 = (strip // rows_2 // rows_1).to(tl.int64)
+    rows = r0 * stride_r0 + r1 * stride_r1 + r2 * stride_r2 + offs_r.to(tl.int64) * stride_r3
+    k2 = (offs_k // K3 % K2).to(tl.int64)
+    k1 = (offs_k // (K3 * K2) % K1).to(tl.int64)
+    k0 = (offs_k // (K3 * K2 * K1)).to(tl.int64)
+    columns = (k0 * stride_k0 + k1 * stride_k1 + k2 * stride_k2) * VEC + (offs_k % K3).to(tl.int64) * stride_k3
+    x = tl.load(x_ptr + (rows * VEC)[:, None] + columns[None, :], mask=mask, other=0)
+    if SCALE is not None:
+        channel = offs_k // CHANNEL_RUN % CHANNELS
+        scale = tl.zeros([BLOCK_K], tl.float32)
+        shift = tl.zeros([BLOCK_K], tl.float32)
+        for c in tl.static_range(CHANNELS):
+            scale = tl.where(channel == c, SCALE[c], scale)
+            shift = tl.where(channel == c, SHIFT[c], shift)
+        x = tl.where(mask, x.to(tl.float32) * scale[None, :] + shift[None, :], 0.0)
+    out = (strip.to(tl.int64) * rows_3 + offs_r) * stride_am * VEC
+    mask_out = (offs_r < rows_3)[:, None] & (offs_k < K_PADDED)[None, :]
+    tl.store(a_ptr + out[:, None] + offs_k[None, :], x.to(a_ptr.dtype.element_ty), mask=mask_out)
+
+
+@triton.jit
+def _patch_embed_gemm_kernel(
+    a_src, w_src, bias_ptr, prefix_ptr, pos_ptr, out_ptr,
+    M, batch, n_patches, n_prefix,
+    stride_am, stride_wd, stride_pos_b, stride_pos_n,
+    D: tl.constexpr, K: tl.constexpr,
+    POS_ON_PREFIX: tl.constexpr, USE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    n_tokens = n_prefix + n_patches
+    if prefix_ptr is not None:
+        for row in range(pid, batch * n_prefix, programs):
+            b = (row // n_prefix).to(tl.int64)
+            i = row % n_prefix
+            for first_d in range(0, D, BLOCK_N):
+                offs_d = first_d + tl.arange(0, BLOCK_N)
+                token = tl.load(prefix_ptr + i * D + offs_d, mask=offs_d < D).to(tl.float32)
+                if POS_ON_PREFIX:
+                    token += tl.load(pos_ptr + b * stride_pos_b + i * stride_pos_n + offs_d, mask=offs_d < D).to(tl.float32)
+                tl.store(out_ptr + (b * n_tokens + i) * D + offs_d, token.to(out_ptr.dtype.element_ty), mask=offs_d < D)
+
+    # Neighbouring programs take the tiles of one row block: A is read from memory once, and the weight stays in L2.
+    tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
+    for tile in tl.range(pid, tiles, programs, flatten=True):
+        first_m = tile // tiles_n * BLOCK_M
+        first_n = tile % tiles_n * BLOCK_N
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first_k in range(0, K, BLOCK_K):
+            if USE_TMA:
+                a = a_src.load([first_m, first_k])
+                w = w_src.load([first_n, first_k])
+            else:
+                offs_k = first_k + tl.arange(0, BLOCK_K)
+                a_rows = a_src + offs_m.to(tl.int64)[:, None] * stride_am
+                w_rows = w_src + offs_n.to(tl.int64)[:, None] * stride_wd
+                mask_k = (offs_k < K)[None, :]
+                a = tl.load(a_rows + offs_k[None, :], mask=(offs_m < M)[:, None] & mask_k, other=0.0)
+                w = tl.load(w_rows + offs_k[None, :], mask=(offs_n < D)[:, None] & mask_k, other=0.0)
+            acc = tl.dot(a, w.T, acc, input_precision="ieee")
+
+        mask = (offs_m < M)[:, None] & (offs_n < D)[None, :]
+        b = offs_m // n_patches
+        n = offs_m - b * n_patches
+        b = b.to(tl.int64)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < D, other=0.0).to(tl.float32)[None, :]
+        if pos_ptr is not None:
+            i = n + n_prefix if POS_ON_PREFIX else n
+            pos_rows = pos_ptr + (b * stride_pos_b + i * stride_pos_n)[:, None]
+            acc += tl.load(pos_rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        out_rows = out_ptr + ((b * n_tokens + n_prefix + n) * D)[:, None]
+        tl.store(out_rows + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_norm_fwd_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, rows, eps, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """LayerNorm of rows of D; y may be x."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    mask = (offs_r < rows)[:, None] & mask_d[None, :]
+    offs = offs_r.to(tl.int64)[:, None] * D + offs_d[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask_d[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_norm_bwd_kernel(
+    grad_ptr, x_ptr, weight_ptr, d_prefix_ptr, d_tokens_ptr, d_weight_ptr, d_bias_ptr,
+    rows, n_tokens, n_prefix, eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the rows, split into prefix and patches, and this program's share of those of weight and bias."""
+    pid = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = offs_d < D
+    weight = tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    d_bias = tl.zeros([BLOCK_D], tl.float32)
+    for row in range(pid, rows, tl.num_programs(0)):
+        offs = row.to(tl.int64) * D + offs_d
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+        unit = centred * rstd
+        d_weight += grad * unit
+        d_bias += grad
+        d_unit = grad * weight
+        d_x = (d_unit - tl.sum(d_unit, 0) / D - unit * (tl.sum(d_unit * unit, 0) / D)) * rstd
+        b = (row // n_tokens).to(tl.int64)
+        i = row % n_tokens
+        if i < n_prefix:
+            tl.store(d_prefix_ptr + (b * n_prefix + i) * D + offs_d, d_x.to(d_prefix_ptr.dtype.element_ty), mask=mask)
+        else:
+            d_row = d_tokens_ptr + (b * (n_tokens - n_prefix) + i - n_prefix) * D
+            tl.store(d_row + offs_d, d_x.to(d_tokens_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_weight_ptr + pid.to(tl.int64) * D + offs_d, d_weight, mask=mask)
+    tl.store(d_bias_ptr + pid.to(tl.int64) * D + offs_d, d_bias, mask=mask)
+
+
+class GemmConfig(NamedTuple):
+    """Tile, warps and pipeline stages of the matrix product, and how many of its programs share a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# From large tiles to small: the first that gives every multiprocessor work is taken, so one image doesn't run on 20 of 132.
+TMA_CONFIGS = (GemmConfig(128, 256, 64, 8, 3, 1), GemmConfig(128, 128, 64, 4, 3, 2), GemmConfig(64, 64, 64, 4, 4, 3))
+CP_ASYNC_CONFIGS = (GemmConfig(128, 128, 64, 8, 3, 1), GemmConfig(64, 64, 64, 4, 3, 2))
+# Products of fp32 without tensor cores.
+FP32_CONFIGS = (GemmConfig(64, 64, 32, 8, 2, 2),)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _has_tma(device: torch.device) -> bool:
+    return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _gemm_config(m: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[GemmConfig, bool]:
+    use_tma = dtype != torch.float32 and m > 0 and _has_tma(device)
+    configs = FP32_CONFIGS if dtype == torch.float32 else TMA_CONFIGS if use_tma else CP_ASYNC_CONFIGS
+    for config in configs:
+        if triton.cdiv(m, config.block_m) * triton.cdiv(dim, config.block_n) >= _multiprocessors(device):
+            break
+    return config._replace(block_n=min(config.block_n, max(16, triton.next_power_of_2(dim)))), use_tma
+
+
+def _collapse(sizes: list[int], strides: list[int]) -> tuple[list[int], list[int]]:
+    """The same four dimensions in as few as they need, at the end of four: neighbours that are one run of memory become one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    merged = [(1, 0)] * (4 - len(merged)) + merged
+    return [size for size, _ in merged], [stride for _, stride in merged]
+
+
+def _columns(patches: Tensor) -> tuple[int, ...]:
+    """The order of the matrix's columns: that of the pixels' memory, channels first or last."""
+    return CHANNELS_LAST if patches.shape[4] > 1 and patches.stride(4) < patches.stride(7) else CHANNELS_FIRST
+
+
+def _matrix(
+    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
+) -> Tensor:
+    """Patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]`` as a matrix ``[M, K]`` whose rows start at multiples of 16 bytes.
+
+    It is a view where the pixels are one already. Else it is written, with K rounded up to a multiple of 8 by columns of zeros.
+    """
+    shape, strides = x.shape, x.stride()
+    row_sizes, row_strides = _collapse(list(shape[:4]), list(strides[:4]))
+    col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
+    m, k = math.prod(row_sizes), math.prod(col_sizes)
+    one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
+    if x.dtype == dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k:
+        if row_strides[3] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+            return x.as_strided((m, k), (row_strides[3], 1))
+    k_padded = triton.cdiv(k, 8) * 8
+    a = torch.empty((m, triton.cdiv(k, 64) * 64), dtype=dtype, device=x.device)
+    if m:
+        vec = 16 // a.element_size() if col_strides[3] == 1 else 1
+        vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], x.data_ptr() // x.element_size())
+        block_k = min(triton.next_power_of_2(k_padded), 256 if vec >= 4 else 64)
+        block_r = min(triton.next_power_of_2(row_sizes[3]), 4096 // block_k)
+        strips = row_sizes[0] * row_sizes[1] * row_sizes[2]
+        grid = (strips * triton.cdiv(row_sizes[3], block_r) * triton.cdiv(k_padded, block_k),)
+        scale = shift = None
+        if mean is not None and std is not None:
+            scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+        _patch_embed_cut_kernel[grid](
+            x, a, a.stride(0) // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]),
+            col_strides[3], K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift,
+            CHANNELS=shape[4], CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7],
+            VEC=vec, BLOCK_R=block_r, BLOCK_K=block_k,
+        )  # fmt: skip
+    return a[:, :k_padded]
+
+
+def _weight_matrix(weight: Tensor, columns: tuple[int, ...]) -> Tensor:
+    """``[D, K]`` with the columns in the order of the patches': a view, or a copy as ``_matrix`` makes one."""
+    return _matrix(weight[None, None, None], columns, weight.dtype)
+
+
+def _embed(
+    a: Tensor, w: Tensor, bias: Tensor | None, prefix_tokens: Tensor | None, pos_embed: Tensor | None, total: Tensor
+) -> None:
+    """total = [prefix_tokens; a @ w.T + bias] + pos_embed, for every image."""
+    batch, n_tokens, dim = total.shape
+    n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    n_patches = n_tokens - n_prefix
+    m = a.shape[0]
+    config, use_tma = _gemm_config(m, dim, a.dtype, a.device)
+    if pos_embed is not None and pos_embed.stride(-1) != 1:
+        pos_embed = pos_embed.contiguous()
+    grid = (
+        max(1, min(
+            triton.cdiv(m, config.block_m) * triton.cdiv(dim, config.block_n),
+            _multiprocessors(a.device) * config.programs,
+        )),
+    )  # fmt: skip
+    a_src: object = a
+    w_src: object = w
+    if use_tma:
+        a_src = TensorDescriptor(a, list(a.shape), list(a.stride()), [config.block_m, config.block_k])
+        w_src = TensorDescriptor(w, list(w.shape), list(w.stride()), [config.block_n, config.block_k])
+    _patch_embed_gemm_kernel[grid](
+        a_src, w_src,
+        None if bias is None else bias.contiguous(),
+        None if prefix_tokens is None else prefix_tokens.contiguous(), pos_embed, total,
+        m, batch, max(1, n_patches), n_prefix, a.stride(0), w.stride(0),
+        pos_embed.stride(0) if pos_embed is not None and pos_embed.dim() == 3 else 0,
+        0 if pos_embed is None else pos_embed.stride(-2),
+        D=dim, K=a.shape[1],
+        POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[-2] == n_tokens, USE_TMA=use_tma,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _norm_warps(block_d: int) -> int:
+    return 4 if block_d <= 1024 else 8 if block_d <= 4096 else 16
+
+
+def _layer_norm(total: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    rows, dim = total.shape[0] * total.shape[1], total.shape[2]
+    block_d = triton.next_power_of_2(dim)
+    block_r = max(1, min(4, 4096 // block_d))
+    _patch_embed_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
+        total, out, weight.contiguous(), None if bias is None else bias.contiguous(), rows, eps,
+        D=dim, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
+    )  # fmt: skip
+
+
+def _layer_norm_bwd(
+    grad: Tensor, total: Tensor, weight: Tensor, eps: float, n_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the prefix rows ``[B, n, D]``, of the patches' rows ``[B, N, D]``, and in fp32 of weight and bias."""
+    batch, n_tokens, dim = grad.shape
+    rows = batch * n_tokens
+    block_d = triton.next_power_of_2(dim)
+    programs = max(1, min(rows, 4 * _multiprocessors(grad.device)))
+    d_prefix = total.new_empty(batch, n_prefix, dim)
+    d_tokens = total.new_empty(batch, n_tokens - n_prefix, dim)
+    # A share for each program, added up in a fixed order: the result doesn't depend on which program was first.
+    d_weight, d_bias = torch.empty((2, programs, dim), dtype=torch.float32, device=grad.device)
+    _patch_embed_norm_bwd_kernel[(programs,)](
+        grad.contiguous(), total, weight.contiguous(), d_prefix, d_tokens, d_weight, d_bias, rows, n_tokens, n_prefix, eps,
+        D=dim, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
+    )  # fmt: skip
+    return d_prefix, d_tokens, d_weight.sum(0), d_bias.sum(0)
+
+
+def _why_not(patches: Tensor, weight: Tensor) -> str | None:
+    if torch.float64 in (patches.dtype, weight.dtype):
+        return "it has no float64"
+    if patches.shape[:4].numel() >= 2**31:
+        return "it counts patches in 32 bits"
+    return None
+
+
+def why_not_patch_embed_fwd(patches: Tensor, weight: Tensor, *rest: object) -> str | None:
+    return _why_not(patches, weight)
+
+
+def why_not_patch_embed_bwd(grad: Tensor, patches: Tensor, weight: Tensor, *rest: object) -> str | None:
+    return _why_not(patches, weight)
+
+
+def patch_embed_fwd(
+    patches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix_tokens: Tensor | None,
+    pos_embed: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    keep_total: bool,
+) -> tuple[Tensor, Tensor]:
+    n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    out = weight.new_empty(patches.shape[0], n_prefix + patches.shape[1:4].numel(), weight.shape[0])
+    total = torch.empty_like(out) if keep_total else out
+    if out.numel():
+        columns = _columns(patches)
+        with _on(weight.device):
+            a = _matrix(patches, columns, weight.dtype, mean, std)
+            _embed(a, _weight_matrix(weight, columns), bias, prefix_tokens, pos_embed, total)
+            if norm_weight is not None:
+                _layer_norm(total, out, norm_weight, norm_bias, eps)
+    return out, total if keep_total else weight.new_empty(0)
+
+
+def patch_embed_bwd(
+    grad: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    total: Tensor,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    pos_shape: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    batch, n_tokens, dim = grad.shape
+    n_patches = patches.shape[1:4].numel()
+    n_prefix, dtype = n_tokens - n_patches, weight.dtype
+    grads = [weight.new_empty(0) for _ in needs]
+    columns = _columns(patches)
+    with _on(weight.device):
+        if norm_weight is None:
+            d_prefix, d_tokens = grad[:, :n_prefix], grad[:, n_prefix:]
+        else:
+            d_prefix, d_tokens, d_norm_weight, d_norm_bias = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
+            grads[5] = d_norm_weight.to(dtype) if needs[5] else grads[5]
+            grads[6] = d_norm_bias.to(dtype) if needs[6] else grads[6]
+        if needs[1]:
+            a = _matrix(patches, columns, dtype, mean, std)
+    on_prefix = needs[4] and n_prefix > 0 and pos_shape[-2] == n_tokens
+    if needs[4] and len(pos_shape) == 3:
+        grads[4] = torch.cat([d_prefix, d_tokens], 1) if on_prefix else d_tokens.clone(memory_format=torch.contiguous_format)
+    # Sums over the batch, in fp32: position, prefix and bias all read from them.
+    of_tokens = d_tokens.sum(0, dtype=torch.float32) if needs[2] or (needs[4] and len(pos_shape) == 2) else None
+    of_prefix = d_prefix.sum(0, dtype=torch.float32) if needs[3] or on_prefix else None
+    if needs[2] and of_tokens is not None:
+        grads[2] = of_tokens.sum(0).to(dtype)
+    if needs[3] and of_prefix is not None:
+        grads[3] = of_prefix.to(dtype, copy=True)
+    if needs[4] and len(pos_shape) == 2 and of_tokens is not None:
+        summed = torch.cat([of_prefix, of_tokens]) if on_prefix and of_prefix is not None else of_tokens
+        grads[4] = summed.to(dtype, copy=True)
+    d_rows = d_tokens.reshape(-1, dim)
+    if needs[0]:
+        d_patches = d_rows @ weight.reshape(dim, -1)
+        grads[0] = d_patches.view(patches.shape).to(patches.dtype)
+    if needs[1]:
+        sizes = [patches.shape[c] for c in columns]
+        d_weight = (d_rows.T @ a)[:, : math.prod(sizes)].unflatten(1, sizes)
+        back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
+        grads[1] = d_weight.permute(back).contiguous()
+    return tuple(grads)
+
+
+def aot_cases() -> list:
+    """CLIP-L/14 (cut, product and norm), SigLIP on uint8, Qwen-VL rows, and fp32, forward and backward."""
+    from vlmkernels.backends.triton._aot import AotCase
+
+    half, one = (0.5,) * 3, (1.0,) * 3
+
+    def run(batch: int, grid: int, patch: int, dim: int, dtype: torch.dtype, pixels: torch.dtype, clip: bool, bwd: bool) -> None:
+        image = torch.empty((batch, 3, grid, patch, grid, patch), dtype=pixels)
+        patches = image.permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
+        weight = torch.empty((dim, 3, 1, patch, patch), dtype=dtype)
+        vector, prefix = torch.empty(dim, dtype=dtype), torch.empty((1, dim), dtype=dtype)
+        n_tokens = grid * grid + int(clip)
+        affine = (half, one) if pixels == torch.uint8 else (None, None)
+        if bwd:
+            tokens = torch.empty((batch, n_tokens, dim), dtype=dtype)
+            _layer_norm_bwd(tokens, tokens, vector, 1e-5, 1)
+            return
+        pos = torch.empty((n_tokens, dim), dtype=dtype)
+        norm = (vector, vector) if clip else (None, None)
+        patch_embed_fwd(patches, weight, vector, prefix if clip else None, pos, *norm, 1e-5, *affine, False)
+
+    bf16, fp16, fp32, uint8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
+    shapes = {
+        "CLIP-L/14@336 bf16": (128, 24, 14, 1024, bf16, bf16, True, False),
+        "CLIP-L/14@336 bf16 bwd": (128, 24, 14, 1024, bf16, bf16, True, True),
+        "CLIP-L/14@336 bf16 B1": (1, 24, 14, 1024, bf16, bf16, True, False),
+        "CLIP-L/14@336 bf16 B8": (8, 24, 14, 1024, bf16, bf16, True, False),
+        "SigLIP-So400m/14 fp16 from uint8": (64, 27, 14, 1152, fp16, uint8, False, False),
+        "ViT-B/16 bf16 from uint8": (256, 14, 16, 768, bf16, uint8, False, False),
+        "ViT-B/16 fp32": (8, 14, 16, 768, fp32, fp32, True, False),
+    }
+    return [AotCase(name, functools.partial(run, *shape)) for name, shape in shapes.items()]
