@@ -6,13 +6,15 @@ The structures are those of ``csrc/vlmkernels.h``; ``tests/test_build.py`` compa
 
 import ctypes
 import functools
+import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ABI_VERSION = 1
-PATH = Path(__file__).resolve().parents[2] / "lib" / "libvlmkernels.so"
+FILE = "vlmkernels/lib/libvlmkernels.so"
 
 
 class TileBoundsParams(ctypes.Structure):
@@ -33,19 +35,33 @@ class TileBoundsParams(ctypes.Structure):
     ]
 
 
+def _places() -> Iterator[Path]:
+    """Beside this package, else where it is installed: a source tree on ``sys.path`` hides the installed package, library and all."""
+    yield Path(__file__).resolve().parents[3] / FILE
+    for distribution in importlib.metadata.distributions(name="vlmkernels"):
+        yield Path(str(distribution.locate_file(FILE)))
+
+
+@functools.cache
+def path() -> Path | None:
+    """The library's file."""
+    return next((place for place in _places() if place.exists()), None)
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    if not PATH.exists():
+    file = path()
+    if file is None:
         return "the CUDA library was not built (install with nvcc on the PATH and VLMKERNELS_CUDA=1)"
     try:
-        library = ctypes.CDLL(str(PATH))
+        library = ctypes.CDLL(str(file))
     except OSError as error:
         return f"the CUDA library does not load: {error}"
     library.vlmk_last_error.restype = ctypes.c_char_p
     version = library.vlmk_abi_version()
     if version != ABI_VERSION:
-        return f"the CUDA library {PATH} is of interface version {version}, wanted {ABI_VERSION}: install vlmkernels again"
+        return f"the CUDA library {file} is of interface version {version}, wanted {ABI_VERSION}: install vlmkernels again"
     return library
 
 

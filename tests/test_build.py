@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library compiles without a GPU, spills no register, keeps its interface, and the package installs without it."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmkernels.backends.cuda import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (ROOT / "csrc" / "vlmkernels.h").read_text()
+NVCC = next((found for name in ("nvcc", "/usr/local/cuda/bin/nvcc") if (found := shutil.which(name))), None)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+def run(*command: str | Path, **kwargs: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library, built with warnings as errors, and what ptxas said of each kernel."""
+    build = tmp_path_factory.mktemp("build")
+    options = [f"-DCMAKE_CUDA_COMPILER={NVCC}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v", f"-DVLMKERNELS_LIBRARY_DIR={build}"]
+    run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options)
+    return build / "libvlmkernels.so", run("cmake", "--build", build, "-v")
+
+
+@needs_nvcc
+def test_no_kernel_spills(built: tuple[Path, str]) -> None:
+    log = built[1]
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_\w+'", log)
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    assert len(kernels) >= len(re.findall(r"\b__global__\b", sources)) > 0
+    assert len(used) >= len(kernels)
+    assert {numbers for numbers in used if any(map(int, numbers))} == set(), log
+
+
+@needs_nvcc
+def test_library_exports_the_header_and_needs_only_libc(built: tuple[Path, str]) -> None:
+    declared = set(re.findall(r"^VLMK_API .*?(vlmk_\w+)\(", HEADER, re.MULTILINE))
+    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", built[0]).splitlines()}
+    assert declared and exported == declared
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", built[0])))
+    assert needed <= {"libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+
+
+@needs_nvcc
+def test_library_reports_errors(built: tuple[Path, str]) -> None:
+    library = ctypes.CDLL(str(built[0]))
+    library.vlmk_last_error.restype = ctypes.c_char_p
+    assert library.vlmk_abi_version() == _library.ABI_VERSION
+    params = _library.TileBoundsParams(batch=1, num_queries=-5, num_keys=7)
+    assert library.vlmk_tile_bounds(ctypes.byref(params), None) != 0
+    assert library.vlmk_last_error() == b"batch 1, num_queries -5, num_keys 7: none may be negative"
+    if not torch.cuda.is_available():
+        params = _library.TileBoundsParams(batch=1, num_queries=5, num_keys=7)
+        assert library.vlmk_tile_bounds(ctypes.byref(params), None) != 0
+        assert b"query_tile_bounds_kernel<<<(1, 1, 1), (128, 1, 1), 0 bytes>>>: " in library.vlmk_last_error()
+
+
+@needs_cc
+def test_python_structures_have_the_layout_of_the_header(tmp_path: Path) -> None:
+    """Compiled as plain C, so the header is also seen to be that."""
+    structures = {f"Vlmk{name}": value for name, value in vars(_library).items() if name.endswith("Params")}
+    assert set(structures) == set(re.findall(r"^} (Vlmk\w+);", HEADER, re.MULTILINE))
+    lines = ['printf("%d\\n", VLMK_ABI_VERSION);']
+    wanted = [_library.ABI_VERSION]
+    for name, structure in structures.items():
+        lines.append(f'printf("%zu\\n", sizeof({name}));')
+        wanted.append(ctypes.sizeof(structure))
+        for field, _ in structure._fields_:
+            lines.append(f'printf("%zu\\n%zu\\n", offsetof({name}, {field}), sizeof((({name}*)0)->{field}));')
+            wanted += [getattr(structure, field).offset, getattr(structure, field).size]
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <stddef.h>\n#include <stdio.h>\n#include <vlmkernels.h>\nint main(void) {\n"
+        + "\n".join(lines)
+        + "\nreturn 0;\n}\n"
+    )
+    run("cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "-I", ROOT / "csrc", source, "-o", tmp_path / "layout")
+    assert [int(word) for word in run(tmp_path / "layout").split()] == wanted
+
+
+def setup_name(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """``setup.py --name`` where the first nvcc found is one of CUDA 11.8."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "VLMKERNELS_CUDA": choice, "CUDACXX": str(nvcc)}
+    command = [sys.executable, "setup.py", "--name"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA library builds on Linux only")
+@pytest.mark.parametrize(
+    "choice, code, text",
+    [
+        ("auto", 0, "the CUDA library is left out ({nvcc} is of CUDA 11.8, wanted 12.4 or newer)"),
+        ("0", 0, "VLMKERNELS_CUDA=0: the CUDA library is left out"),
+        ("1", 1, "VLMKERNELS_CUDA=1, but the CUDA library can't be built: {nvcc} is of CUDA 11.8"),
+        ("yes", 1, "VLMKERNELS_CUDA: got 'yes', wanted auto, 0 or 1"),
+    ],
+)
+def test_setup_says_what_it_does_without_a_usable_nvcc(choice: str, code: int, text: str, tmp_path: Path) -> None:
+    done = setup_name(choice, tmp_path)
+    assert done.returncode == code
+    assert text.format(nvcc=tmp_path / "nvcc") in done.stderr
+
+
+def test_wheel_without_the_library_serves_any_machine(tmp_path: Path) -> None:
+    """And has every module, with no library that another build left in the source tree."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools before 77 refuses the licence field")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "vlmkernels", source / "vlmkernels", ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    (source / "vlmkernels" / "lib").mkdir()
+    (source / "vlmkernels" / "lib" / "libvlmkernels.so").touch()
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation"]
+    run(*pip, "-w", tmp_path, source, env={**os.environ, "VLMKERNELS_CUDA": "0"})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("vlmkernels/")}
+    assert names == {
+        str(path.relative_to(source)) for path in (source / "vlmkernels").rglob("*") if path.suffix in (".py", ".typed")
+    }
