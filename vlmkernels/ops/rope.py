@@ -100,6 +100,8 @@ class _Rope(torch.autograd.Function):
 
 
 class _RopeQkv(torch.autograd.Function):
+    """In place with ``in_place``; otherwise the result is new, and the caller copies it back."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -110,10 +112,14 @@ class _RopeQkv(torch.autograd.Function):
         kv_heads: int,
         interleaved: bool,
         backend: str,
+        in_place: bool,
     ) -> torch.Tensor:
         ctx.options = heads, kv_heads, interleaved, backend
         ctx.save_for_backward(cos, sin)
-        ctx.mark_dirty(qkv)
+        if in_place:
+            ctx.mark_dirty(qkv)
+        else:
+            qkv = qkv.clone()
         torch.ops.vlmkernels.rope_qkv_(qkv, cos, sin, None, None, heads, kv_heads, 0.0, interleaved, backend)
         return qkv
 
@@ -121,7 +127,7 @@ class _RopeQkv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return torch.ops.vlmkernels.rope_qkv_bwd(grad, cos, sin, *ctx.options), None, None, None, None, None, None
+        return torch.ops.vlmkernels.rope_qkv_bwd(grad, cos, sin, *ctx.options), None, None, None, None, None, None, None
 
 
 def _tables(cos: torch.Tensor, sin: torch.Tensor, like: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,5 +286,8 @@ def rope_qkv_(
         raise bad_argument(what, "a norm in place while a gradient is needed", "None, or rope() on the slices of qkv")
     if qkv.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-    out: torch.Tensor = _RopeQkv.apply(qkv, cos, sin, num_heads, num_kv_heads, interleaved, name)
-    return out
+    # Before torch 2.13 torch.compile loses mark_dirty, and with it the gradient. In a graph, where nothing is in place until the
+    # end, the copy says the same.
+    compiling = torch.compiler.is_compiling()
+    out: torch.Tensor = _RopeQkv.apply(qkv, cos, sin, num_heads, num_kv_heads, interleaved, name, not compiling)
+    return qkv.copy_(out) if compiling else out

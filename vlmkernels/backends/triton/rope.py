@@ -6,11 +6,14 @@ idles at 72 or 80 channels. With a norm it takes whole heads, one row each, padd
 from DRAM and then, for the other heads of the token, from the caches.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from vlmkernels.backends.triton import INTERPRETED
+from vlmkernels.backends.triton._aot import AotCase
 
 _BLOCK = 1024
 _WARPS = 4
@@ -250,13 +253,13 @@ def _launch_fwd(
     interleaved: bool,
     inverse: bool,
 ) -> None:
-    """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Outputs may be the inputs."""
+    """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Both outputs may be the inputs."""
     heads, head_dim, kv_heads, half = q.shape[-2], q.shape[-1], k.shape[-2], cos.shape[-1]
     batches, tokens = (q.shape[0], q.shape[1]) if q.dim() == 4 else (1, q.shape[0])
     cos, sin = _same_layout(cos, sin)
     width = _width(head_dim)
     block = max(_BLOCK, width)
-    in_place = q.data_ptr() == out_q.data_ptr() and k.data_ptr() == out_k.data_ptr()
+    in_place = out_q is q and out_k is k
     pairs, blocks = [], []
     for count, weight in ((heads, q_weight), (kv_heads, k_weight)):
         # In place the channels past the rotated ones are already there.
@@ -439,3 +442,43 @@ def rope_qkv_bwd(
     _launch_fwd(q, k, out_q, out_k, cos, sin, None, None, 0.0, interleaved, True)
     out_v.copy_(v)
     return out
+
+
+def aot_cases() -> list[AotCase]:
+    """Vision towers, M-RoPE text, norm, partial and interleaved pairs, in place and not."""
+
+    def call(heads: int, kv_heads: int, dim: int, half: int, dtype: torch.dtype, norm: bool, interleaved: bool) -> None:
+        qkv = torch.empty(2, 4096, (heads + 2 * kv_heads) * dim, dtype=dtype)
+        cos = torch.empty(1, 4096, half)
+        weight = torch.empty(dim, dtype=dtype) if norm else None
+        q, k, _ = _heads(qkv, heads, kv_heads)
+        rope_fwd(q, k, cos, cos, weight, weight, 1e-6, interleaved)
+        rope_bwd(
+            torch.empty(q.shape, dtype=dtype),
+            torch.empty(k.shape, dtype=dtype),
+            q,
+            k,
+            cos,
+            cos,
+            weight,
+            weight,
+            1e-6,
+            interleaved,
+        )
+        rope_qkv_(qkv, cos, cos, weight, weight, heads, kv_heads, 1e-6, interleaved)
+
+    cases = []
+    for heads, kv_heads, dim, half, dtype, norm, interleaved in (
+        (16, 16, 72, 36, torch.bfloat16, False, False),
+        (16, 16, 80, 40, torch.bfloat16, False, False),
+        (28, 4, 128, 64, torch.bfloat16, False, False),
+        (32, 8, 128, 64, torch.bfloat16, True, False),
+        (32, 8, 128, 64, torch.float16, True, True),
+        (8, 4, 256, 128, torch.float32, True, False),
+        (16, 2, 96, 24, torch.bfloat16, True, False),
+        (16, 16, 64, 16, torch.bfloat16, False, True),
+    ):
+        name = f"{str(dtype)[6:]} D{dim} R{2 * half} norm={norm} interleaved={interleaved}"
+        arguments = heads, kv_heads, dim, half, dtype, norm, interleaved
+        cases.append(AotCase(name, functools.partial(call, *arguments)))
+    return cases
