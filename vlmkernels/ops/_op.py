@@ -87,7 +87,7 @@ class Op:
         """The backend's module, or why there is none."""
         if backend not in self._modules:
             path = f"vlmkernels.backends.{backend}"
-            if importlib.util.find_spec(f"{path}.{self.stem}") is None:
+            if importlib.util.find_spec(path) is None or importlib.util.find_spec(f"{path}.{self.stem}") is None:
                 self._modules[backend] = f"it has no {self.stem}"
             else:
                 reason = importlib.import_module(path).why_not_importable()
