@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _UNARY = ("fneg", "cos", "exp", "exp2", "floor", "ceil", "log", "log2", "precise_sqrt", "sqrt", "sin", "erf", "rsqrt")
 _ARITHMETIC = ("fadd", "fsub", "fmul", "fdiv", "frem", "precise_divf", "approx_divf", "fma", "clampf")
@@ -23,17 +24,19 @@ _COMPARE = tuple(f"fcmp{order}{relation}" for order in "OU" for relation in ("LT
 _replaced: list[tuple[Any, str, Any]] = []
 
 
-def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
+def bf16_to_f32(bits: NDArray[Any]) -> NDArray[Any]:
     """The float32 values of bfloat16 bit patterns (uint16)."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide: NDArray[Any] = bits.astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)
 
 
-def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+def f32_to_bf16(values: NDArray[Any]) -> NDArray[Any]:
     """The bit patterns (uint16) of float32 values rounded to bfloat16, to nearest even; a NaN stays a NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).reshape(np.shape(values))
+    narrow: NDArray[Any] = np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+    return narrow.reshape(np.shape(values))
 
 
 def installed() -> bool:
