@@ -2,7 +2,9 @@
 """KeyRanges by themselves: what each mask shows on small drawings, the laws of composition, refusals, and that no constructor
 reads a value back. What the models really build is in test_masks_transformers.py."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +167,15 @@ CASES: dict[str, tuple[Callable[..., KeyRanges], tuple[torch.Tensor, ...], list[
         (ints(1),),
     ),
 }
+
+
+def test_drawings_of_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "masks.md").read_text()
+    examples = re.findall(r"```python\n(.*?)\n```\n```text\n(.*?)\n```", page, re.DOTALL)
+    assert len(examples) == page.count("```python") >= 13
+    names = {"torch": torch, "KeyRanges": KeyRanges, "even_spans": even_spans}
+    for code, drawing in examples:
+        assert drawn(eval(code, names), len(drawing.split()[0])) == [" ".join(drawing.split())], code
 
 
 def on(device: torch.device, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
