@@ -177,7 +177,14 @@ def _patch_embed_case(
         return (out,)
 
     wanted = ("weight", "bias", "prefix_tokens", "pos_embed", "norm_weight", "norm_bias")
-    present = {"weight": True, "bias": bias, "prefix_tokens": prefix, "pos_embed": positions, "norm_weight": norm, "norm_bias": norm}
+    present = {
+        "weight": True,
+        "bias": bias,
+        "prefix_tokens": prefix,
+        "pos_embed": positions,
+        "norm_weight": norm,
+        "norm_bias": norm,
+    }
     gradients = tuple(key for key in wanted if present[key])
     return Case("patch_embed", name, "gemm", inputs, run, gradients if uint8 else ("pixels", *gradients))
 

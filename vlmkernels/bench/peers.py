@@ -52,7 +52,9 @@ class AttentionInputs:
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def provider(name: str, inputs: AttentionInputs, dout: torch.Tensor | None, make: Callable[[], Forward], compiled: bool = False) -> Provider:
+def provider(
+    name: str, inputs: AttentionInputs, dout: torch.Tensor | None, make: Callable[[], Forward], compiled: bool = False
+) -> Provider:
     """A provider from an attention function; with ``dout`` its backward pass alone is timed."""
 
     def prepare() -> Callable[[], Any]:
@@ -102,7 +104,9 @@ def transformers_peers(call: AttentionCall, inputs: AttentionInputs) -> list[Pro
         provider("hf sdpa", inputs, None, lambda: heads_first(call.sdpa())),
     ]
     if inputs.on_gpu:
-        compiled = provider("hf eager compiled", inputs, None, lambda: torch.compile(heads_first(call.eager()), dynamic=False), True)
+        compiled = provider(
+            "hf eager compiled", inputs, None, lambda: torch.compile(heads_first(call.eager()), dynamic=False), True
+        )
         peers.append(compiled)
     return peers
 

@@ -75,9 +75,7 @@ def batch(size: int, resolution: int) -> torch.Tensor:
     return torch.cat([mirrored[i % 4] for i in range(repeats)])[:size].contiguous()
 
 
-def normalized(
-    pixels: torch.Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]], dtype: torch.dtype
-) -> torch.Tensor:
+def normalized(pixels: torch.Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]], dtype: torch.dtype) -> torch.Tensor:
     """``(pixels / 255 - mean) / std`` of uint8 ``[B, 3, H, W]``, in ``dtype``."""
     mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in statistics)
     return ((pixels.float() / 255 - mean) / std).to(dtype)

@@ -126,7 +126,11 @@ def run(
 
 
 def run_workload(
-    workload: Workload, device: torch.device, ceilings: Ceilings, options: Options, progress: Callable[[str], None] = lambda m: None
+    workload: Workload,
+    device: torch.device,
+    ceilings: Ceilings,
+    options: Options,
+    progress: Callable[[str], None] = lambda m: None,
 ) -> list[Row]:
     """All rows of one workload."""
 
@@ -135,6 +139,8 @@ def run_workload(
 
     try:
         case = workload.build(device)
+    except Unavailable as error:
+        return [row(OURS, "unavailable", str(error))]
     except Exception as error:  # whatever goes wrong in setting up a workload belongs in the report, beside the others
         return [row(OURS, "failed", f"inputs: {_message(error)}")]
     rows, calls = [], {}
@@ -143,7 +149,12 @@ def run_workload(
         for provider in _selected(case, options):
             progress(f"{workload.id}: {provider.name}")
             new = row(provider.name, "ok")
-            new.dtype, new.clock, new.flops, new.bytes = str(case.dtype).removeprefix("torch."), case.clock, case.flops, case.bytes
+            new.dtype, new.clock, new.flops, new.bytes = (
+                str(case.dtype).removeprefix("torch."),
+                case.clock,
+                case.flops,
+                case.bytes,
+            )
             call = _checked(provider, case, new)
             rows.append(new)
             if call is not None:

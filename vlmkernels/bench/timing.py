@@ -94,7 +94,9 @@ def _event_timer(device: torch.device) -> Callable[[dict[str, Callable[[], Any]]
     return once
 
 
-def host_times(functions: dict[str, Callable[[], Any]], device: torch.device, calls: int = 100, rounds: int = 15) -> dict[str, Timing]:
+def host_times(
+    functions: dict[str, Callable[[], Any]], device: torch.device, calls: int = 100, rounds: int = 15
+) -> dict[str, Timing]:
     """The time that the host is busy with one call (Python, dispatch, launches), in milliseconds.
 
     The work of a call must take the GPU less time than the host, else the queue fills and the GPU is timed.

@@ -67,7 +67,11 @@ SIGLIP = Tower(
     photos.HALF,
 )
 EVA_G = Tower(
-    "EVA-g/14@224", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", vit_config(1408, 16, 6144, 224, 14)), (128, 2), photos.CLIP
+    "EVA-g/14@224",
+    ("blip_2", "Blip2VisionModel"),
+    ("Blip2VisionConfig", vit_config(1408, 16, 6144, 224, 14)),
+    (128, 2),
+    photos.CLIP,
 )
 #: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second layer.
 QFORMER_CONFIG = {"num_hidden_layers": 1, "cross_attention_frequency": 1, "encoder_hidden_size": 1408}

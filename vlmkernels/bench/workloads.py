@@ -263,7 +263,9 @@ def rope_case(shape: tuple[int, int, int, int, int], norm: bool = False) -> Call
 
         def exact() -> tuple[torch.Tensor, ...]:
             doubles = {} if weights is None else dict(zip(("q_weight", "k_weight"), (w.double() for w in weights), strict=True))
-            return rope(q[:, last].double(), k[:, last].double(), cos[last].double(), sin[last].double(), **doubles, backend="reference")
+            return rope(
+                q[:, last].double(), k[:, last].double(), cos[last].double(), sin[last].double(), **doubles, backend="reference"
+            )
 
         options = {} if weights is None else {"q_weight": weights[0], "k_weight": weights[1]}
         wide = [torch.cat([x, x], -1) for x in (cos, sin)]
