@@ -6,6 +6,7 @@ three for separate ones), of the output projection and of the q/k norms. Everyth
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ class ProjectedAttention(nn.Module):
         self.attention_dropout = attention_dropout
         self.qk_norm = qk_norm
 
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         names = self.layout.projections
         if len(names) == 1 and context_dim != embed_dim:
             raise bad_argument("layout", f"a fused {names[0]}", "separate projections where context_dim differs from embed_dim")

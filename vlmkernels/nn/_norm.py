@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSNorm over the channels of a head, as Llama stores its weight and as Gemma does."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,11 +16,11 @@ class RMSNorm(nn.Module):
         offset: 0 (Llama, Qwen, mllama) or 1 (Gemma, whose stored weight is the difference from 1).
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, *, offset: float = 0.0, device: object = None, dtype: object = None) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, *, offset: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.eps = eps
         self.offset = offset
-        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset, device=device, dtype=dtype))  # type: ignore[call-overload]
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset, device=device, dtype=dtype))
 
     def scale(self) -> torch.Tensor:
         """``weight + offset``, ``[dim]``; with an offset in fp32, because 1 + w rounded to bf16 loses most of w."""

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class PatchEmbedLayout:
         class_token: the class token, or None where the family has none.
         register_tokens: the register tokens, or None.
         norm: the LayerNorm before the first layer.
-        batched: whether tokens and positions are stored with a leading batch of 1 (``[1, N, D]``) or without (``[D]``, ``[N, D]``).
+        batched: whether tokens and positions are stored with a batch of 1 (``[1, N, D]``) or without (``[D]``, ``[N, D]``).
         bias: whether the convolution has one, where the caller does not say.
         antialias: whether positions are resized with antialiasing.
     """
@@ -67,7 +68,7 @@ class PatchEmbed(nn.Module):
         position_prefix: whether class and register tokens have positions too (timm: ``not no_embed_class``).
         norm: end with the LayerNorm that CLIP has before its first layer (``pre_layrnorm.*`` beside the other keys).
         norm_eps: of that LayerNorm.
-        mean: of the pixels, one number per channel, in units of ``pixel / 255``. With ``mean`` and ``std`` the module takes uint8.
+        mean: of ``pixel / 255``, one number per channel. With ``mean`` and ``std`` the module takes uint8 pixels.
         std: beside ``mean``.
     """
 
@@ -99,15 +100,15 @@ class PatchEmbed(nn.Module):
             raise bad_argument("image_size", image_size, f"at least one patch of {self.patch_size}")
         class_token = names.class_token is not None if class_token is None else class_token
         self._tokens = _token_names(names, class_token, register_tokens)
-        self.mean, self.std = _constants("mean", mean, std), _constants("std", std, mean)
+        self.mean, self.std = pixel_constants("mean", mean, std), pixel_constants("std", std, mean)
 
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         bias = names.bias if bias is None else bias
         put(self, names.projection, nn.Conv2d(in_channels, embed_dim, self.patch_size, self.patch_size, bias=bias, **made))
 
         def parameter(rows: int, *, one_row: bool = False) -> nn.Parameter:
             shape = (1, rows, embed_dim) if names.batched else (embed_dim,) if one_row else (rows, embed_dim)
-            return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape, **made), std=0.02))  # type: ignore[arg-type]
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape, **made), std=0.02))
 
         for name, rows in self._tokens:
             put(self, name, parameter(rows, one_row=name == names.class_token))
@@ -199,7 +200,7 @@ def _token_names(names: PatchEmbedLayout, class_token: bool, register_tokens: in
     return tuple((name, rows) for name, rows in held if name is not None and rows)
 
 
-def _constants(name: str, values: Sequence[float] | None, other: Sequence[float] | None) -> tuple[float, ...] | None:
+def pixel_constants(name: str, values: Sequence[float] | None, other: Sequence[float] | None) -> tuple[float, ...] | None:
     """Plain numbers, so that no call reads a tensor back from the device."""
     if (values is None) != (other is None):
         raise bad_argument(name, values, "mean and std both, or neither")

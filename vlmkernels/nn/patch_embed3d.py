@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from vlmkernels.nn.patch_embed import _constants
+from vlmkernels.nn.patch_embed import pixel_constants
 from vlmkernels.ops._op import bad_argument
 from vlmkernels.ops.patch_embed import patch_embed
 
 
 class PatchEmbed3d(nn.Module):
-    """A Conv3d whose stride is its kernel, as one matrix product. The state_dict is ``proj.weight`` and, with ``bias``, ``proj.bias``.
+    """A Conv3d whose stride is its kernel, as one matrix product. The state_dict has ``proj.weight`` and ``proj.bias``.
 
     Args:
         embed_dim: ``D``.
@@ -22,7 +22,7 @@ class PatchEmbed3d(nn.Module):
         bias: whether the projection has one (Qwen3-VL).
         merge_size: tokens of raw frames come in blocks of ``merge_size x merge_size`` patches, the order in which Qwen-VL merges
             them; 1: row by row. Packed rows keep the order that they come in.
-        mean: of the pixels, one number per channel, in units of ``pixel / 255``. With ``mean`` and ``std`` the module takes uint8.
+        mean: of ``pixel / 255``, one number per channel. With ``mean`` and ``std`` the module takes uint8 pixels.
         std: beside ``mean``.
     """
 
@@ -45,7 +45,7 @@ class PatchEmbed3d(nn.Module):
             raise bad_argument("merge_size", merge_size, "1 or more")
         self.patch_size = (temporal_patch_size, patch_size, patch_size)
         self.merge_size = merge_size
-        self.mean, self.std = _constants("mean", mean, std), _constants("std", std, mean)
+        self.mean, self.std = pixel_constants("mean", mean, std), pixel_constants("std", std, mean)
         self.proj = nn.Conv3d(in_channels, embed_dim, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Q-Former layer of BLIP-2, InstructBLIP and MiniGPT-4."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,10 +16,10 @@ from vlmkernels.ops._op import bad_argument
 class _AddNorm(nn.Module):
     """``LayerNorm(dropout(dense(x)) + residual)``, the end of every block of a post-norm transformer."""
 
-    def __init__(self, in_features: int, out_features: int, eps: float, dropout: float, **made: object) -> None:
+    def __init__(self, in_features: int, out_features: int, eps: float, dropout: float, **made: Any) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, out_features, **made)  # type: ignore[arg-type]
-        self.LayerNorm = nn.LayerNorm(out_features, eps=eps, **made)  # type: ignore[arg-type]
+        self.dense = nn.Linear(in_features, out_features, **made)
+        self.LayerNorm = nn.LayerNorm(out_features, eps=eps, **made)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -28,9 +30,9 @@ class _AddNorm(nn.Module):
 class _Dense(nn.Module):
     """``gelu(dense(x))``, the first half of a feed-forward."""
 
-    def __init__(self, in_features: int, out_features: int, **made: object) -> None:
+    def __init__(self, in_features: int, out_features: int, **made: Any) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, out_features, **made)  # type: ignore[arg-type]
+        self.dense = nn.Linear(in_features, out_features, **made)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self.dense(x))
@@ -84,16 +86,16 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         inner = 4 * embed_dim if intermediate_dim is None else intermediate_dim
-        made = {"device": device, "dtype": dtype}
-        heads = {"layout": "bert", "attention_dropout": attention_dropout, **made}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads: dict[str, Any] = {"layout": "bert", "attention_dropout": attention_dropout, **made}
 
         def add_norm(width: int) -> _AddNorm:
             return _AddNorm(width, embed_dim, norm_eps, dropout, **made)
 
-        self.attention = _Block(SelfAttention(embed_dim, num_heads, **heads), add_norm(embed_dim))  # type: ignore[arg-type]
+        self.attention = _Block(SelfAttention(embed_dim, num_heads, **heads), add_norm(embed_dim))
         self.crossattention = None
         if cross_attention:
-            reader = CrossAttention(embed_dim, num_heads, context_dim=context_dim, **heads)  # type: ignore[arg-type]
+            reader = CrossAttention(embed_dim, num_heads, context_dim=context_dim, **heads)
             self.crossattention = _Block(reader, add_norm(embed_dim))
         self.intermediate = _Dense(embed_dim, inner, **made) if text else None
         self.output = add_norm(inner) if text else None
