@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+import vlmkernels.ops.tile_bounds  # noqa: F401  registers the op that the kernels call
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import Op, bad_argument, forced_backend
 

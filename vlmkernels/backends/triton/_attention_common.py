@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the forward and backward attention kernels share: head-dim pieces, masks, tile bounds, and the mask arguments."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from vlmkernels.backends.triton import INTERPRETED
+
+#: Rows and keys per entry of the tile bounds (``torch.ops.vlmkernels.tile_bounds``).
+TILE = tl.constexpr(64)
+
+DENSE = tl.constexpr(0)
+CAUSAL = tl.constexpr(1)
+RANGES = tl.constexpr(2)
+
+# fp32 operands as three TF32 products: the error of fp32 at the speed of the tensor cores, and far less code than fp32 FMAs.
+PRECISION = tl.constexpr("tf32x3")
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def is_hopper(x: torch.Tensor) -> bool:
+    """Whether the GPU has wgmma and 227 KB of shared memory, or more than that."""
+    return not INTERPRETED and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """A head dim as two powers of two (the second may be 0), so that 72 costs 64 + 16 and not 128."""
+    first = 1 << (max(dim, 16).bit_length() - 1)
+    rest = dim - first
+    second = 0 if rest <= 0 else max(16, 1 << (rest - 1).bit_length())
+    return (2 * first, 0) if second >= first else (first, second)
+
+
+def pieces(dim: int, value_dim: int) -> dict[str, int]:
+    """The compile-time arguments D1, D2, V1, V2 of every kernel."""
+    (d1, d2), (v1, v2) = split_dim(dim), split_dim(value_dim)
+    return {"D1": d1, "D2": d2, "V1": v1, "V2": v2}
+
+
+class Mask(NamedTuple):
+    """The mask as the kernels take it."""
+
+    kind: int
+    start: torch.Tensor  # [B|1, Sq], any tensor where there are no ranges
+    stop: torch.Tensor
+    q_bounds: torch.Tensor  # [B|1, tiles, 4]
+    k_bounds: torch.Tensor
+    row_stride: int  # of start and stop along the batch, 0 where one mask serves all
+    q_stride: int
+    k_stride: int
+
+
+def make_mask(q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None, causal: bool) -> Mask:
+    if start is None or stop is None:
+        return Mask(CAUSAL.value if causal else DENSE.value, q, q, q, q, 0, 0, 0)
+    start, stop = start.contiguous(), stop.contiguous()
+    q_bounds, k_bounds = torch.ops.vlmkernels.tile_bounds(start, stop, k.shape[1], "")
+    if start.shape[0] == 1:
+        return Mask(RANGES.value, start, stop, q_bounds, k_bounds, 0, 0, 0)
+    strides = start.stride(0), q_bounds.stride(0), k_bounds.stride(0)
+    return Mask(RANGES.value, start, stop, q_bounds, k_bounds, *strides)
+
+
+@triton.jit
+def load_rows(ptr, stride, offs, keep, first: tl.constexpr, width: tl.constexpr, dim: tl.constexpr, MASKED: tl.constexpr):
+    """Columns ``first .. first + width`` of the rows ``offs``; zeros past ``dim`` and, if MASKED, in rows outside ``keep``."""
+    cols = first + tl.arange(0, width)
+    ptrs = ptr + offs[:, None] * stride + cols[None, :]
+    if first + width > dim:
+        if MASKED:
+            return tl.load(ptrs, mask=keep[:, None] & (cols < dim)[None, :], other=0.0)
+        else:
+            return tl.load(ptrs, mask=(cols < dim)[None, :], other=0.0)
+    else:
+        if MASKED:
+            return tl.load(ptrs, mask=keep[:, None], other=0.0)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, stride, x, offs, keep, first: tl.constexpr, width: tl.constexpr, dim: tl.constexpr):
+    cols = first + tl.arange(0, width)
+    tl.store(ptr + offs[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=keep[:, None] & (cols < dim)[None, :])
+
+
+@triton.jit
+def key_span(bounds_ptr, tile_m, queries, keys, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a query tile: the keys that any of its rows sees, ``lo .. hi``, and those that all see, ``full_lo .. full_hi``."""
+    if MASK == DENSE:
+        lo, hi, full_lo, full_hi = 0, keys, 0, keys
+    elif MASK == CAUSAL:
+        shift = keys - queries
+        lo, full_lo = 0, 0
+        hi = tl.maximum(tl.minimum((tile_m + 1) * BLOCK_M, queries) + shift, 0)
+        full_hi = tl.maximum(tile_m * BLOCK_M + 1 + shift, 0)
+    else:
+        entry = bounds_ptr + (tile_m * BLOCK_M // TILE) * 4
+        lo, hi = tl.load(entry), tl.load(entry + 1)
+        full_lo, full_hi = tl.load(entry + 2), tl.load(entry + 3)
+        for i in tl.static_range(1, BLOCK_M // TILE):
+            if tile_m * BLOCK_M + i * TILE < queries:
+                lo, hi = tl.minimum(lo, tl.load(entry + 4 * i)), tl.maximum(hi, tl.load(entry + 4 * i + 1))
+                full_lo = tl.maximum(full_lo, tl.load(entry + 4 * i + 2))
+                full_hi = tl.minimum(full_hi, tl.load(entry + 4 * i + 3))
+    return lo, hi, full_lo, full_hi
+
+
+@triton.jit
+def row_ranges(start_ptr, stop_ptr, offs_m, queries, keys, MASK: tl.constexpr):
+    """The range of each row of a query tile, cut to the keys there are; empty for rows past the last query."""
+    if MASK == RANGES:
+        inside = offs_m < queries
+        start = tl.load(start_ptr + offs_m, mask=inside, other=0)
+        stop = tl.minimum(tl.load(stop_ptr + offs_m, mask=inside, other=0), keys)
+    elif MASK == CAUSAL:
+        start = tl.zeros_like(offs_m)
+        stop = tl.minimum(offs_m + 1 + keys - queries, keys)
+    else:
+        start = tl.zeros_like(offs_m)
+        stop = start + keys
+    return start, stop
+
+
+@triton.jit
+def split_loop(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
+    """Tiles of BLOCK: ``first .. last`` all that are visited, ``full_first .. full_last`` those among them that need no mask."""
+    first = lo // BLOCK
+    last = tl.maximum(tl.cdiv(hi, BLOCK), first)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK), first), last)
+    full_last = tl.maximum(tl.minimum(full_hi // BLOCK, last), full_first)
+    return first, last, full_first, full_last

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention forward in Triton: one query tile per program, full key tiles without mask code, then the partial ones.
+
+The backward is in ``_attention_bwd.py``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmkernels.backends.triton._aot import AotCase
+from vlmkernels.backends.triton._attention_bwd import attention_bwd
+from vlmkernels.backends.triton._attention_common import (
+    DENSE,
+    LN2,
+    LOG2E,
+    PRECISION,
+    is_hopper,
+    key_span,
+    load_rows,
+    make_mask,
+    pieces,
+    row_ranges,
+    split_loop,
+    store_rows,
+)
+
+__all__ = ["attention_bwd", "attention_fwd", "why_not_attention_bwd", "why_not_attention_fwd"]
+
+
+@triton.jit
+def _attend_tile(
+    acc1, acc2, m, l, q1, q2, start, stop, k_ptr, v_ptr, stride_ks, stride_vs, n, lo, hi, qk_scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One key tile of the running softmax: scores in units of log2, ``acc`` and ``l`` relative to the running maximum ``m``."""
+    local_n = tl.arange(0, BLOCK_N)
+    first = tl.cast(n, tl.int64) * BLOCK_N
+    offs_n = n * BLOCK_N + local_n
+    keep = (offs_n >= lo) & (offs_n < hi)
+    k_ptr += first * stride_ks
+    v_ptr += first * stride_vs
+
+    s = tl.dot(q1, tl.trans(load_rows(k_ptr, stride_ks, local_n, keep, 0, D1, D, MASKED)), input_precision=PRECISION)
+    if D2 > 0:
+        k2 = load_rows(k_ptr, stride_ks, local_n, keep, D1, D2, D, MASKED)
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), with no overflow at either end.
+        s = softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s * (2.0 * qk_scale / softcap)) + 1.0))
+        unit = 1.0
+    else:
+        unit = qk_scale
+    if MASKED:
+        s = tl.where((offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None]), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * unit)
+    # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    p = tl.exp2(s * unit - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    v1 = load_rows(v_ptr, stride_vs, local_n, keep, 0, V1, DV, MASKED)
+    acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * alpha[:, None], input_precision=PRECISION)
+    if V2 > 0:
+        v2 = load_rows(v_ptr, stride_vs, local_n, keep, V1, V2, DV, MASKED)
+        acc2 = tl.dot(p.to(v2.dtype), v2, acc2 * alpha[:, None], input_precision=PRECISION)
+    return acc1, acc2, m_new, l
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, stop_ptr, bounds_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    row_stride, bounds_stride, heads, groups, queries, keys, section, qk_scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SAVE_LSE: tl.constexpr,
+):  # fmt: skip
+    # Programs run over the last query tile of `section` heads first, then the one before it: the longest rows of a causal mask
+    # start first, while the keys of one section stay in L2.
+    tiles_m = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    section_id = pid // (section * tiles_m)
+    inside = pid - section_id * section * tiles_m
+    in_section = tl.minimum(section, tl.num_programs(0) // tiles_m - section_id * section)
+    tile_m = tiles_m - 1 - inside // in_section
+    bh = section_id * section + inside % in_section
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    local_m = tl.arange(0, BLOCK_M)
+    offs_m = tile_m * BLOCK_M + local_m
+    mask_m = offs_m < queries
+
+    q_ptr += b * stride_qb + h * stride_qh + first_m * stride_qs
+    k_ptr += b * stride_kb + (h // groups) * stride_kh
+    v_ptr += b * stride_vb + (h // groups) * stride_vh
+    q1 = load_rows(q_ptr, stride_qs, local_m, mask_m, 0, D1, D, True)
+    q2 = load_rows(q_ptr, stride_qs, local_m, mask_m, D1, D2, D, True) if D2 > 0 else q1
+    start, stop = row_ranges(start_ptr + b * row_stride, stop_ptr + b * row_stride, offs_m, queries, keys, MASK)
+    lo, hi, full_lo, full_hi = key_span(bounds_ptr + b * bounds_stride, tile_m, queries, keys, MASK, BLOCK_M)
+    first, last, full_first, full_last = split_loop(lo, hi, full_lo, full_hi, BLOCK_N)
+
+    acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 1], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    for n in range(full_first, full_last):
+        acc1, acc2, m, l = _attend_tile(
+            acc1, acc2, m, l, q1, q2, start, stop, k_ptr, v_ptr, stride_ks, stride_vs, n, lo, hi, qk_scale, softcap,
+            D, DV, D1, D2, V1, V2, BLOCK_N, False, SOFTCAP,
+        )  # fmt: skip
+    left = full_first - first
+    for i in range(0, left + last - full_last):
+        n = tl.where(i < left, first + i, full_last + i - left)
+        acc1, acc2, m, l = _attend_tile(
+            acc1, acc2, m, l, q1, q2, start, stop, k_ptr, v_ptr, stride_ks, stride_vs, n, lo, hi, qk_scale, softcap,
+            D, DV, D1, D2, V1, V2, BLOCK_N, True, SOFTCAP,
+        )  # fmt: skip
+
+    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+    out_ptr += ((b * queries + first_m) * heads + h) * DV
+    store_rows(out_ptr, heads * DV, acc1 * inverse[:, None], local_m, mask_m, 0, V1, DV)
+    if V2 > 0:
+        store_rows(out_ptr, heads * DV, acc2 * inverse[:, None], local_m, mask_m, V1, V2, DV)
+    if SAVE_LSE:
+        tl.store(lse_ptr + (b * heads + h) * queries + offs_m, (m + tl.log2(l)) * LN2, mask=mask_m)
+
+
+def _fwd_config(dim: int, queries: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, warps and stages for the wider of the two head dims."""
+    if itemsize == 4:
+        return (64, 32, 4, 2) if dim <= 128 else (32, 32, 4, 1)
+    if queries <= 64:
+        block_m = 16 if queries <= 16 else 32 if queries <= 32 else 64
+        return block_m, 64, 4, 2
+    if dim > 128:
+        return (128, 64, 8, 2) if hopper else (64, 32, 4, 2)
+    if hopper:
+        return 128, 128, 8, 2
+    return 128, 64, 8 if dim > 64 else 4, 2
+
+
+def why_not_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    stop: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> str | None:
+    for name, dim in (("head dim", q.shape[-1]), ("value dim", v.shape[-1])):
+        if dim % 8 or not 8 <= dim <= 256:
+            return f"it takes head dims of 8 to 256 in steps of 8, the {name} is {dim}"
+    if q.dtype == torch.float64:
+        return "it has no float64"
+    return None if scale > 0 else f"it needs a positive scale, got {scale}"
+
+
+def why_not_attention_bwd(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest
+) -> str | None:
+    _, _, start, stop, causal, scale, softcap = rest
+    return why_not_attention_fwd(q, k, v, start, stop, causal, scale, softcap, True)
+
+
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    stop: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, dim = q.shape
+    keys, key_heads, value_dim = v.shape[1:]
+    out = q.new_empty(batch, queries, heads, value_dim)
+    lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    mask = make_mask(q, k, start, stop, causal)
+    block_m, block_n, warps, stages = _fwd_config(max(dim, value_dim), queries, q.element_size(), is_hopper(q))
+    # Half of a 50 MB L2 for keys and values; a dense mask has no long and short rows, so it takes the heads one after the other.
+    section = 1 if mask.kind == DENSE.value else max(1, (24 << 20) // (keys * (dim + value_dim) * q.element_size())) * (heads // key_heads)
+    grid = (triton.cdiv(queries, block_m) * batch * heads,)
+    _attention_fwd_kernel[grid](
+        q, k, v, out, lse, mask.start, mask.stop, mask.q_bounds,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        mask.row_stride, mask.q_stride, heads, heads // key_heads, queries, keys, section, scale * LOG2E.value, softcap,
+        D=dim, DV=value_dim, **pieces(dim, value_dim), BLOCK_M=block_m, BLOCK_N=block_n,
+        MASK=mask.kind, SOFTCAP=softcap > 0, SAVE_LSE=save_lse, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def aot_cases() -> list[AotCase]:
+    """The calls whose kernels must compile for every architecture without spills."""
+
+    def case(name: str, dim: int, dtype: torch.dtype = torch.bfloat16, queries: int = 1024, causal: bool = False, **options) -> AotCase:
+        def call() -> None:
+            qkv = torch.empty(2, queries, 3, 8, dim, dtype=dtype)
+            q, (_, k, v) = qkv[:, :, 0], torch.empty(2, 1024, 3, 8, dim, dtype=dtype).unbind(2)
+            ranges = torch.zeros(2, queries, dtype=torch.int32) if options.get("ranges") else None
+            settings = (ranges, ranges, causal, 0.125, options.get("softcap", 0.0))
+            out, lse = attention_fwd(q, k, v, *settings, True)
+            attention_bwd(out, None, q, k, v, out, lse, *settings)
+
+        return AotCase(name, call)
+
+    cases = [case(f"bf16 D{dim} dense", dim) for dim in (64, 72, 80, 96, 104, 128, 256)]
+    cases += [case(f"bf16 D{dim} ranges", dim, ranges=True) for dim in (64, 72, 128, 256)]
+    cases += [case("bf16 D128 causal", 128, causal=True), case("bf16 D256 ranges softcap", 256, ranges=True, softcap=50.0)]
+    cases += [case("fp16 D64 one query", 64, torch.float16, queries=1), case("bf16 D64 32 queries", 64, queries=32)]
+    cases += [case("fp32 D64 ranges", 64, torch.float32, ranges=True), case("fp32 D256 dense", 256, torch.float32)]
+    return cases
