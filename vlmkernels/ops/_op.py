@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ BACKENDS = (*ORDER, "flash_attn")
 
 LIBRARY = torch.library.Library("vlmkernels", "DEF")
 OPS: dict[str, "Op"] = {}
+
+#: A backend's function for an op, and its check of the arguments where it has one.
+Candidate = tuple[Callable[..., Any], Callable[..., str | None] | None]
 
 
 class BackendError(RuntimeError):
@@ -73,7 +75,8 @@ class Op:
     def __init__(self, stem: str, schema: str, fake: Callable[..., Any]) -> None:
         self.stem = stem
         self.name = schema.partition("(")[0]
-        self._modules: dict[str, ModuleType | str] = {}
+        self._found: dict[tuple[str, torch.device], Candidate | str] = {}
+        self._choices: dict[tuple[str, torch.device], list[Candidate]] = {}
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vlmkernels::{self.name}", fake, lib=LIBRARY)
@@ -83,29 +86,34 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self._registered(*args)
 
-    def _module(self, backend: str) -> ModuleType | str:
-        """The backend's module, or why there is none."""
-        if backend not in self._modules:
-            path = f"vlmkernels.backends.{backend}"
-            if importlib.util.find_spec(path) is None or importlib.util.find_spec(f"{path}.{self.stem}") is None:
-                self._modules[backend] = f"it has no {self.stem}"
-            else:
-                reason = importlib.import_module(path).why_not_importable()
-                self._modules[backend] = reason or importlib.import_module(f"{path}.{self.stem}")
-        return self._modules[backend]
+    def _find(self, backend: str, device: torch.device) -> "Candidate | str":
+        path = f"vlmkernels.backends.{backend}"
+        if importlib.util.find_spec(path) is None or importlib.util.find_spec(f"{path}.{self.stem}") is None:
+            return f"it has no {self.stem}"
+        package = importlib.import_module(path)
+        # Asked before the operator's module is imported: where a backend can't run, what it needs isn't loaded either.
+        reason: str | None = package.why_not_importable() or package.why_not(device)
+        if reason is not None:
+            return reason
+        module = importlib.import_module(f"{path}.{self.stem}")
+        if not hasattr(module, self.name):
+            return f"it has no {self.name}"
+        return getattr(module, self.name), getattr(module, f"why_not_{self.name}", None)
+
+    def _candidate(self, backend: str, device: torch.device) -> "Candidate | str":
+        """The backend's function and its check of arguments, or why there is none on ``device``; looked for once."""
+        found = self._found.get((backend, device))
+        if found is None:
+            found = self._found[backend, device] = self._find(backend, device)
+        return found
 
     def why_not(self, backend: str, device: torch.device, *args: Any) -> str | None:
         """Why ``backend`` can't run this op on ``device`` with ``args`` (without ``args``: with any), or None if it can."""
-        module = self._module(backend)
-        if isinstance(module, str):
-            return module
-        if not hasattr(module, self.name):
-            return f"it has no {self.name}"
-        reason: str | None = importlib.import_module(f"vlmkernels.backends.{backend}").why_not(device)
-        if reason is None and args:
-            check = getattr(module, f"why_not_{self.name}", None)
-            reason = check(*args) if check else None
-        return reason
+        candidate = self._candidate(backend, device)
+        if isinstance(candidate, str):
+            return candidate
+        check = candidate[1]
+        return check(*args) if check is not None and args else None
 
     def select(self, backend: str, *args: Any) -> Callable[..., Any]:
         """The function that runs this op on ``args``: the forced backend's, else that of the first backend that can.
@@ -113,18 +121,23 @@ class Op:
         Raises:
             BackendError: the forced backend, or every backend, has a reason not to run.
         """
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        reasons = []
-        for name in (backend,) if backend else ORDER:
-            reason = self.why_not(name, device, *args)
-            if reason is None:
-                function: Callable[..., Any] = getattr(self._modules[name], self.name)
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor):
+                break
+        device = tensor.device
+        choices = self._choices.get((backend, device))
+        if choices is None:
+            found = [self._candidate(name, device) for name in ([backend] if backend else ORDER)]
+            choices = self._choices[backend, device] = [candidate for candidate in found if not isinstance(candidate, str)]
+        for function, check in choices:
+            if check is None or check(*args) is None:
                 return function
-            reasons.append(f"{name}: {reason}")
-        raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {'; '.join(reasons)}")
+        reasons = "; ".join(f"{name}: {self.why_not(name, device, *args)}" for name in ([backend] if backend else ORDER))
+        raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {reasons}")
 
     def _run(self, *args: Any) -> Any:
-        return self.select(args[-1], *args[:-1])(*args[:-1])
+        arguments = args[:-1]
+        return self.select(args[-1], *arguments)(*arguments)
 
 
 def bad_argument(name: str, got: object, wanted: str) -> ValueError:
