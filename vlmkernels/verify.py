@@ -113,7 +113,7 @@ def _attention_case(
 
 def _patch_embed_cases(small: bool) -> Iterator[Case]:
     size, dim = (30, 48) if small else (100, 768)
-    every = {"bias": True, "prefix": 1, "positions": True}
+    every: dict[str, Any] = {"bias": True, "prefix": 1, "positions": True}
     yield _patch_embed_case("conv + bias (SigLIP, size 14 does not divide)", 14, size, dim, bias=True, positions=True)
     yield _patch_embed_case("class token (ViT)", 16, size + 2, dim, **every)
     yield _patch_embed_case("class token, norm (CLIP)", 14, 28, dim, prefix=1, positions=True, norm=True)
@@ -218,7 +218,7 @@ def _rope_case(name: str, dim: int, rotated: int, interleaved: bool, norm: bool)
         return tensors
 
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
-        weights = {key: t[key] for key in ("q_weight", "k_weight") if key in t}
+        weights: dict[str, Any] = {key: t[key] for key in ("q_weight", "k_weight") if key in t}
         return rope(t["q"], t["k"], t["cos"], t["sin"], interleaved=interleaved, backend=backend, **weights)
 
     return Case("rope", name, "norm", inputs, run, ("q", "k", *(("q_weight", "k_weight") if norm else ())))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user would run instead: transformers, SDPA and its kernels, FlexAttention, FlashAttention, convolutions, torch.compile."""
+"""What a user would run instead: transformers, SDPA and its kernels, FlexAttention, FlashAttention, convolutions."""
 
 import importlib
 from collections.abc import Callable

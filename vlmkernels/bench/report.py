@@ -77,6 +77,10 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _title(row: Row) -> str:
+    return f"{row.op} · {row.workload} · {row.direction}"
+
+
 COLUMNS = ("workload", "provider", "time", "ours is faster by", "TFLOP/s", "GB/s", "of ceiling", "error / floor")
 
 
@@ -89,23 +93,24 @@ def cells(row: Row, ours: Row) -> tuple[str, ...]:
         ratio = f"{row.ms / ours.ms:.2f}x" if row.ms is not None and ours.ms is not None else ""
         name = row.provider
     share = "" if row.ceiling_share is None else f"{row.ceiling_share:.0%} {row.ceiling}"
-    work = (row.op, row.workload, row.direction) if row is ours else ()
     error = _number(row.error_over_floor, ".2f")
     return (
-        " ".join(work), name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error
+        _title(row) if row is ours else "", name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error
     )  # fmt: skip
 
 
 def print_table(report: Report, console: Any) -> None:
     """The table on a rich console."""
-    table = need("rich.table").Table(*COLUMNS, title=report.environment["device"])
+    table = need("rich.table").Table(title=report.environment["device"])
+    for name in COLUMNS[1:]:
+        table.add_column(name, justify="left" if name == "provider" else "right", overflow="fold")
     markup = need("rich.markup").escape
     for group in report.groups():
+        lost = group[0].status != "ok" or _standing(group) < 1
+        table.add_row(markup(_title(group[0])), style="bold red" if lost else "bold green")
         for row in group:
-            ours = row is group[0]
-            bad = row.status in ("wrong", "failed") or (ours and row.speedup is not None and row.speedup < 1)
-            style = ("bold red" if bad else "bold green") if ours else None
-            table.add_row(*(markup(cell) for cell in cells(row, group[0])), style=style, end_section=row is group[-1])
+            line = [markup(cell) for cell in cells(row, group[0])[1:]]
+            table.add_row(*line, style="bold" if row is group[0] else None, end_section=row is group[-1])
     console.print(table)
     c = report.ceilings
     console.print(f"ceilings of this run: copy {c.copy_gbs:.0f} GB/s, {c.dtype} product {c.gemm_tflops:.3g} TFLOP/s")
@@ -138,11 +143,8 @@ def store(report: Report, folder: Path) -> Path:
     path = folder / f"{slug}.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     measured = {row.id for row in report.rows}
-    kept = [
-        r
-        for r in before
-        if r["record"] == "row" and "/".join(r[x] for x in ("suite", "op", "workload", "direction")) not in measured
-    ]
+    rows = [r for r in before if r["record"] == "row"]
+    kept = [r for r in rows if "/".join(r[x] for x in ("suite", "op", "workload", "direction")) not in measured]
     runs = {r["run"] for r in kept}
     old = [r for r in before if r["record"] == "run" and r["started"] in runs]
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,9 +169,7 @@ def plot(report: Report) -> bytes:
         if not is_host:
             c = report.ceilings
             axis.axvline(100, color="black", linewidth=1.2)
-            axis.set_xlabel(
-                f"% of the ceiling measured in this run: {c.dtype} product {c.gemm_tflops:.3g} TFLOP/s, copy {c.copy_gbs:.0f} GB/s"
-            )
+            axis.set_xlabel(f"% of this run's ceiling: {c.dtype} product {c.gemm_tflops:.3g} TFLOP/s, copy {c.copy_gbs:.0f} GB/s")
             axis.set_xlim(0, max(105, axis.get_xlim()[1]))
         else:
             axis.set_xlabel("host time per call, µs (less is better)")
@@ -187,8 +187,7 @@ def _timed(group: Sequence[Row]) -> list[Row]:
 def _bars(axis: Any, groups: Sequence[Sequence[Row]], is_host: bool) -> None:
     position, ticks, labels = 0.0, [], []
     for group in groups:
-        title = f"{group[0].op} · {group[0].workload} · {group[0].direction}"
-        axis.text(0, position, f" {title}", va="center", fontsize=8, fontweight="bold")
+        axis.text(0, position, f" {_title(group[0])}", va="center", fontsize=8, fontweight="bold")
         position += 1
         for row in sorted(_timed(group), key=lambda r: r.ms or 0.0):
             value = (row.ms or 0.0) * 1e3 if is_host else 100 * (row.ceiling_share or 0.0)
@@ -247,8 +246,9 @@ def _facts(report: Report) -> list[tuple[str, Any]]:
         if key in ("record", "schema", "left_out"):
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{name} {x}" for name, x in value.items() if x) or "-"
-        facts.append((key, value))
+            facts.append((key, ", ".join(f"{name} {x}" for name, x in value.items() if x) or "-"))
+        else:
+            facts.append((key, value))
     return facts
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from vlmkernels.bench import towers
+from vlmkernels.bench import photos, towers
 from vlmkernels.bench.workloads import (
     Case,
     Workload,
@@ -75,7 +75,7 @@ def _host(case: Case) -> Case:
 
 
 def _tiny_tower(device: torch.device) -> Case:
-    tower = towers.Tower("", towers.VIT_B.model, ("ViTConfig", towers.vit_config(64, 1, 64, 32, 16)), (1, 1), towers.photos.HALF)
+    tower = towers.Tower("", towers.VIT_B.model, ("ViTConfig", towers.vit_config(64, 1, 64, 32, 16)), (1, 1), photos.HALF)
     return tower_patch_embed(tower)(device)
 
 

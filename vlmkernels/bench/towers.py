@@ -131,7 +131,7 @@ class AttentionCall:
 
 
 @contextmanager
-def _recorded(*modules: torch.nn.Module) -> Iterator[list[AttentionCall]]:
+def _recorded(*modules: Any) -> Iterator[list[AttentionCall]]:
     """Record the attention calls of transformers modules through the interface for attention functions."""
     interface = importlib.import_module("transformers").AttentionInterface
     calls: list[AttentionCall] = []

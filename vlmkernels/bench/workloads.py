@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlmkernels import KeyRanges
-from vlmkernels.bench import peers, towers
+from vlmkernels.bench import peers, photos, towers
 from vlmkernels.bench.peers import AttentionInputs, Provider
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.patch_embed import patch_embed
@@ -99,7 +99,7 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
         if ranges is not None and ranges.start.shape[0] > 1:
             ranges = KeyRanges(ranges.start[entries], ranges.stop[entries])
         with torch.set_grad_enabled(backward):
-            out = attention(*cut, ranges, **mask, backend="reference")
+            out: Any = attention(cut[0], cut[1], cut[2], ranges, **mask, backend="reference")
         if dout is None:
             return (out,)
         return torch.autograd.grad(out, cut, part(0, dout).double())
@@ -108,7 +108,11 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
     per_pair = q.shape[-1] + v.shape[-1]
     out_bytes = batch * queries * heads * v.shape[-1] * q.element_size()
     moved = _bytes(q, k, v) + out_bytes
-    ours = peers.provider(OURS, inputs, dout, lambda: lambda q, k, v: attention(q, k, v, inputs.ranges, **mask))
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return attention(q, k, v, inputs.ranges, **mask)
+
+    ours = peers.provider(OURS, inputs, dout, lambda: forward)
     return Case(
         ours=ours,
         peers=(*more_peers, *peers.attention_peers(inputs, dout)),
@@ -185,7 +189,7 @@ def tower_patch_embed(tower: towers.Tower, uint8: bool = False, backward: bool =
         e = towers.embedding(tower, device, dtype)
         pixels = tower.images(device)
         if not uint8:
-            pixels = towers.photos.normalized(pixels, tower.statistics, dtype)
+            pixels = photos.normalized(pixels, tower.statistics, dtype)
         return patch_embed_case(e, pixels, tower.statistics, backward)
 
     return build
@@ -196,13 +200,13 @@ def patch_embed_case(
 ) -> Case:
     """Patch embedding, or the gradients of its weight and bias. The first and the last image are checked."""
     dtype, batch = e.weight.dtype, pixels.shape[0]
-    mean_std = dict(zip(("mean", "std"), statistics, strict=True)) if pixels.dtype == torch.uint8 else {}
+    mean_std: dict[str, Any] = dict(zip(("mean", "std"), statistics, strict=True)) if pixels.dtype == torch.uint8 else {}
     leaves = [e.weight] if e.bias is None else [e.weight, e.bias]
     tokens = (pixels.shape[2] // e.patch) * (pixels.shape[3] // e.patch)
     shape = (batch, tokens + (e.class_token is not None), e.weight.shape[0])
     dout = torch.randn(shape, device=pixels.device, dtype=dtype) if backward else None
 
-    def ours(x: torch.Tensor, cast: Callable[[torch.Tensor], torch.Tensor] = lambda p: p, **backend: str) -> torch.Tensor:
+    def ours(x: torch.Tensor, cast: Callable[[torch.Tensor], torch.Tensor] = lambda p: p, **backend: Any) -> torch.Tensor:
         optional = [None if p is None else cast(p) for p in (e.bias, e.class_token)]
         norm = None if e.norm is None else (cast(e.norm.weight), cast(e.norm.bias), e.norm.eps)
         return patch_embed(
@@ -262,12 +266,12 @@ def rope_case(shape: tuple[int, int, int, int, int], norm: bool = False) -> Call
         last = slice(max(0, length - 64), None)
 
         def exact() -> tuple[torch.Tensor, ...]:
-            doubles = {} if weights is None else dict(zip(("q_weight", "k_weight"), (w.double() for w in weights), strict=True))
+            doubles: dict[str, Any] = {} if weights is None else dict(zip(("q_weight", "k_weight"), (w.double() for w in weights), strict=True))
             return rope(
                 q[:, last].double(), k[:, last].double(), cos[last].double(), sin[last].double(), **doubles, backend="reference"
             )
 
-        options = {} if weights is None else {"q_weight": weights[0], "k_weight": weights[1]}
+        options: dict[str, Any] = {} if weights is None else {"q_weight": weights[0], "k_weight": weights[1]}
         wide = [torch.cat([x, x], -1) for x in (cos, sin)]
         return Case(
             ours=Provider(OURS, lambda: lambda: rope(q, k, cos, sin, **options)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``vlmkernels doctor | verify | bench``. Each command is a module; nothing heavy is imported before it runs."""
+"""The command line: ``vlmkernels doctor | verify | bench``. Each is a module; nothing heavy is imported before it runs."""
 
 import argparse
 import importlib

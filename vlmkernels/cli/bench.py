@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         need(module)
     device = torch.device(arguments.device)
     console = need("rich.console").Console()
+    if not console.is_terminal:
+        console = need("rich.console").Console(width=120)
     started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     budget = (60.0 if device.type == "cuda" else 400.0) / (4 if arguments.quick else 1)
     options = Options(not arguments.no_compile, tuple(arguments.peers), budget, arguments.time_limit)

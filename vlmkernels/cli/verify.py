@@ -68,7 +68,7 @@ def summary(checks: list[Check]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.op, check.backend, check.dtype), []).append(check)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (op, backend, dtype), group in groups.items():
         compared = [c for c in group if c.error_over_floor is not None and c.bound is not None]
         if not compared:

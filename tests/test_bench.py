@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: photos, towers, timing, what counts as wrong, and what a run writes."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmkernels import use_backend
+from vlmkernels.bench import MissingExtra, Unavailable, environment, need, photos, report, runner, suites, timing, towers
+from vlmkernels.bench.ceilings import Ceilings
+from vlmkernels.bench.peers import Provider
+from vlmkernels.bench.runner import Options, Row
+from vlmkernels.bench.workloads import OURS, Case, Workload, tower_attention, tower_patch_embed
+from vlmkernels.ops._op import Op
+from vlmkernels.testing import compare
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(copy_gbs=10.0, gemm_tflops=0.1, copy_bytes=1, gemm_size=1, dtype="float32", under_load={})
+FAST = Options(budget_ms=1.0)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_outputs_show() -> None:
+    """Off: its wrapper would hide which backend ran, which a run reports."""
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    with use_backend("torch"):
+        yield
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Make an op's first result a little too large: by 1 %, or 1e6 roundings of fp32, on every backend but the reference."""
+    select = Op.select
+
+    def wrong(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
+        function = select(self, backend, *args)
+        if self.name != op or backend == "reference":
+            return function
+
+        def run(*args: Any) -> Any:
+            first, *rest = function(*args)
+            return first * 1.01, *rest
+
+        run.__module__ = function.__module__
+        return run
+
+    monkeypatch.setattr(Op, "select", wrong)
+
+
+@pytest.fixture(scope="module")
+def smoke() -> report.Report:
+    with use_backend("torch"):
+        rows, left_out = runner.run(suites.workloads("smoke"), CPU, CEILINGS, FAST)
+    return report.Report("2026-01-01T00:00:00+00:00", 1.0, environment.describe(CPU), CEILINGS, rows, left_out)
+
+
+def test_photos_differ_and_repeat() -> None:
+    batch = photos.batch(70, 32)
+    assert batch.shape == (70, 3, 32, 32) and batch.dtype == torch.uint8
+    assert len({bytes(image.numpy().tobytes()) for image in batch}) == 70
+    photos.batch.cache_clear()
+    assert torch.equal(photos.batch(70, 32), batch)
+    assert batch.float().std() > 40
+
+
+def test_normalized_pixels() -> None:
+    pixels = photos.batch(2, 32)
+    exact = torch.stack([(pixels[:, c].double() / 255 - photos.CLIP[0][c]) / photos.CLIP[1][c] for c in range(3)], 1)
+    assert compare(photos.normalized(pixels, photos.CLIP, torch.float32), exact, "norm")
+
+
+def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingExtra, match=r"needs no_such_package: pip install 'vlmkernels\[bench\]'"):
+        need("no_such_package.part")
+
+
+def test_timing_takes_turns() -> None:
+    order: list[str] = []
+    functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = timing.device_times(functions, CPU, budget_ms=0.0)
+    assert {order.count(name) for name in "abc"} == {len(order) // 3}
+    assert {"".join(order[i : i + 3]) for i in range(0, len(order), 3)} == {"abc", "bca", "cab"}
+    assert times["a"].samples == 5 and times["a"].low <= times["a"].ms <= times["a"].high
+
+
+def test_median_and_quartiles() -> None:
+    assert timing.summary([5.0, 1.0, 100.0, 2.0, 3.0]) == timing.Timing(3.0, 2.0, 5.0, 5)
+
+
+def test_ceiling_of_a_workload() -> None:
+    assert CEILINGS.best_ms(flops=1e8, bytes_=1e6) == pytest.approx(1.0) and CEILINGS.bound_by(1e8, 1e6) == "gemm"
+    assert CEILINGS.best_ms(flops=1e7, bytes_=1e7) == pytest.approx(1.0) and CEILINGS.bound_by(1e7, 1e7) == "copy"
+
+
+def test_smoke_suite_compares_and_times(smoke: report.Report) -> None:
+    assert smoke.failed == [] and {row.status for row in smoke.rows} == {"ok"}
+    for group in smoke.groups():
+        ours, *others = group
+        assert ours.provider == OURS and ours.backends == ["torch"] and others
+        assert ours.best_peer in {row.provider for row in others}
+        assert all(row.ms is not None and row.ms > 0 and row.error_over_floor is not None for row in group)
+        assert ours.ceiling_share == pytest.approx(CEILINGS.best_ms(ours.flops, ours.bytes) / ours.ms)
+    assert any("FlexAttention" in line for line in smoke.left_out)
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd", "rope_fwd"])
+def test_wrong_result_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, op)
+    rows, _ = runner.run(suites.workloads("smoke"), CPU, CEILINGS, FAST)
+    stem, _, direction = op.rpartition("_")
+    touched = [row for row in rows if row.provider == OURS and row.op == stem and row.direction == direction]
+    assert touched and {(row.status, row.ms, row.speedup) for row in touched} == {("wrong", None, None)}
+    assert all("floors off" in row.reason for row in touched)
+    assert {row.status for row in rows if row.provider != OURS} == {"ok"}
+
+
+def _case(peers: tuple[Provider, ...]) -> Case:
+    x = torch.ones(3)
+    return Case(
+        Provider(OURS, lambda: lambda: x), peers, ("out",), lambda: (x.double(),), lambda i, y: y, "norm", 1.0, 1.0, torch.float32
+    )
+
+
+def _one(build: Callable[[torch.device], Case], options: Options = FAST) -> list[Row]:
+    return runner.run_workload(Workload("s", "o", "w", "fwd", build), CPU, CEILINGS, options)
+
+
+def test_peer_that_cannot_run_says_why() -> None:
+    def raises(error: Exception) -> Callable[[], Callable[[], Any]]:
+        def prepare() -> Callable[[], Any]:
+            raise error
+
+        return prepare
+
+    peers = (
+        Provider("absent", raises(Unavailable("not installed"))),
+        Provider("broken", raises(RuntimeError("no kernel\nmore"))),
+        Provider("other", lambda: lambda: torch.full((3,), 2.0)),
+        Provider("compiled", lambda: lambda: torch.ones(3), compiled=True),
+    )
+    rows = {row.provider: row for row in _one(lambda device: _case(peers))}
+    assert (rows["absent"].status, rows["absent"].reason) == ("unavailable", "not installed")
+    assert (rows["broken"].status, rows["broken"].reason) == ("unavailable", "RuntimeError: no kernel")
+    assert rows["other"].status == "wrong" and rows["other"].ms is None
+    assert rows[OURS].best_peer == "compiled"
+    assert set(row.provider for row in _one(lambda device: _case(peers), Options(compile=False, peers=("abs", "comp")))) == {
+        OURS,
+        "absent",
+    }
+
+
+def test_workload_that_cannot_be_built_fails_the_run() -> None:
+    def build(device: torch.device) -> Case:
+        raise RuntimeError("no memory")
+
+    (row,) = _one(build)
+    assert (row.provider, row.status, row.reason) == (OURS, "failed", "inputs: RuntimeError: no memory")
+
+
+def test_time_limit_and_gpu_only_are_left_out() -> None:
+    work = [
+        Workload("s", "o", "w", "fwd", lambda device: _case(())),
+        Workload("s", "o", "big", "fwd", lambda d: _case(()), "too big"),
+    ]
+    rows, left_out = runner.run(work, CPU, CEILINGS, Options(time_limit=-1.0))
+    assert rows == [] and any("time limit" in line for line in left_out) and any("too big" in line for line in left_out)
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+TOWERS = [
+    towers.Tower(
+        "vit", t.model, (t.config[0], {**t.config[1], **SMALL, "image_size": 40, "patch_size": 14}), (2, 2), t.statistics
+    )
+    for t in (towers.VIT_B, towers.CLIP_L, towers.SIGLIP, towers.EVA_G)
+]
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.model[1])
+def test_transformers_towers_agree_with_ours(tower: towers.Tower) -> None:
+    """All providers compute the same: transformers' modules and functions lie within the bound that ours has."""
+    cases = [tower_patch_embed(tower), tower_patch_embed(tower, uint8=True), tower_patch_embed(tower, backward=True)]
+    for build in (*cases, tower_attention(tower)):
+        rows = _one(build, Options(budget_ms=0.0))
+        assert len(rows) >= 3
+        for row in rows:
+            assert row.status == "ok", row
+            assert row.error_over_floor is not None and row.bound is not None and row.error_over_floor <= row.bound, row
+
+
+def test_qformer_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "EVA_G", TOWERS[3])
+    monkeypatch.setattr(towers, "QFORMER_CONFIG", {**towers.QFORMER_CONFIG, "encoder_hidden_size": 64})
+    call = towers.qformer_cross_attention(CPU, torch.float32)
+    assert call.q.shape == (2, 12, towers.QUERIES, 64) and call.k.shape == (2, 12, 1 + 2 * 2, 64)
+    assert not torch.equal(call.k[0], call.k[1]), "two photos give the same keys"
+
+
+def test_json_lines(smoke: report.Report, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    smoke.rows[0].error_over_floor = float("inf")
+    report.write_jsonl(smoke, path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    run, *rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert run["record"] == "run" and run["schema"] == report.SCHEMA and run["ceilings"]["copy_gbs"] == 10.0
+    assert {"device", "commit", "versions", "nvidia_smi", "cuda", "python", "left_out"} <= set(run)
+    assert set(run["versions"]) >= {"vlmkernels", "torch", "triton", "transformers"}
+    assert len(rows) == len(smoke.rows)
+    for row in rows:
+        assert row["record"] == "row" and row["run"] == run["started"]
+        assert set(row) == {"record", "run", *Row.__dataclass_fields__}
+
+
+def test_stored_results_replace_what_was_measured_again(smoke: report.Report, tmp_path: Path) -> None:
+    path = report.store(smoke, tmp_path)
+    assert path.parent == tmp_path and path.suffix == ".jsonl"
+    again = [row for row in smoke.rows if row.op == "rope"]
+    later = report.Report("2026-02-02T00:00:00+00:00", 1.0, smoke.environment, CEILINGS, again, [])
+    assert report.store(later, tmp_path) == path
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["started"] for r in records if r["record"] == "run"] == [smoke.started, later.started]
+    rows = [r for r in records if r["record"] == "row"]
+    assert len(rows) == len(smoke.rows)
+    assert {(r["op"] == "rope", r["run"]) for r in rows} == {(False, smoke.started), (True, later.started)}
+    report.store(report.Report("2026-03-03T00:00:00+00:00", 1.0, smoke.environment, CEILINGS, smoke.rows, []), tmp_path)
+    assert [r["started"] for r in map(json.loads, path.read_text().splitlines()) if r["record"] == "run"] == [
+        "2026-03-03T00:00:00+00:00"
+    ]
+
+
+def _report(*rows: Row) -> report.Report:
+    return report.Report("now", 1.0, {"device": "<b>GPU & co</b>", "device_type": "cpu"}, CEILINGS, list(rows), ["<i>left</i>"])
+
+
+def _group(name: str, speedup: float | None, status: str = "ok") -> list[Row]:
+    ours = Row("s", "o", name, "fwd", OURS, status, "why", ms=1.0 if status == "ok" else None, speedup=speedup, best_peer="peer")
+    return [ours, Row("s", "o", name, "fwd", "peer", "ok", ms=speedup, ceiling_share=0.5, ceiling="copy")]
+
+
+def test_html_is_one_file_and_shows_losses_first() -> None:
+    rows = [*_group("wins", 2.0), *_group("loses", 0.5), *_group("is wrong", None, "wrong"), *_group("draws", 1.0)]
+    png = report.plot(_report(*rows))
+    page = report.to_html(_report(*rows), png)
+    assert png.startswith(b"\x89PNG")
+    assert not re.search(
+        r"https?:|//[a-z]|<script|<link|@import|url\(|srcset|href", page.replace("data:image/png;base64,", ""), re.I
+    )
+    assert re.findall(r'src="([^"]{22})', page) == ["data:image/png;base64,"]
+    assert "<b>GPU" not in page and "&lt;b&gt;GPU &amp; co" in page and "&lt;i&gt;left" in page
+    places = [page.index(f"o · {name} · fwd") for name in ("is wrong", "loses", "draws", "wins")]
+    assert places == sorted(places)
+    assert "WRONG: why" in page and "4 workloads, 1 where a peer is faster, 1 wrong or failed" in page
+
+
+def test_unknown_suite() -> None:
+    with pytest.raises(ValueError, match="suite: got 'nonsense', wanted one of main"):
+        suites.workloads("nonsense")
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_workloads_have_distinct_names(suite: str) -> None:
+    names = [work.id for work in suites.workloads(suite)]
+    assert names and len(set(names)) == len(names)
+
+
+@pytest.mark.gpu
+def test_smoke_and_overhead_on_the_gpu(device: torch.device) -> None:
+    with use_backend(""):
+        rows, _ = runner.run(suites.workloads("smoke", "overhead"), device, CEILINGS, Options(compile=False, budget_ms=1.0))
+    ours = [row for row in rows if row.provider == OURS]
+    assert ours and {row.status for row in ours} == {"ok"}, [row for row in ours if row.status != "ok"]
+    assert all(row.ms for row in ours)
