@@ -6,6 +6,7 @@ for bfloat16. Triton reads the variable when a kernel is decorated, so this file
 """
 
 import contextlib
+import functools
 import os
 import sys
 import zlib
@@ -79,6 +80,7 @@ def unwritten_outputs_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill with NaN (integers: -1) what a backend allocates uninitialised: an element that no kernel writes fails the test."""
     select = Op.select
 
+    @functools.wraps(select)
     def select_poisoned(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
         function = select(self, backend, *args)
 
