@@ -100,42 +100,33 @@ def check_parity(
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     with without_rounding():
         exact = run(copy.deepcopy(theirs).double(), call_theirs, wide, seed=1)
+    check(got, exact, zero_gradients)
+
+
+def check(got: dict[str, Tensor], exact: dict[str, Tensor], zero_gradients: tuple[str, ...] = ()) -> None:
     assert set(got) == set(exact)
     for name, value in got.items():
-        assert value.dtype == torch.float32
+        assert value.dtype == torch.float32, name
         terms = exact[name.replace("bias", "weight")].abs().max().item() if name in zero_gradients else 0.0
         result = compare(value, exact[name], "gemm", terms=terms)
         assert result, f"{name}: {result}"
 
 
-def check_module(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """What every module must do besides being right: copy, pickle, trace with gradients, run in bf16, be built without memory."""
+def check_module(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor, zero_gradients: tuple[str, ...] = ()) -> None:
+    """What every module must do besides computing what another does: copy, pickle, trace with gradients, and run in bf16."""
     randomize(module)
-    found = run(module, call, inputs, seed=1)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        again = run(other, call, inputs, seed=1)
-        assert set(again) == set(found)
-        assert all(torch.equal(again[name], found[name]) for name in found)
+    exact = run(copy.deepcopy(module).double(), call, tuple(x.double() for x in inputs), seed=1)
+    for other in (module, pickle.loads(pickle.dumps(module))):
+        check(run(other, call, inputs, seed=1), exact, zero_gradients)
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: call(module, *x), fullgraph=True, backend="aot_eager")
-    traced = run(module, lambda _, *x: compiled(*x), inputs, seed=1)
-    assert set(traced) == set(found)
-    for name, value in traced.items():
-        assert torch.equal(value, found[name]), name
+    check(run(module, lambda _, *x: compiled(*x), inputs, seed=1), exact, zero_gradients)
 
     low = copy.deepcopy(module).to(torch.bfloat16)
-    narrow = tuple(x.to(torch.bfloat16) if x.is_floating_point() else x for x in inputs)
-    for name, value in run(low, call, narrow, seed=1).items():
-        assert value.dtype == torch.bfloat16, name
-        assert value.isfinite().all(), name
-
-
-def check_bfloat16(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Any:
-    """The output in bf16 against fp64 on the same rounded weights and inputs."""
-    low = copy.deepcopy(randomize(module)).to(torch.bfloat16)
     narrow = tuple(x.to(torch.bfloat16) for x in inputs)
-    with torch.no_grad():
-        out = call(low, *narrow)
-        exact = call(copy.deepcopy(low).double(), *(x.double() for x in narrow))
-    return compare(out, exact, "gemm")
+    found = run(low, call, narrow, seed=1)
+    assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in found.values())
+    exact = run(low.double(), call, tuple(x.double() for x in narrow), seed=1)
+    result = compare(found["output"], exact["output"], "gemm")
+    assert result, result

@@ -281,14 +281,20 @@ def test_packed_cross_attention_reads_its_own_image(device: torch.device) -> Non
 @pytest.mark.parametrize("module", ["separate", "fused", "cross"])
 def test_module_behaviour(module: str, device: torch.device) -> None:
     if module == "cross":
-        check_module(CrossAttention(C, H, context_dim=40), lambda m, x, c: m(x, c), randn(1, 5, C), randn(B, S, 40))
+        check_module(
+            CrossAttention(C, H, context_dim=40),
+            lambda m, x, c: m(x, c),
+            randn(1, 5, C),
+            randn(B, S, 40),
+            zero_gradients=("key.bias",),
+        )
     elif module == "fused":
         ranges = KeyRanges.packed(torch.tensor([0, 5, S], dtype=torch.int32, device=device), S)
         tables = half(rope_tables(S, device))
         ours = SelfAttention(C, H, layout="timm", qk_norm="gemma")
         check_module(ours, lambda m, x: m(x, ranges, tables), randn(S, C))
     else:
-        check_module(SelfAttention(C, 4, 2, D, causal=True), lambda m, x: m(x), randn(B, S, C))
+        check_module(SelfAttention(C, 4, 2, D, causal=True), lambda m, x: m(x), randn(B, S, C), zero_gradients=("k_proj.bias",))
 
 
 @pytest.mark.parametrize("qk_norm", ["rms", "gemma"])

@@ -28,7 +28,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def config(kind: str) -> Any:
-    return getattr(transformers, kind)(hidden_size=D, patch_size=P, image_size=SIDE)
+    return getattr(transformers, kind)(hidden_size=D, num_attention_heads=2, patch_size=P, image_size=SIDE)
 
 
 class ClipWithNorm(CLIPVisionEmbeddings):
@@ -76,7 +76,9 @@ def test_other_image_sizes(case: str, size: tuple[int, int]) -> None:
 
 
 def test_images_that_the_patch_does_not_divide() -> None:
-    theirs = SiglipVisionEmbeddings(transformers.SiglipVisionConfig(hidden_size=D, patch_size=P, image_size=SIDE + 5))
+    theirs = SiglipVisionEmbeddings(
+        transformers.SiglipVisionConfig(hidden_size=D, num_attention_heads=2, patch_size=P, image_size=SIDE + 5)
+    )
     check_parity(PatchEmbed(D, P, SIDE + 5, layout="siglip"), theirs, embed, embed, randn(2, 3, SIDE + 5, SIDE + 5))
 
 
@@ -171,7 +173,7 @@ def test_no_images() -> None:
         (lambda: PatchEmbed(D, P, SIDE, layout="no such"), "layout"),
         (lambda: PatchEmbed(D, P, SIDE, layout="siglip", class_token=True), "class_token"),
         (lambda: PatchEmbed(D, P, SIDE, register_tokens=1), "register_tokens"),
-        (lambda: PatchEmbed(D, P, SIDE, mean=MEAN), "std"),
+        (lambda: PatchEmbed(D, P, SIDE, std=STD), "mean"),
         (lambda: PatchEmbed(D, P, SIDE)(torch.zeros(1, 3, SIDE, 2 * SIDE)), "pixels"),
         (lambda: PatchEmbed(D, P, SIDE)(torch.zeros(3, SIDE, SIDE)), "pixels"),
         (lambda: PatchEmbed(D, P, SIDE)(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)), "mean"),

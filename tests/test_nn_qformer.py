@@ -35,10 +35,11 @@ def ours(**arguments: Any) -> QFormerLayer:
     return QFormerLayer(C, H, INNER, context_dim=WIDTH, **arguments)
 
 
-@pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
-@pytest.mark.parametrize("layer_idx", [0, 1], ids=["with cross-attention", "without"])
-@pytest.mark.parametrize("task", ["itc", "itm", "itg"])
-def test_queries_and_text(kind: str, layer_idx: int, task: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("task", "layer_idx", "kind"),
+    [("itc", 0, "Blip2"), ("itm", 0, "Blip2"), ("itg", 0, "Blip2"), ("itm", 1, "Blip2"), ("itm", 0, "InstructBlip")],
+)
+def test_queries_and_text(task: str, layer_idx: int, kind: str, device: torch.device) -> None:
     lengths = torch.tensor([T, 3], device=device)
     ranges = KeyRanges.qformer(task, Q, T, text_lengths=lengths)
     mask = ranges.dense(Q + T)[:, None]
@@ -131,7 +132,7 @@ def test_module_behaviour(device: torch.device) -> None:
     def call(layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
         return layer(x, ranges, context, None, Q)
 
-    check_module(ours(), call, randn(B, Q + T, C), randn(B, KEYS, WIDTH))
+    check_module(ours(), call, randn(B, Q + T, C), randn(B, KEYS, WIDTH), zero_gradients=ZERO)
 
 
 def test_refusals() -> None:
