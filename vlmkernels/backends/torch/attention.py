@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention through torch's scaled_dot_product_attention, with the ranges as a dense boolean mask."""
+"""Attention through torch's scaled_dot_product_attention, with the ranges as a dense boolean mask.
+
+The backward forms the probabilities in blocks of rows: autograd is switched off inside a registered op, so that SDPA's own
+backward is out of reach there.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-# Rows of the score matrix at a time where the log-sum-exp is asked for, which SDPA does not return.
-LSE_ROWS = 1024
+# Rows of the score matrix at a time where it is formed: for the log-sum-exp, which SDPA does not return, and in the backward.
+ROWS = 1024
 
 
 def why_not_attention_fwd(
@@ -33,57 +39,19 @@ def why_not_attention_bwd(
 
 def _mask(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None, causal: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The dense mask ``[B|1, 1, Sq, Sk]`` and the rows ``[B|1, Sq, 1, 1]`` that see no key; None where there are none.
-
-    A row that sees no key looks at all of them in the mask, since its softmax would be 0/0.
-    """
-    queries, keys = q.shape[1], k.shape[1]
-    j = torch.arange(keys, device=q.device)
-    mask = None
-    if start is not None and stop is not None:
-        mask = (j >= start[..., None]) & (j < stop[..., None])
-    elif causal and queries != keys:
-        mask = (j <= torch.arange(queries, device=q.device)[:, None] + keys - queries)[None]
-    if mask is None:
-        return None, None
-    blind = ~mask.any(-1, keepdim=True)
-    return (mask | blind)[:, None], blind[..., None]
-
-
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    blind: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-) -> torch.Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa)
-    out = out.transpose(1, 2)
-    return out if blind is None else out.masked_fill(blind, 0.0)
-
-
-def _log_sum_exp(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, blind: torch.Tensor | None, causal: bool, scale: float
-) -> torch.Tensor:
-    batch, queries, heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(batch, heads, queries, dtype=dtype)
-    keys = k.to(dtype).permute(0, 2, 3, 1).repeat_interleave(heads // k.shape[2], dim=1)
+) -> torch.Tensor | None:
+    """The dense mask ``[B|1, 1, Sq, Sk]``, or None where every query sees every key."""
     j = torch.arange(k.shape[1], device=q.device)
-    for begin in range(0, queries, LSE_ROWS):
-        end = min(begin + LSE_ROWS, queries)
-        logits = scale * (q[:, begin:end].to(dtype).transpose(1, 2) @ keys)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, :, begin:end], float("-inf"))
-        elif causal:
-            logits = logits.masked_fill(j > torch.arange(begin, end, device=q.device)[:, None], float("-inf"))
-        lse[:, :, begin:end] = torch.logsumexp(logits, dim=-1)
-    return lse if blind is None else lse.masked_fill(blind[:, None, :, 0, 0], float("-inf"))
+    if start is not None and stop is not None:
+        return ((j >= start[..., None]) & (j < stop[..., None]))[:, None]
+    if causal:
+        return (j <= torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1])[None, None]
+    return None
+
+
+def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values with zeros where no query looks: what unused memory holds must not reach a sum as 0 * NaN."""
+    return x if mask is None else x.masked_fill(~mask.any(-2).movedim(1, 2)[..., None], 0.0)
 
 
 def attention_fwd(
@@ -97,9 +65,41 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask, blind = _mask(q, k, start, stop, causal)
-    out = _sdpa(q, k, v, mask, blind, causal, scale).contiguous()
-    return out, _log_sum_exp(q, k, mask, blind, causal, scale) if save_lse else q.new_empty(0, dtype=torch.float32)
+    square = causal and q.shape[1] == k.shape[1]
+    mask = None if square else _mask(q, k, start, stop, causal)
+    blind = None if mask is None else ~mask.any(-1, keepdim=True)
+    heads_first = (x.transpose(1, 2) for x in (q, _seen(k, mask), _seen(v, mask)))
+    # A row that sees no key looks at all of them here, since its softmax would be 0/0, and is cleared after.
+    allowed = None if mask is None or blind is None else mask | blind
+    gqa = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(*heads_first, allowed, is_causal=square, scale=scale, enable_gqa=gqa)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    out = out.transpose(1, 2).contiguous()
+    if not save_lse:
+        return out, q.new_empty(0, dtype=_compute_dtype(q))
+    lse = [torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, k, start, stop, causal, scale)]
+    return out, torch.cat(lse, dim=-1)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _heads_first(x: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    return x.transpose(1, 2).to(_compute_dtype(x)).repeat_interleave(groups, dim=1)
+
+
+def _logits(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None, causal: bool, scale: float
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The masked logits ``[B, H, rows, Sk]``, a block of rows at a time."""
+    mask = _mask(q, k, start, stop, causal)
+    keys = _heads_first(_seen(k, mask), q.shape[2] // k.shape[2]).transpose(-1, -2)
+    for begin in range(0, q.shape[1], ROWS):
+        rows = slice(begin, begin + ROWS)
+        logits = scale * (_heads_first(q[:, rows]) @ keys)
+        yield rows, logits if mask is None else logits.masked_fill(~mask[:, :, rows], float("-inf"))
 
 
 def attention_bwd(
@@ -116,12 +116,20 @@ def attention_bwd(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask, blind = _mask(q, k, start, stop, causal)
-    with torch.enable_grad():
-        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        outputs, gradients = [_sdpa(*inputs, mask, blind, causal, scale)], [dout]
+    groups = q.shape[2] // k.shape[2]
+    mask = _mask(q, k, start, stop, causal)
+    keys, values = (_heads_first(_seen(x, mask), groups) for x in (k, v))
+    dq, dk, dv = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, logits in _logits(q, k, start, stop, causal, scale):
+        normaliser = lse[:, :, rows, None]
+        p = torch.exp(logits - normaliser.masked_fill(normaliser == float("-inf"), float("inf")))
+        do = _heads_first(dout[:, rows])
+        delta = (do * _heads_first(out[:, rows])).sum(-1, keepdim=True)
         if dlse is not None:
-            outputs.append(_log_sum_exp(*inputs[:2], mask, blind, causal, scale))
-            gradients.append(dlse)
-        dq, dk, dv = torch.autograd.grad(outputs, inputs, gradients)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+            delta = delta - dlse[:, :, rows, None]
+        dv += p.transpose(-1, -2) @ do
+        ds = scale * p * (do @ values.transpose(-1, -2) - delta)
+        dk += ds.transpose(-1, -2) @ _heads_first(q[:, rows])
+        dq[:, rows] = (ds @ keys).transpose(1, 2).to(q.dtype)
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).transpose(1, 2).to(q.dtype).contiguous() for x in (dk, dv))
+    return dq, dk, dv

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from vlmkernels.backends.triton import INTERPRETED
 
 #: Rows and keys per entry of the tile bounds (``torch.ops.vlmkernels.tile_bounds``).

@@ -185,8 +185,9 @@ def attention_fwd(
         return out, lse
     mask = make_mask(q, k, start, stop, causal)
     block_m, block_n, warps, stages = _fwd_config(max(dim, value_dim), queries, q.element_size(), is_hopper(q))
-    # Half of a 50 MB L2 for keys and values; a dense mask has no long and short rows, so it takes the heads one after the other.
-    section = 1 if mask.kind == DENSE.value else max(1, (24 << 20) // (keys * (dim + value_dim) * q.element_size())) * (heads // key_heads)
+    # Keys and values of a section fill half of a 50 MB L2; a dense mask has no long and short rows: there one head after the other.
+    fitting = (24 << 20) // max(1, keys * (dim + value_dim) * q.element_size())
+    section = 1 if mask.kind == DENSE.value else max(1, fitting) * (heads // key_heads)
     grid = (triton.cdiv(queries, block_m) * batch * heads,)
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, mask.start, mask.stop, mask.q_bounds,
@@ -201,7 +202,9 @@ def attention_fwd(
 def aot_cases() -> list[AotCase]:
     """The calls whose kernels must compile for every architecture without spills."""
 
-    def case(name: str, dim: int, dtype: torch.dtype = torch.bfloat16, queries: int = 1024, causal: bool = False, **options) -> AotCase:
+    def case(
+        name: str, dim: int, dtype: torch.dtype = torch.bfloat16, queries: int = 1024, causal: bool = False, **options
+    ) -> AotCase:
         def call() -> None:
             qkv = torch.empty(2, queries, 3, 8, dim, dtype=dtype)
             q, (_, k, v) = qkv[:, :, 0], torch.empty(2, 1024, 3, 8, dim, dtype=dtype).unbind(2)
