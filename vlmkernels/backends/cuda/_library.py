@@ -36,7 +36,7 @@ class TileBoundsParams(ctypes.Structure):
 
 
 def _places() -> Iterator[Path]:
-    """Beside this package, else where it is installed: a source tree on ``sys.path`` hides the installed package and its library."""
+    """Beside this package, else where it is installed: a source tree on ``sys.path`` hides the installed package."""
     yield Path(__file__).resolve().parents[3] / FILE
     for distribution in importlib.metadata.distributions(name="vlmkernels"):
         yield Path(str(distribution.locate_file(FILE)))
