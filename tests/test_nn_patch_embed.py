@@ -121,6 +121,20 @@ def test_uint8_photos(channels_last: bool, device: torch.device) -> None:
     assert compare(ours(normalised), theirs(normalised.double()), "gemm")
 
 
+def test_open_clip_names() -> None:
+    """open_clip's tower is CLIP's under other names."""
+    clip = randomize(PatchEmbed(D, P, SIDE, norm=True))
+    ours = PatchEmbed(D, P, SIDE, layout="open_clip", norm=True).to(next(clip.parameters()).device)
+    names = {"patch_embedding": "conv1", "position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre"}
+    state = clip.state_dict()
+    for theirs, its in names.items():
+        state = {name.replace(theirs, its): value for name, value in state.items()}
+    assert set(state) == {"class_embedding", "positional_embedding", "conv1.weight", "ln_pre.weight", "ln_pre.bias"}
+    ours.load_state_dict(state)
+    pixels = randn(2, 3, SIDE, SIDE)
+    assert torch.equal(ours(pixels), clip(pixels))
+
+
 def test_module_behaviour() -> None:
     ours = PatchEmbed(D, P, SIDE, layout="timm", register_tokens=2, norm=True)
     check_module(ours, lambda m, x: m(x, interpolate=True), randn(2, 3, 48, 24))
