@@ -251,9 +251,8 @@ def test_html_is_one_file_and_shows_losses_first() -> None:
     png = report.plot(_report(*rows))
     page = report.to_html(_report(*rows), png)
     assert png.startswith(b"\x89PNG")
-    assert not re.search(
-        r"https?:|//[a-z]|<script|<link|@import|url\(|srcset|href", page.replace("data:image/png;base64,", ""), re.I
-    )
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(|srcset|href", text, re.IGNORECASE)
     assert re.findall(r'src="([^"]{22})', page) == ["data:image/png;base64,"]
     assert "<b>GPU" not in page and "&lt;b&gt;GPU &amp; co" in page and "&lt;i&gt;left" in page
     places = [page.index(f"o · {name} · fwd") for name in ("is wrong", "loses", "draws", "wins")]

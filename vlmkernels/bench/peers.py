@@ -224,14 +224,14 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def rope_peers(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor] | None
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: dict[str, torch.Tensor]
 ) -> list[Provider]:
     """The eager formula of transformers (with an RMSNorm of each head first, if there are weights), and the same compiled."""
 
     def eager() -> tuple[torch.Tensor, torch.Tensor]:
         a, b = q, k
-        if weights is not None:
-            a, b = (F.rms_norm(x, (x.shape[-1],), w, 1e-6) for x, w in ((a, weights[0]), (b, weights[1])))
+        if weights:
+            a, b = (F.rms_norm(x, (x.shape[-1],), weights[w], 1e-6) for x, w in ((a, "q_weight"), (b, "k_weight")))
         return rotated(a, cos, sin), rotated(b, cos, sin)
 
     peers = [Provider("hf eager", lambda: eager)]

@@ -94,9 +94,8 @@ def cells(row: Row, ours: Row) -> tuple[str, ...]:
         name = row.provider
     share = "" if row.ceiling_share is None else f"{row.ceiling_share:.0%} {row.ceiling}"
     error = _number(row.error_over_floor, ".2f")
-    return (
-        _title(row) if row is ours else "", name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error
-    )  # fmt: skip
+    title = _title(row) if row is ours else ""
+    return title, name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error
 
 
 def print_table(report: Report, console: Any) -> None:
@@ -114,8 +113,8 @@ def print_table(report: Report, console: Any) -> None:
     console.print(table)
     c = report.ceilings
     console.print(f"ceilings of this run: copy {c.copy_gbs:.0f} GB/s, {c.dtype} product {c.gemm_tflops:.3g} TFLOP/s")
-    for line in report.left_out:
-        console.print(markup(f"left out: {line}"))
+    for omission in report.left_out:
+        console.print(markup(f"left out: {omission}"))
 
 
 def write_jsonl(report: Report, path: Path) -> None:

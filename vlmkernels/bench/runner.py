@@ -3,6 +3,7 @@
 
 import contextlib
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -222,7 +223,8 @@ def _message(error: Exception) -> str:
 
 
 def _free(device: torch.device) -> None:
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # only where a peer was compiled: importing it takes seconds
+        sys.modules["torch._dynamo"].reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

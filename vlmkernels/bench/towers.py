@@ -136,9 +136,11 @@ def _recorded(*modules: Any) -> Iterator[list[AttentionCall]]:
     interface = importlib.import_module("transformers").AttentionInterface
     calls: list[AttentionCall] = []
 
-    def record(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **_: Any) -> tuple[Any, None]:
+    def record(
+        module: Any, q: Any, k: Any, v: Any, attention_mask: Any = None, scaling: float | None = None, **_: Any
+    ) -> tuple[Any, None]:
         calls.append(AttentionCall(module, q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
     interface.register("vlmkernels_record", record)
@@ -149,8 +151,8 @@ def _recorded(*modules: Any) -> Iterator[list[AttentionCall]]:
     finally:
         for module in modules:
             module.config._attn_implementation = "eager"
-        if not calls:
-            raise Unavailable("this version of transformers does not call its attention through AttentionInterface")
+    if not calls:
+        raise Unavailable("this version of transformers does not call its attention through AttentionInterface")
 
 
 @torch.no_grad()

@@ -262,20 +262,20 @@ def rope_case(shape: tuple[int, int, int, int, int], norm: bool = False) -> Call
         frequency = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
         angle = torch.arange(length, device=device)[:, None] * frequency
         cos, sin = angle.cos(), angle.sin()
-        weights = tuple(1 + 0.1 * torch.randn(dim, device=device, dtype=dtype) for _ in range(2)) if norm else None
+        options: dict[str, Any] = {}
+        if norm:
+            options = {name: 1 + 0.1 * torch.randn(dim, device=device, dtype=dtype) for name in ("q_weight", "k_weight")}
         last = slice(max(0, length - 64), None)
 
         def exact() -> tuple[torch.Tensor, ...]:
-            doubles: dict[str, Any] = {} if weights is None else dict(zip(("q_weight", "k_weight"), (w.double() for w in weights), strict=True))
-            return rope(
-                q[:, last].double(), k[:, last].double(), cos[last].double(), sin[last].double(), **doubles, backend="reference"
-            )
+            doubles = {name: w.double() for name, w in options.items()}
+            a, b, c, s = (x.double() for x in (q[:, last], k[:, last], cos[last], sin[last]))
+            return rope(a, b, c, s, **doubles, backend="reference")
 
-        options: dict[str, Any] = {} if weights is None else {"q_weight": weights[0], "k_weight": weights[1]}
         wide = [torch.cat([x, x], -1) for x in (cos, sin)]
         return Case(
             ours=Provider(OURS, lambda: lambda: rope(q, k, cos, sin, **options)),
-            peers=tuple(peers.rope_peers(q, k, wide[0], wide[1], weights)),  # type: ignore[arg-type]
+            peers=tuple(peers.rope_peers(q, k, wide[0], wide[1], options)),
             outputs=("q", "k"),
             exact=exact,
             part=lambda i, x: x[:, last],
