@@ -29,10 +29,12 @@ def test_examples() -> None:
     assert shapes >= 6
 
 
-@pytest.mark.parametrize("layout", [*ATTENTION_LAYOUTS, *PATCH_EMBED_LAYOUTS])
-def test_tables_name_every_layout(layout: str) -> None:
-    row = next(line for line in PAGE.splitlines() if line.startswith(f'| `"{layout}"` |'))
-    table = {**ATTENTION_LAYOUTS, **PATCH_EMBED_LAYOUTS}[layout]
-    named = table.projections if hasattr(table, "projections") else (table.projection, table.position)
-    for name in named:
-        assert f"`{name}`" in row
+TABLES = [("## SelfAttention", name, layout.projections) for name, layout in ATTENTION_LAYOUTS.items()]
+TABLES += [("## PatchEmbed", name, (layout.projection, layout.position)) for name, layout in PATCH_EMBED_LAYOUTS.items()]
+
+
+@pytest.mark.parametrize(("section", "layout", "names"), TABLES)
+def test_tables_name_every_layout(section: str, layout: str, names: tuple[str, ...]) -> None:
+    lines = PAGE.partition(section)[2].splitlines()
+    row = next(line for line in lines if line.startswith(f'| `"{layout}"` |'))
+    assert all(f"`{name}`" in row for name in names)
