@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmkernels.backends.triton._aot import AotCase
+
 TILE = 64
 _GROUP = 8  # query tiles per program of the first kernel
 _CHUNK = 128  # query tiles per iteration of the second kernel
@@ -120,3 +122,11 @@ def tile_bounds(start: torch.Tensor, stop: torch.Tensor, num_keys: int) -> tuple
             q_bounds, k_bounds, num_keys, num_q_tiles, num_k_tiles, TILE=TILE, CHUNK=_CHUNK, num_warps=1
         )
     return q_bounds, k_bounds
+
+
+def aot_cases() -> list[AotCase]:
+    def bounds(batch: int, num_queries: int) -> None:
+        start = torch.empty(batch, num_queries, dtype=torch.int32)
+        tile_bounds(start, torch.empty_like(start), num_queries)
+
+    return [AotCase("one row of tiles", lambda: bounds(1, 4096)), AotCase("odd length", lambda: bounds(3, 4097))]
