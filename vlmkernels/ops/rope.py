@@ -286,8 +286,11 @@ def rope_qkv_(
         raise bad_argument(what, "a norm in place while a gradient is needed", "None, or rope() on the slices of qkv")
     if qkv.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    compiling = torch.compiler.is_compiling()
+    # torch would find this too, but only after the write.
+    if not compiling and qkv._base is not None and qkv._base.is_leaf and qkv._base.requires_grad:
+        raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
     # Before torch 2.13 torch.compile loses mark_dirty, and with it the gradient. In a graph, where nothing is in place until the
     # end, the copy says the same.
-    compiling = torch.compiler.is_compiling()
     out: torch.Tensor = _RopeQkv.apply(qkv, cos, sin, num_heads, num_kv_heads, interleaved, name, not compiling)
     return qkv.copy_(out) if compiling else out

@@ -258,6 +258,7 @@ def _launch_fwd(
     heads, head_dim, kv_heads, half = q.shape[-2], q.shape[-1], k.shape[-2], cos.shape[-1]
     batches, tokens = (q.shape[0], q.shape[1]) if q.dim() == 4 else (1, q.shape[0])
     cos, sin = _same_layout(cos, sin)
+    q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     width = _width(head_dim)
     block = max(_BLOCK, width)
     in_place = out_q is q and out_k is k
@@ -292,7 +293,7 @@ def _norm_bwd(
     batches, tokens = (grad.shape[0], grad.shape[1]) if grad.dim() == 4 else (1, grad.shape[0])
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     if out.numel() == 0:
-        return out, torch.zeros_like(weight)
+        return out, weight.new_zeros(weight.shape)
     cos, sin = _same_layout(cos, sin)
     width = _width(head_dim)
     block = max(_BLOCK, width)
@@ -305,7 +306,7 @@ def _norm_bwd(
     vector_t = _vector(cos, *strides_t[:2])
     with torch.cuda.device_of(grad):
         _rope_norm_bwd_kernel[(programs,)](
-            grad, x, weight, out, partial, cos, sin,
+            grad, x, weight.contiguous(), out, partial, cos, sin,
             *_units(vector_x, strides_g), *_units(vector_x, strides_x), strides_o[0] // vector_o, strides_o[1] // vector_o,
             strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, blocks, batches * blocks, eps,
             H=heads, D=head_dim, HALF=cos.shape[-1], WIDTH=width, BLOCK=block, INTERLEAVED=interleaved,
