@@ -166,3 +166,20 @@ def test_import_is_light() -> None:
             break
     assert not {"triton", "transformers", "timm", "open_clip", "matplotlib", "rich", "skimage", "scipy"} & set(added.split())
     assert min(seconds) < 0.15
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        names: dict[str, object] = {}
+        exec(example, names)
+        assert names["out"].shape == names["exact"].shape and names["tokens"].shape == (2, 196, 768)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=relative
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
