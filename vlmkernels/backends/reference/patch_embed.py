@@ -51,7 +51,7 @@ def patch_embed_fwd(
         rows = pos_embed.shape[-2]
         skipped = total.shape[1] - rows
         total = torch.cat([total[:, :skipped], total[:, skipped:] + pos_embed.to(wide)], 1)
-    kept = total.to(weight.dtype, copy=True) if keep_total else weight.new_empty(0)
+    kept = total.to(weight.dtype, copy=True, memory_format=torch.contiguous_format) if keep_total else weight.new_empty(0)
     if norm_weight is not None:
         total = _moments(total, eps)[0] * norm_weight.to(wide)
         if norm_bias is not None:

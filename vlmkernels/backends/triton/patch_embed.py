@@ -69,17 +69,29 @@ def _patch_embed_cut_kernel(
 
 
 @triton.jit
+def _store_tile(
+    acc, bias_ptr, pos_ptr, out_ptr, out_row, pos_row, mask_m, first_n, D: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask = mask_m[:, None] & (offs_n < D)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < D, other=0.0).to(tl.float32)[None, :]
+    if pos_ptr is not None:
+        acc += tl.load(pos_ptr + pos_row[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + (out_row * D)[:, None] + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _patch_embed_gemm_kernel(
     a_src, w_src, bias_ptr, prefix_ptr, pos_ptr, out_ptr,
-    M, batch, n_patches, n_prefix,
+    M, batch, n_tokens, n_prefix,
     stride_am, stride_wd, stride_pos_b, stride_pos_n,
     D: tl.constexpr, K: tl.constexpr,
-    POS_ON_PREFIX: tl.constexpr, USE_TMA: tl.constexpr,
+    POS_ON_PREFIX: tl.constexpr, USE_TMA: tl.constexpr, SPLIT: tl.constexpr, ONE_SEAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    n_tokens = n_prefix + n_patches
     if prefix_ptr is not None:
         for row in range(pid, batch * n_prefix, programs):
             b = (row // n_prefix).to(tl.int64)
@@ -92,6 +104,7 @@ def _patch_embed_gemm_kernel(
                 tl.store(out_ptr + (b * n_tokens + i) * D + offs_d, token.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
     # Neighbouring programs take the tiles of one row block: A is read from memory once, and the weight stays in L2.
+    n_patches = n_tokens - n_prefix
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tiles = tl.cdiv(M, BLOCK_M) * tiles_n
     for tile in tl.range(pid, tiles, programs, flatten=True):
@@ -113,18 +126,20 @@ def _patch_embed_gemm_kernel(
                 w = tl.load(w_rows + offs_k[None, :], mask=(offs_n < D)[:, None] & mask_k, other=0.0)
             acc = tl.dot(a, w.T, acc, input_precision="ieee")
 
-        mask = (offs_m < M)[:, None] & (offs_n < D)[None, :]
-        b = offs_m // n_patches
-        n = offs_m - b * n_patches
-        b = b.to(tl.int64)
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=offs_n < D, other=0.0).to(tl.float32)[None, :]
-        if pos_ptr is not None:
-            i = n + n_prefix if POS_ON_PREFIX else n
-            pos_rows = pos_ptr + (b * stride_pos_b + i * stride_pos_n)[:, None]
-            acc += tl.load(pos_rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        out_rows = out_ptr + ((b * n_tokens + n_prefix + n) * D)[:, None]
-        tl.store(out_rows + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        # The image and the patch of each row. A division by row costs more than the additions that the tile's epilogue does.
+        n = first_m % n_patches + tl.arange(0, BLOCK_M)
+        seams = (n >= n_patches).to(tl.int32) if ONE_SEAM else n // n_patches
+        n -= seams * n_patches
+        b = (first_m // n_patches + seams).to(tl.int64)
+        out_row = b * n_tokens + n_prefix + n
+        pos_row = b * stride_pos_b + (n + n_prefix if POS_ON_PREFIX else n) * stride_pos_n
+        mask_m = offs_m < M
+        if SPLIT:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            _store_tile(left, bias_ptr, pos_ptr, out_ptr, out_row, pos_row, mask_m, first_n, D, BLOCK_N // 2)
+            _store_tile(right, bias_ptr, pos_ptr, out_ptr, out_row, pos_row, mask_m, first_n + BLOCK_N // 2, D, BLOCK_N // 2)
+        else:
+            _store_tile(acc, bias_ptr, pos_ptr, out_ptr, out_row, pos_row, mask_m, first_n, D, BLOCK_N)
 
 
 @triton.jit
@@ -159,7 +174,7 @@ def _patch_embed_norm_bwd_kernel(
     d_weight = tl.zeros([BLOCK_D], tl.float32)
     d_bias = tl.zeros([BLOCK_D], tl.float32)
     for row in range(pid, rows, tl.num_programs(0)):
-        offs = row.to(tl.int64) * D + offs_d
+        offs = tl.cast(row, tl.int64) * D + offs_d
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
@@ -252,9 +267,9 @@ def _matrix(
     col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
     m, k = math.prod(row_sizes), math.prod(col_sizes)
     one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
-    if x.dtype == dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k:
-        if row_strides[3] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
-            return x.as_strided((m, k), (row_strides[3], 1))
+    one_matrix = x.dtype == dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
+    if one_matrix and row_strides[3] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x.as_strided((m, k), (row_strides[3], 1))
     k_padded = triton.cdiv(k, 8) * 8
     a = torch.empty((m, triton.cdiv(k, 64) * 64), dtype=dtype, device=x.device)
     if m:
@@ -287,7 +302,6 @@ def _embed(
     """total = [prefix_tokens; a @ w.T + bias] + pos_embed, for every image."""
     batch, n_tokens, dim = total.shape
     n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    n_patches = n_tokens - n_prefix
     m = a.shape[0]
     config, use_tma = _gemm_config(m, dim, a.dtype, a.device)
     if pos_embed is not None and pos_embed.stride(-1) != 1:
@@ -307,11 +321,12 @@ def _embed(
         a_src, w_src,
         None if bias is None else bias.contiguous(),
         None if prefix_tokens is None else prefix_tokens.contiguous(), pos_embed, total,
-        m, batch, max(1, n_patches), n_prefix, a.stride(0), w.stride(0),
+        m, batch, n_tokens, n_prefix, a.stride(0), w.stride(0),
         pos_embed.stride(0) if pos_embed is not None and pos_embed.dim() == 3 else 0,
         0 if pos_embed is None else pos_embed.stride(-2),
         D=dim, K=a.shape[1],
-        POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[-2] == n_tokens, USE_TMA=use_tma,
+        POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[-2] == n_tokens, USE_TMA=use_tma, SPLIT=config.block_n >= 128,
+        ONE_SEAM=n_tokens - n_prefix >= config.block_m,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
