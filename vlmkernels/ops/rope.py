@@ -226,8 +226,10 @@ def rope(
         # torch.compile takes no tensor twice as an input of an autograd.Function.
         k = k.view_as(k) if k is q else k
         k_weight = k_weight.view_as(k_weight) if k_weight is not None and k_weight is q_weight else k_weight
-        return _Rope.apply(q, k, cos, sin, q_weight, k_weight, *options)
-    out: tuple[torch.Tensor, torch.Tensor] = torch.ops.vlmkernels.rope_fwd(q, k, cos, sin, q_weight, k_weight, *options)
+        run = _Rope.apply
+    else:
+        run = torch.ops.vlmkernels.rope_fwd
+    out: tuple[torch.Tensor, torch.Tensor] = run(q, k, cos, sin, q_weight, k_weight, *options)
     return out
 
 
