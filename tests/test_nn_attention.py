@@ -305,6 +305,13 @@ def test_norm_alone_is_norm_with_a_rotation_by_nothing(qk_norm: str, device: tor
     assert compare(module(x), exact, "gemm")
 
 
+def test_nothing_to_attend() -> None:
+    with use_backend("reference"):
+        assert SelfAttention(C, H)(torch.zeros(0, S, C)).shape == (0, S, C)
+        assert SelfAttention(C, H, layout="timm", qk_norm="rms")(torch.zeros(0, C)).shape == (0, C)
+        assert CrossAttention(C, H)(torch.zeros(1, 4, C), torch.zeros(0, S, C)).shape == (0, 4, C)
+
+
 def test_attention_dropout_cannot_train() -> None:
     module = randomize(SelfAttention(C, H, attention_dropout=0.1))
     assert module(randn(B, S, C)).shape == (B, S, C)
