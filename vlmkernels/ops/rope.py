@@ -130,12 +130,13 @@ class _RopeQkv(torch.autograd.Function):
         return torch.ops.vlmkernels.rope_qkv_bwd(grad, cos, sin, *ctx.options), None, None, None, None, None, None, None
 
 
-def _tables(cos: torch.Tensor, sin: torch.Tensor, like: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _tables(
+    cos: torch.Tensor, sin: torch.Tensor, lead: torch.Size, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tables with one dimension less than q has, as the ops take them: ``[B|1, S, R/2]``, or ``[T, R/2]`` when packed."""
-    lead = like.shape
     for name, table in (("cos", cos), ("sin", sin)):
-        if not table.is_floating_point() or table.device != like.device:
-            raise bad_argument(name, f"{table.dtype} on {table.device}", f"a floating dtype on {like.device}")
+        if not table.is_floating_point() or table.device != device:
+            raise bad_argument(name, f"{table.dtype} on {table.device}", f"a floating dtype on {device}")
         if table.requires_grad:
             raise bad_argument(name, "a tensor that requires grad", "a table without gradient (rope computes none for it)")
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
@@ -219,7 +220,7 @@ def rope(
         raise bad_argument("k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}, except for the number of heads")
     if k.dtype != q.dtype or k.device != q.device:
         raise bad_argument("k", f"{k.dtype} on {k.device}", f"{q.dtype} on {q.device}, as q has")
-    cos, sin = _tables(cos, sin, q[..., 0, 0] if q.shape[-2] and head_dim else q.new_empty(q.shape[:-2]), head_dim)
+    cos, sin = _tables(cos, sin, q.shape[:-2], head_dim, q.device)
     _check_weights(q_weight, k_weight, q, head_dim)
     options = float(eps), interleaved, forced_backend(backend)
     if _needs_grad(q, k, q_weight, k_weight):
@@ -277,7 +278,7 @@ def rope_qkv_(
     if any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
         raise bad_argument("qkv", "an expanded tensor, whose elements share memory", "a tensor that can be written in place")
     head_dim = qkv.shape[-1] // heads
-    cos, sin = _tables(cos, sin, qkv[..., 0] if qkv.shape[-1] else qkv.new_empty(qkv.shape[:-1]), head_dim)
+    cos, sin = _tables(cos, sin, qkv.shape[:-1], head_dim, qkv.device)
     _check_weights(q_weight, k_weight, qkv, head_dim)
     name = forced_backend(backend)
     if not _needs_grad(qkv, q_weight, k_weight):
