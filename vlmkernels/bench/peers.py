@@ -191,17 +191,17 @@ def unfold_embedding(embedding: Embedding, pixels: torch.Tensor) -> torch.Tensor
 def patch_embed_peers(
     embedding: Embedding,
     pixels: torch.Tensor,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    statistics: photos.Statistics,
     timed: Callable[[Callable[[torch.Tensor], torch.Tensor]], Callable[[], Any]],
 ) -> list[Provider]:
     """transformers' own module and unfold + linear, each eager and (on a GPU) compiled; uint8 pixels are normalised first.
 
     ``timed`` makes the call that is timed from a function of the pixels: the function itself, or its backward pass.
     """
-    dtype = embedding.weight.dtype
+    normalize = photos.normalizer(statistics, pixels.device, embedding.weight.dtype)
 
     def prepared(x: torch.Tensor) -> torch.Tensor:
-        return photos.normalized(x, statistics, dtype) if x.dtype == torch.uint8 else x
+        return normalize(x) if x.dtype == torch.uint8 else x
 
     forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "hf conv": lambda x: embedding.forward(prepared(x)),

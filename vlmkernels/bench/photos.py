@@ -3,6 +3,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ NAMES = (
 #: More crops than this are mirror images of earlier ones: resizing on the CPU would take longer than the benchmark.
 DISTINCT = 64
 
-#: Mean and standard deviation of the published preprocessors.
+#: Mean and standard deviation of a published preprocessor.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -75,7 +77,15 @@ def batch(size: int, resolution: int) -> torch.Tensor:
     return torch.cat([mirrored[i % 4] for i in range(repeats)])[:size].contiguous()
 
 
-def normalized(pixels: torch.Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]], dtype: torch.dtype) -> torch.Tensor:
-    """``(pixels / 255 - mean) / std`` of uint8 ``[B, 3, H, W]``, in ``dtype``."""
-    mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in statistics)
-    return ((pixels.float() / 255 - mean) / std).to(dtype)
+def normalizer(statistics: Statistics, device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that turns uint8 pixels ``[B, 3, H, W]`` into ``(pixels / 255 - mean) / std`` in ``dtype``.
+
+    The constants are on the device beforehand, so that a call copies nothing from the host.
+    """
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in statistics)
+    return lambda pixels: ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
+def normalized(pixels: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 pixels normalised in ``dtype``."""
+    return normalizer(statistics, pixels.device, dtype)(pixels)

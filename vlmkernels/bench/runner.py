@@ -145,8 +145,9 @@ def run_workload(
     except Exception as error:  # whatever goes wrong in setting up a workload belongs in the report, beside the others
         return [row(OURS, "failed", f"inputs: {_message(error)}")]
     rows, calls = [], {}
-    # The backward passes of peers are called many times: compiled ones must keep what they saved.
-    with torch.no_grad(), functorch_config.patch(donated_buffer=False):
+    # The backward passes of peers are called many times: compiled ones must keep what they saved. Convolutions are tuned.
+    keep = functorch_config.patch(donated_buffer=False)
+    with torch.no_grad(), keep, torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for provider in _selected(case, options):
             progress(f"{workload.id}: {provider.name}")
             new = row(provider.name, "ok")

@@ -32,7 +32,7 @@ def summary(samples: list[float]) -> Timing:
 
 
 class _ColdCache:
-    """Evicts a GPU's L2 cache by reading a buffer of many times its size: 512 MiB take an H200 over 100 µs, enough to queue a call."""
+    """Evicts a GPU's L2 cache by reading a buffer of many times its size, which leaves the host time to queue a call."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(512 << 20, 4 * int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)))

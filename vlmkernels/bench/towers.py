@@ -34,7 +34,7 @@ class Tower:
     model: tuple[str, str]
     config: tuple[str, dict[str, Any]]
     batch: tuple[int, int]
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    statistics: photos.Statistics
 
     def settings(self, key: str) -> int:
         """A number of the configuration."""

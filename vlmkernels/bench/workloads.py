@@ -195,9 +195,7 @@ def tower_patch_embed(tower: towers.Tower, uint8: bool = False, backward: bool =
     return build
 
 
-def patch_embed_case(
-    e: towers.Embedding, pixels: torch.Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]], backward: bool = False
-) -> Case:
+def patch_embed_case(e: towers.Embedding, pixels: torch.Tensor, statistics: photos.Statistics, backward: bool = False) -> Case:
     """Patch embedding, or the gradients of its weight and bias. The first and the last image are checked."""
     dtype, batch = e.weight.dtype, pixels.shape[0]
     mean_std: dict[str, Any] = dict(zip(("mean", "std"), statistics, strict=True)) if pixels.dtype == torch.uint8 else {}

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("rich", "matplotlib"):
         need(module)
     device = torch.device(arguments.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current device's stream
     console = need("rich.console").Console()
     if not console.is_terminal:
         console = need("rich.console").Console(width=120)

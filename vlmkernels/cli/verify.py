@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", action="append", default=[], choices=BACKENDS, help="only this backend (repeatable)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     parser.add_argument("--quick", action="store_true", help="two head dims instead of eight")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="WORD", help="only with this in 'op / case / dtype'; repeatable"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every check as one JSON object a line")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="a line for every check, not only the worst and the bad ones"
@@ -31,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
     started = time.perf_counter()
     print(f"on {environment.device_name(device)}, torch {torch.__version__}; error over floor against the fp64 reference\n")
-    checks = verify(device, arguments.op, arguments.backend, arguments.quick, _print_line if arguments.verbose else _print_bad)
+    show = _print_line if arguments.verbose else _print_bad
+    checks = verify(device, arguments.op, arguments.backend, arguments.quick, arguments.case, show)
     print_table(*summary(checks))
     if arguments.json:
         lines = [json.dumps({"record": "run", **environment.describe(device)})]
