@@ -90,29 +90,29 @@ def patch_embed_bwd(
     n_patches = patches.shape[1:4].numel()
     n_prefix = n_tokens - n_patches
     grads = [weight.new_empty(0) for _ in needs]
+    wide = torch.promote_types(weight.dtype, torch.float32)
     d_total = grad
     if norm_weight is not None:
-        wide = total.to(torch.promote_types(weight.dtype, torch.float32))
-        _, row_mean, rstd = torch.native_layer_norm(wide, (dim,), None, None, eps)
+        rows, affine = total.to(wide), norm_weight.to(wide)
+        _, row_mean, rstd = torch.native_layer_norm(rows, (dim,), None, None, eps)
         mask = [any(needs[:5]), needs[5], needs[6]]
-        affine = norm_weight.to(wide.dtype)
         # The bias decides nothing here but must be present for its gradient to be asked for.
-        results = torch.ops.aten.native_layer_norm_backward(
-            grad.to(wide.dtype).contiguous(), wide, (dim,), row_mean, rstd, affine, torch.zeros_like(affine), mask
+        d_total, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.to(wide).contiguous(), rows, (dim,), row_mean, rstd, affine, torch.zeros_like(affine), mask
         )
-        d_total, d_norm_weight, d_norm_bias = (None if r is None else r.to(weight.dtype) for r in results)
-        grads[5] = d_norm_weight if needs[5] else grads[5]
-        grads[6] = d_norm_bias if needs[6] else grads[6]
-    # Sums over the batch, in fp32: position, prefix and bias all read from it.
-    by_token = d_total.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)) if any(needs[2:5]) else None
-    if by_token is not None:
+        grads[5] = d_norm_weight.to(weight.dtype) if needs[5] else grads[5]
+        grads[6] = d_norm_bias.to(weight.dtype) if needs[6] else grads[6]
+    if any(needs[2:5]):
+        # Sums over the batch, in fp32: position, prefix and bias all read from them.
+        by_token = d_total.sum(0, dtype=wide)
         grads[2] = by_token[n_prefix:].sum(0).to(weight.dtype) if needs[2] else grads[2]
         grads[3] = by_token[:n_prefix].to(weight.dtype, copy=True) if needs[3] else grads[3]
-    if needs[4] and by_token is not None:
-        summed = d_total if len(pos_shape) == 3 else by_token
-        grads[4] = summed.narrow(-2, n_tokens - pos_shape[-2], pos_shape[-2]).to(weight.dtype, copy=True).contiguous()
+    if needs[4]:
+        rows = d_total if len(pos_shape) == 3 else by_token
+        rows = rows.narrow(-2, n_tokens - pos_shape[-2], pos_shape[-2])
+        grads[4] = rows.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
     if needs[0] or needs[1]:
-        d_tokens = d_total[:, n_prefix:].reshape(batch * n_patches, dim)
+        d_tokens = d_total[:, n_prefix:].to(weight.dtype).reshape(batch * n_patches, dim)
         columns = _columns(patches)
     if needs[0]:
         d_patches = d_tokens @ _weight_matrix(weight, CHANNELS_FIRST)

@@ -163,16 +163,20 @@ def _patch_embed_norm_fwd_kernel(
 
 @triton.jit
 def _patch_embed_norm_bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, d_prefix_ptr, d_tokens_ptr, d_weight_ptr, d_bias_ptr,
+    grad_ptr, x_ptr, weight_ptr, d_prefix_ptr, d_tokens_ptr, sums_ptr,
     rows, n_tokens, n_prefix, eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows, split into prefix and patches, and this program's share of those of weight and bias."""
+    """Gradients of the rows, split into prefix and patches, and this program's share of three sums over rows.
+
+    They are the gradients of the norm's weight, of its bias, and of the bias that was added to the patches.
+    """
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < D
     weight = tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK_D], tl.float32)
     d_bias = tl.zeros([BLOCK_D], tl.float32)
+    d_patch_bias = tl.zeros([BLOCK_D], tl.float32)
     for row in range(pid, rows, tl.num_programs(0)):
         offs = tl.cast(row, tl.int64) * D + offs_d
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -189,10 +193,13 @@ def _patch_embed_norm_bwd_kernel(
         if i < n_prefix:
             tl.store(d_prefix_ptr + (b * n_prefix + i) * D + offs_d, d_x.to(d_prefix_ptr.dtype.element_ty), mask=mask)
         else:
+            d_patch_bias += d_x
             d_row = d_tokens_ptr + (b * (n_tokens - n_prefix) + i - n_prefix) * D
             tl.store(d_row + offs_d, d_x.to(d_tokens_ptr.dtype.element_ty), mask=mask)
-    tl.store(d_weight_ptr + pid.to(tl.int64) * D + offs_d, d_weight, mask=mask)
-    tl.store(d_bias_ptr + pid.to(tl.int64) * D + offs_d, d_bias, mask=mask)
+    sums = sums_ptr + pid.to(tl.int64) * 3 * D + offs_d
+    tl.store(sums, d_weight, mask=mask)
+    tl.store(sums + D, d_bias, mask=mask)
+    tl.store(sums + 2 * D, d_patch_bias, mask=mask)
 
 
 class GemmConfig(NamedTuple):
@@ -346,23 +353,24 @@ def _layer_norm(total: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None,
     )  # fmt: skip
 
 
-def _layer_norm_bwd(
-    grad: Tensor, total: Tensor, weight: Tensor, eps: float, n_prefix: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the prefix rows ``[B, n, D]``, of the patches' rows ``[B, N, D]``, and in fp32 of weight and bias."""
+def _layer_norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, eps: float, n_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the prefix rows ``[B, n, D]`` (fp32), of the patches' rows ``[B, N, D]``, and three sums over rows (fp32).
+
+    The sums ``[3, D]`` are the gradients of the norm's weight, of its bias, and of the bias that was added to the patches.
+    """
     batch, n_tokens, dim = grad.shape
     rows = batch * n_tokens
     block_d = triton.next_power_of_2(dim)
     programs = max(1, min(rows, 4 * _multiprocessors(grad.device)))
-    d_prefix = total.new_empty(batch, n_prefix, dim)
+    d_prefix = torch.empty((batch, n_prefix, dim), dtype=torch.float32, device=grad.device)
     d_tokens = total.new_empty(batch, n_tokens - n_prefix, dim)
     # A share for each program, added up in a fixed order: the result doesn't depend on which program was first.
-    d_weight, d_bias = torch.empty((2, programs, dim), dtype=torch.float32, device=grad.device)
+    sums = torch.empty((programs, 3, dim), dtype=torch.float32, device=grad.device)
     _patch_embed_norm_bwd_kernel[(programs,)](
-        grad.contiguous(), total, weight.contiguous(), d_prefix, d_tokens, d_weight, d_bias, rows, n_tokens, n_prefix, eps,
+        grad.contiguous(), total, weight.contiguous(), d_prefix, d_tokens, sums, rows, n_tokens, n_prefix, eps,
         D=dim, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
     )  # fmt: skip
-    return d_prefix, d_tokens, d_weight.sum(0), d_bias.sum(0)
+    return d_prefix, d_tokens, sums.sum(0)
 
 
 def _why_not(patches: Tensor, weight: Tensor) -> str | None:
@@ -424,28 +432,22 @@ def patch_embed_bwd(
     n_prefix, dtype = n_tokens - n_patches, weight.dtype
     grads = [weight.new_empty(0) for _ in needs]
     columns = _columns(patches)
+    sums = None
     with _on(weight.device):
         if norm_weight is None:
             d_prefix, d_tokens = grad[:, :n_prefix], grad[:, n_prefix:]
         else:
-            d_prefix, d_tokens, d_norm_weight, d_norm_bias = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
-            grads[5] = d_norm_weight.to(dtype) if needs[5] else grads[5]
-            grads[6] = d_norm_bias.to(dtype) if needs[6] else grads[6]
+            d_prefix, d_tokens, sums = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
+            grads[5] = sums[0].to(dtype, copy=True) if needs[5] else grads[5]
+            grads[6] = sums[1].to(dtype, copy=True) if needs[6] else grads[6]
         if needs[1]:
             a = _matrix(patches, columns, dtype, mean, std)
-    on_prefix = needs[4] and n_prefix > 0 and pos_shape[-2] == n_tokens
-    if needs[4] and len(pos_shape) == 3:
-        grads[4] = torch.cat([d_prefix, d_tokens], 1) if on_prefix else d_tokens.clone(memory_format=torch.contiguous_format)
-    # Sums over the batch, in fp32: position, prefix and bias all read from them.
-    of_tokens = d_tokens.sum(0, dtype=torch.float32) if needs[2] or (needs[4] and len(pos_shape) == 2) else None
-    of_prefix = d_prefix.sum(0, dtype=torch.float32) if needs[3] or on_prefix else None
-    if needs[2] and of_tokens is not None:
-        grads[2] = of_tokens.sum(0).to(dtype)
-    if needs[3] and of_prefix is not None:
-        grads[3] = of_prefix.to(dtype, copy=True)
-    if needs[4] and len(pos_shape) == 2 and of_tokens is not None:
-        summed = torch.cat([of_prefix, of_tokens]) if on_prefix and of_prefix is not None else of_tokens
-        grads[4] = summed.to(dtype, copy=True)
+    if needs[2]:
+        grads[2] = (d_tokens.sum((0, 1), dtype=torch.float32) if sums is None else sums[2]).to(dtype, copy=True)
+    if needs[3]:
+        grads[3] = d_prefix.sum(0, dtype=torch.float32).to(dtype)
+    if needs[4]:
+        grads[4] = _pos_gradient(d_prefix, d_tokens, pos_shape).to(dtype)
     d_rows = d_tokens.reshape(-1, dim)
     if needs[0]:
         d_patches = d_rows @ weight.reshape(dim, -1)
@@ -456,6 +458,14 @@ def patch_embed_bwd(
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
         grads[1] = d_weight.permute(back).contiguous()
     return tuple(grads)
+
+
+def _pos_gradient(d_prefix: Tensor, d_tokens: Tensor, shape: list[int]) -> Tensor:
+    """The position table's gradient: over all tokens or the patches only, summed over the images or one for each."""
+    parts = [d_tokens] if shape[-2] == d_tokens.shape[1] else [d_prefix, d_tokens]
+    if len(shape) == 2:
+        parts = [part.sum(0, dtype=torch.float32) for part in parts]
+    return torch.cat(parts, -2)
 
 
 def aot_cases() -> list:
