@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, in process: what it prints and writes, and its exit status."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from test_bench import plant
 
 from vlmkernels import use_backend, verify
-from vlmkernels.bench import suites
+from vlmkernels.bench import photos, suites
 from vlmkernels.cli import bench as bench_command
 from vlmkernels.cli import main
 from vlmkernels.cli import verify as verify_command
@@ -125,6 +126,15 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     with pytest.raises(SystemExit) as error:
         main(["verify", "--backend", "nonsense"])
     assert error.value.code == 2
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "skimage" else find_spec(name, *more))
+    photos.photos.cache_clear()
+    photos.batch.cache_clear()
+    assert main(["bench", "--device", "cpu", "--workload", "patch_embed/ViT", "--out", str(tmp_path)]) == 2
+    assert "pip install 'vlmkernels[bench]'" in capsys.readouterr().err
 
 
 def test_suites_of_the_command_are_those_that_exist() -> None:

@@ -81,7 +81,7 @@ def _title(row: Row) -> str:
     return f"{row.op} · {row.workload} · {row.direction}"
 
 
-COLUMNS = ("workload", "provider", "time", "ours is faster by", "TFLOP/s", "GB/s", "of ceiling", "error / floor")
+COLUMNS = ("workload", "provider", "time", "peer time / ours", "TFLOP/s", "GB/s", "of ceiling", "error / floor")
 
 
 def cells(row: Row, ours: Row) -> tuple[str, ...]:

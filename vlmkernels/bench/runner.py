@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 
-from vlmkernels.bench import Unavailable
+from vlmkernels.bench import MissingExtra, Unavailable
 from vlmkernels.bench.ceilings import Ceilings
 from vlmkernels.bench.peers import Provider
 from vlmkernels.bench.timing import Timing, device_times, host_times
@@ -133,13 +133,19 @@ def run_workload(
     options: Options,
     progress: Callable[[str], None] = lambda m: None,
 ) -> list[Row]:
-    """All rows of one workload."""
+    """All rows of one workload.
+
+    Raises:
+        MissingExtra: the inputs need a package that is not installed.
+    """
 
     def row(provider: str, status: str, reason: str = "") -> Row:
         return Row(workload.suite, workload.op, workload.name, workload.direction, provider, status, reason)
 
     try:
         case = workload.build(device)
+    except MissingExtra:
+        raise
     except Unavailable as error:
         return [row(OURS, "unavailable", str(error))]
     except Exception as error:  # whatever goes wrong in setting up a workload belongs in the report, beside the others

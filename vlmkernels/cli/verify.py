@@ -2,7 +2,9 @@
 """``vlmkernels verify``: the table of errors, and a non-zero exit status where one is over its bound."""
 
 import argparse
+import importlib.util
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from vlmkernels.bench import environment
 from vlmkernels.cli import print_table
 from vlmkernels.ops._op import BACKENDS
+from vlmkernels.testing import interpreter
 from vlmkernels.verify import Check, verify
 
 OPERATORS = ("attention", "patch_embed", "rope", "tile_bounds")
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        interpreter.install()  # Triton's interpreter alone computes bf16 wrong
     started = time.perf_counter()
     print(f"on {environment.device_name(device)}, torch {torch.__version__}; error over floor against the fp64 reference\n")
     show = _print_line if arguments.verbose else _print_bad
