@@ -21,31 +21,33 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "vlmkernels" / "backends" / "triton"
 MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.startswith("_"))
 ARCHS = (80, 90, 100)
-#: Modules that don't declare aot_cases() yet.
-WITHOUT_CASES: set[str] = set()
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
+def start(*args: str) -> subprocess.Popen[str]:
     """Python with real Triton, which the interpreter's variable would replace for the whole process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def lines(process: subprocess.Popen[str], first: str) -> list[Any]:
+    """The lines of JSON that it prints; ptxas prints others between them."""
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in out.splitlines() if line.startswith(first)]
 
 
 @functools.cache
-def compiled(arch: int) -> list[dict[str, Any]]:
-    """What every kernel of every module uses on ``arch``."""
-    done = python("-m", "vlmkernels.backends.triton._aot", str(arch), *MODULES)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def compiled() -> dict[int, list[dict[str, Any]]]:
+    """What every kernel of every module uses on each architecture; they compile side by side."""
+    processes = {arch: start("-m", "vlmkernels.backends.triton._aot", str(arch), *MODULES) for arch in ARCHS}
+    return {arch: lines(process, "{") for arch, process in processes.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_without_spills(module: str, arch: int) -> None:
-    if module in WITHOUT_CASES:
-        pytest.skip(f"{module} declares no aot_cases() yet")
-    results = [result for result in compiled(arch) if result["module"] == module]
+    results = [result for result in compiled()[arch] if result["module"] == module]
     assert results, f"{module} declares no aot_cases()"
     problems = [f"{r['case']} {r['kernel']} (warps {r['num_warps']}): {r['problem']}" for r in results if r["problem"]]
     assert not problems, "\n".join(problems)
@@ -54,14 +56,8 @@ def test_kernels_compile_without_spills(module: str, arch: int) -> None:
 def test_cases_reach_every_kernel() -> None:
     kernels = set()
     for path in KERNELS.glob("*.py"):
-        if not path.stem.lstrip("_").startswith(tuple(WITHOUT_CASES)):
-            kernels |= set(re.findall(r"^@triton\.jit\b.*\n(?:@.*\n)*def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
-    assert not kernels - {result["kernel"] for arch in ARCHS for result in compiled(arch)}
-
-
-def test_exemptions_are_needed() -> None:
-    """A module that has its cases leaves the list."""
-    assert not [m for m in WITHOUT_CASES & set(MODULES) if "def aot_cases" in (KERNELS / f"{m}.py").read_text()]
+        kernels |= set(re.findall(r"^@triton\.jit\b.*\n(?:@.*\n)*def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert not kernels - {result["kernel"] for results in compiled().values() for result in results}
 
 
 TOY = """
@@ -94,13 +90,7 @@ for arch, case in cases:
 def test_gate_finds_what_it_is_for(tmp_path: Path) -> None:
     script = tmp_path / "toy.py"
     script.write_text(TOY)
-    done = python(str(script))
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("["):
-            case, *values = json.loads(line)
-            found[case] = values
+    found = {case: values for case, *values in lines(start(str(script)), "[")}
     assert found["fits"] == [90, 0, ""]
     assert found["spills"][1] > 0 and "spill instructions" in found["spills"][2]
     assert found["allowed"][1] > 0 and found["allowed"][2] == ""
