@@ -119,6 +119,8 @@ def test_attention_takes_views(backend, device):
     check([x.transpose(1, 2) for x in heads_first], None, backend, causal=True)
     shared = torch.randn(1, 40, 2, 16, device=device).expand(2, -1, -1, -1)
     check([qkv[:, :, 0], shared, shared[..., :8]], None, backend)
+    odd = [torch.randn(2, 70, 2, 21, device=device).half()[..., 1:17] for _ in range(3)]  # no row begins at 16 bytes
+    check(odd, None, backend)
 
 
 @pytest.mark.backends(*OPS)

@@ -21,17 +21,20 @@ from vlmkernels.backends.triton._attention_common import (
     make_mask,
     pieces,
     row_ranges,
+    scale_strides,
     split_loop,
     store_rows,
+    unit_strides,
 )
 
 
 @triton.jit
 def _delta_kernel(
     dout_ptr, out_ptr, dlse_ptr, delta_ptr, stride_db, stride_ds, stride_dh, heads, queries,
-    DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+    DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE: what each row subtracts from dP."""
+    stride_db, stride_ds, stride_dh = scale_strides(stride_db, stride_ds, stride_dh, UNIT)
     tile_m, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     first_m = tile_m.to(tl.int64) * BLOCK_M
@@ -63,10 +66,15 @@ def _logits2(s, qk_scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _load_lse2(lse_ptr, offs_m, mask_m):
-    """The log-sum-exp in units of log2; +inf, which makes P zero, for rows past the end and rows that see no key."""
-    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def _load_row_sums(lse_ptr, delta_ptr, offs_m, mask_m, MASKED: tl.constexpr):
+    """The log-sum-exp in units of log2, +inf (which makes P zero) for rows past the end and rows that see no key; and delta."""
+    if MASKED:
+        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
 
 
 @triton.jit
@@ -84,24 +92,24 @@ def _dkdv_tile(
     q_ptr += first_m * stride_qs
     do_ptr += first_m * stride_ds
 
-    q1 = load_rows(q_ptr, stride_qs, local_m, mask_m, 0, D1, D, True)
+    q1 = load_rows(q_ptr, stride_qs, local_m, mask_m, 0, D1, D, MASKED)
     st = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if D2 > 0:
-        q2 = load_rows(q_ptr, stride_qs, local_m, mask_m, D1, D2, D, True)
+        q2 = load_rows(q_ptr, stride_qs, local_m, mask_m, D1, D2, D, MASKED)
         st = tl.dot(k2, tl.trans(q2), st, input_precision=PRECISION)
     st = _logits2(st, qk_scale, softcap, SOFTCAP)
-    pt = tl.exp2(st - _load_lse2(lse_ptr, offs_m, mask_m)[None, :])
+    lse2, delta = _load_row_sums(lse_ptr, delta_ptr, offs_m, mask_m, MASKED)
+    pt = tl.exp2(st - lse2[None, :])
     if MASKED:
         start, stop = row_ranges(start_ptr, stop_ptr, offs_m, queries, keys, MASK)
         pt = tl.where((offs_n[:, None] >= start[None, :]) & (offs_n[:, None] < stop[None, :]), pt, 0.0)
-    do1 = load_rows(do_ptr, stride_ds, local_m, mask_m, 0, V1, DV, True)
+    do1 = load_rows(do_ptr, stride_ds, local_m, mask_m, 0, V1, DV, MASKED)
     dv1 = tl.dot(pt.to(do1.dtype), do1, dv1, input_precision=PRECISION)
     dpt = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
     if V2 > 0:
-        do2 = load_rows(do_ptr, stride_ds, local_m, mask_m, V1, V2, DV, True)
+        do2 = load_rows(do_ptr, stride_ds, local_m, mask_m, V1, V2, DV, MASKED)
         dv2 = tl.dot(pt.to(do2.dtype), do2, dv2, input_precision=PRECISION)
         dpt = tl.dot(v2, tl.trans(do2), dpt, input_precision=PRECISION)
-    delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
     dst = pt * (dpt - delta[None, :])
     if SOFTCAP:
         capped = st / (softcap * LOG2E)
@@ -135,15 +143,15 @@ def _query_span(bounds_ptr, tile_n, queries, keys, MASK: tl.constexpr, BLOCK_M: 
                 first, last = tl.minimum(first, tl.load(entry + 4 * i)), tl.maximum(last, tl.load(entry + 4 * i + 1))
                 full_first = tl.maximum(full_first, tl.load(entry + 4 * i + 2))
                 full_last = tl.minimum(full_last, tl.load(entry + 4 * i + 3))
-        # The entries count tiles of TILE rows; the last one may be shorter, and so may the last tile of BLOCK_M rows.
-        whole = full_last * TILE >= queries
+        # The entries count tiles of TILE rows.
         full_first = tl.cdiv(full_first * TILE, BLOCK_M)
-        full_last = tl.where(whole, tiles_m, full_last * TILE // BLOCK_M)
+        full_last = full_last * TILE // BLOCK_M
         first = first * TILE // BLOCK_M
         last = tl.minimum(tl.cdiv(last * TILE, BLOCK_M), tiles_m)
     last = tl.maximum(last, first)
     full_first = tl.minimum(tl.maximum(full_first, first), last)
-    full_last = tl.maximum(tl.minimum(full_last, last), full_first)
+    # The last tile may have rows past the end: code without a mask would read them.
+    full_last = tl.maximum(tl.minimum(full_last, queries // BLOCK_M), full_first)
     return first, last, full_first, full_last
 
 
@@ -153,8 +161,12 @@ def _attention_dkdv_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh, row_stride, bounds_stride, key_heads, groups, queries, keys, scale, qk_scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qs, stride_qh = scale_strides(stride_qb, stride_qs, stride_qh, UNIT)
+    stride_kb, stride_ks, stride_kh = scale_strides(stride_kb, stride_ks, stride_kh, UNIT)
+    stride_vb, stride_vs, stride_vh = scale_strides(stride_vb, stride_vs, stride_vh, UNIT)
+    stride_db, stride_ds, stride_dh = scale_strides(stride_db, stride_ds, stride_dh, UNIT)
     tiles_n = tl.cdiv(keys, BLOCK_N)
     tile_n, bh = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
     b, hk = (bh // key_heads).to(tl.int64), (bh % key_heads).to(tl.int64)
@@ -190,14 +202,13 @@ def _attention_dkdv_kernel(
                 stride_qs, stride_ds, m, offs_n, queries, keys, qk_scale, softcap,
                 D, DV, D1, D2, V1, V2, BLOCK_M, MASK, False, SOFTCAP,
             )  # fmt: skip
-        if MASK != DENSE:
-            for i in range(0, left + last - full_last):
-                m = tl.where(i < left, first + i, full_last + i - left)
-                dk1, dk2, dv1, dv2 = _dkdv_tile(
-                    dk1, dk2, dv1, dv2, k1, k2, v1, v2, qh_ptr, doh_ptr, lse_ptr + rows, delta_ptr + rows, start_ptr, stop_ptr,
-                    stride_qs, stride_ds, m, offs_n, queries, keys, qk_scale, softcap,
-                    D, DV, D1, D2, V1, V2, BLOCK_M, MASK, True, SOFTCAP,
-                )  # fmt: skip
+        for i in range(0, left + last - full_last):
+            m = tl.where(i < left, first + i, full_last + i - left)
+            dk1, dk2, dv1, dv2 = _dkdv_tile(
+                dk1, dk2, dv1, dv2, k1, k2, v1, v2, qh_ptr, doh_ptr, lse_ptr + rows, delta_ptr + rows, start_ptr, stop_ptr,
+                stride_qs, stride_ds, m, offs_n, queries, keys, qk_scale, softcap,
+                D, DV, D1, D2, V1, V2, BLOCK_M, MASK, True, SOFTCAP,
+            )  # fmt: skip
 
     row = (b * keys + first_n) * key_heads + hk
     store_rows(dk_ptr + row * D, key_heads * D, dk1 * scale, local_n, mask_n, 0, D1, D)
@@ -250,8 +261,12 @@ def _attention_dq_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh, row_stride, bounds_stride, heads, groups, queries, keys, scale, qk_scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qs, stride_qh = scale_strides(stride_qb, stride_qs, stride_qh, UNIT)
+    stride_kb, stride_ks, stride_kh = scale_strides(stride_kb, stride_ks, stride_kh, UNIT)
+    stride_vb, stride_vs, stride_vh = scale_strides(stride_vb, stride_vs, stride_vh, UNIT)
+    stride_db, stride_ds, stride_dh = scale_strides(stride_db, stride_ds, stride_dh, UNIT)
     # The last tile first: under a causal mask it is the longest.
     tiles_m = tl.cdiv(queries, BLOCK_M)
     tile_m, bh = tiles_m - 1 - tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
@@ -268,9 +283,8 @@ def _attention_dq_kernel(
     do1 = load_rows(do_ptr, stride_ds, local_m, mask_m, 0, V1, DV, True)
     q2 = load_rows(q_ptr, stride_qs, local_m, mask_m, D1, D2, D, True) if D2 > 0 else q1
     do2 = load_rows(do_ptr, stride_ds, local_m, mask_m, V1, V2, DV, True) if V2 > 0 else do1
-    rows = (b * heads + h) * queries + offs_m
-    lse2 = _load_lse2(lse_ptr + (b * heads + h) * queries, offs_m, mask_m)
-    delta = tl.load(delta_ptr + rows, mask=mask_m, other=0.0)
+    rows = (b * heads + h) * queries
+    lse2, delta = _load_row_sums(lse_ptr + rows, delta_ptr + rows, offs_m, mask_m, True)
     start, stop = row_ranges(start_ptr + b * row_stride, stop_ptr + b * row_stride, offs_m, queries, keys, MASK)
     lo, hi, full_lo, full_hi = key_span(bounds_ptr + b * bounds_stride, tile_m, queries, keys, MASK, BLOCK_M)
     first, last, full_first, full_last = split_loop(lo, hi, full_lo, full_hi, BLOCK_N)
@@ -296,15 +310,17 @@ def _attention_dq_kernel(
         store_rows(dq_ptr, heads * D, dq2 * scale, local_m, mask_m, D1, D2, D)
 
 
-def _bwd_config(dim: int, itemsize: int, hopper: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def _bwd_config(
+    dim: int, itemsize: int, hopper: bool, dense: bool
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, warps and stages of the dK/dV kernel, then of the dQ kernel."""
     if itemsize == 4:
         return ((32, 64, 4, 1), (64, 32, 4, 1)) if dim <= 128 else ((16, 64, 4, 1), (64, 16, 4, 1))
     if dim > 128:
         return ((64, 64, 8, 1), (64, 64, 8, 1)) if hopper else ((32, 64, 4, 1), (64, 32, 4, 1))
-    if hopper:
-        return (64, 128, 8, 2), (128, 64, 8, 2)
-    return (64, 64, 4, 2), (64, 64, 4, 2)
+    if dim <= 64 or not hopper:
+        return (64, 64, 4, 2), (64, 64, 4, 2)
+    return (64, 64, 4, 2) if dense else (64, 128, 8, 2), (128, 64, 8, 3)
 
 
 def attention_bwd(
@@ -328,15 +344,15 @@ def attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     mask = make_mask(q, k, start, stop, causal)
     delta = torch.empty_like(lse)
+    unit, strides = unit_strides(q, k, v, dout)
     dims = pieces(dim, value_dim)
     _delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
-        dout, out, delta if dlse is None else dlse.contiguous(), delta, *dout.stride()[:3], heads, queries,
-        DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=64, HAS_DLSE=dlse is not None,
+        dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
+        DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=64, HAS_DLSE=dlse is not None, UNIT=unit,
     )  # fmt: skip
-    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q))
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]
+    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q), mask.kind == DENSE.value)
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap
-    constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0)
+    constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0, UNIT=unit)
     block_m, block_n, warps, stages = dkdv_config
     _attention_dkdv_kernel[(triton.cdiv(keys, block_n) * batch * key_heads,)](
         q, k, v, dout, lse, delta, dk, dv, mask.start, mask.stop, mask.k_bounds,

@@ -42,6 +42,21 @@ def pieces(dim: int, value_dim: int) -> dict[str, int]:
     return {"D1": d1, "D2": d2, "V1": v1, "V2": v2}
 
 
+#: Offsets inside a tile are 32 bits wide.
+MAX_ROW_STRIDE = 1 << 23
+
+
+def unit_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """Strides over batch, rows and heads as multiples of a unit: 8 elements where all are, else 1.
+
+    The kernels multiply, so that the compiler knows that rows begin at multiples of 16 bytes. Of a bare stride it learns that
+    only where 16 divides it, and the heads of 72 channels are 72 apart.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return unit, [stride // unit for stride in strides]
+
+
 class Mask(NamedTuple):
     """The mask as the kernels take it."""
 
@@ -64,6 +79,11 @@ def make_mask(q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop
         return Mask(RANGES.value, start, stop, q_bounds, k_bounds, 0, 0, 0)
     strides = start.stride(0), q_bounds.stride(0), k_bounds.stride(0)
     return Mask(RANGES.value, start, stop, q_bounds, k_bounds, *strides)
+
+
+@triton.jit
+def scale_strides(stride_b, stride_s, stride_h, UNIT: tl.constexpr):
+    return tl.cast(stride_b, tl.int64) * UNIT, stride_s * UNIT, stride_h * UNIT
 
 
 @triton.jit
