@@ -3,6 +3,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,13 @@ def test_peer_that_cannot_run_says_why() -> None:
 
         return prepare
 
+    def warns() -> Callable[[], Any]:
+        warnings.warn("This kernel not used because:", stacklevel=1)
+        warnings.warn("head dim 7 is odd (Triggered internally at x.cpp:1.)", stacklevel=1)
+        raise RuntimeError("none fits")
+
     peers = (
+        Provider("warns", warns),
         Provider("absent", raises(Unavailable("not installed"))),
         Provider("broken", raises(RuntimeError("no kernel\nmore"))),
         Provider("other", lambda: lambda: torch.full((3,), 2.0)),
@@ -148,6 +155,7 @@ def test_peer_that_cannot_run_says_why() -> None:
     rows = {row.provider: row for row in _one(lambda device: _case(peers))}
     assert (rows["absent"].status, rows["absent"].reason) == ("unavailable", "not installed")
     assert (rows["broken"].status, rows["broken"].reason) == ("unavailable", "RuntimeError: no kernel")
+    assert rows["warns"].reason == "RuntimeError: none fits (head dim 7 is odd)"
     assert rows["other"].status == "wrong" and rows["other"].ms is None
     assert rows[OURS].best_peer == "compiled"
     assert set(row.provider for row in _one(lambda device: _case(peers), Options(compile=False, peers=("abs", "comp")))) == {

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -185,8 +186,10 @@ def _selected(case: Case, options: Options) -> list[Provider]:
 def _checked(provider: Provider, case: Case, row: Row) -> Callable[[], Any] | None:
     """Set a provider up, call it, compare. Its call if the result is right; fills in the row's error and status."""
     ours = provider.name == OURS
+    warned: list[warnings.WarningMessage] = []
     try:
-        with backends_used() as used:
+        with backends_used() as used, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             call = provider.prepare()
             result = call()
         row.backends = list(used)
@@ -195,7 +198,7 @@ def _checked(provider: Provider, case: Case, row: Row) -> Callable[[], Any] | No
         row.status, row.reason = "unavailable", str(error)
         return None
     except Exception as error:  # a peer may fail in any way; ours fails the run
-        row.status, row.reason = "failed" if ours else "unavailable", _message(error)
+        row.status, row.reason = "failed" if ours else "unavailable", _message(error) + _explanation(warned)
         return None
     worst = max(range(len(comparisons)), key=lambda i: comparisons[i].ratio)
     row.error_over_floor, row.bound = comparisons[worst].ratio, comparisons[worst].bound
@@ -227,6 +230,13 @@ def _rank(rows: list[Row]) -> None:
 def _message(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _explanation(warned: list[warnings.WarningMessage]) -> str:
+    """SDPA says in warnings why a kernel does not take its inputs; the error only says that none does."""
+    texts = [str(w.message).partition(" (Triggered internally")[0].strip() for w in warned]
+    causes = [text for text in texts if not text.endswith("because:") and "runtime disabled" not in text]
+    return f" ({causes[0][:200]})" if causes else ""
 
 
 def _free(device: torch.device) -> None:
