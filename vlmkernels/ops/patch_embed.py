@@ -294,7 +294,7 @@ def patch_embed(
     constants = (float(eps), means, stds)
     name = forced_backend(backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out: Tensor = _PatchEmbed.apply(*tensors, *constants, name)  # type: ignore[no-untyped-call]
+        out: Tensor = _PatchEmbed.apply(*tensors, *constants, name)
     else:
         out = torch.ops.vlmkernels.patch_embed_fwd(*tensors, *constants, False, name)[0]
     return out[0] if layout == "rows" and pixels.dim() == 2 else out
