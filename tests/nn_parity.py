@@ -108,7 +108,7 @@ def check(got: dict[str, Tensor], exact: dict[str, Tensor], zero_gradients: tupl
     for name, value in got.items():
         assert value.dtype == torch.float32, name
         terms = exact[name.replace("bias", "weight")].abs().max().item() if name in zero_gradients else 0.0
-        result = compare(value, exact[name], "gemm", terms=terms)
+        result = compare(value, exact[name], "module", terms=terms)
         assert result, f"{name}: {result}"
 
 
@@ -128,5 +128,5 @@ def check_module(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor
     found = run(low, call, narrow, seed=1)
     assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in found.values())
     exact = run(low.double(), call, tuple(x.double() for x in narrow), seed=1)
-    result = compare(found["output"], exact["output"], "gemm")
+    result = compare(found["output"], exact["output"], "module")
     assert result, result
