@@ -54,6 +54,13 @@ def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x.masked_fill(~mask.any(-2).movedim(1, 2)[..., None], 0.0)
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy on a GPU where rows do not begin at 16 bytes: there SDPA gave wrong rows (fp16, torch 2.11, H200)."""
+    step = 16 // x.element_size()
+    odd = x.is_cuda and (x.data_ptr() % 16 or any(stride % step for stride in x.stride()[:3]))
+    return x.clone(memory_format=torch.contiguous_format) if odd else x
+
+
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -68,7 +75,7 @@ def attention_fwd(
     square = causal and q.shape[1] == k.shape[1]
     mask = None if square else _mask(q, k, start, stop, causal)
     blind = None if mask is None else ~mask.any(-1, keepdim=True)
-    heads_first = (x.transpose(1, 2) for x in (q, _seen(k, mask), _seen(v, mask)))
+    heads_first = (_aligned(x).transpose(1, 2) for x in (q, _seen(k, mask), _seen(v, mask)))
     # A row that sees no key looks at all of them here, since its softmax would be 0/0, and is cleared after.
     allowed = None if mask is None or blind is None else mask | blind
     gqa = q.shape[2] != k.shape[2]

@@ -46,15 +46,20 @@ def pieces(dim: int, value_dim: int) -> dict[str, int]:
 MAX_ROW_STRIDE = 1 << 23
 
 
-def unit_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """Strides over batch, rows and heads as multiples of a unit: 8 elements where all are, else 1.
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where its rows do not begin at multiples of 16 bytes."""
+    if x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
-    The kernels multiply, so that the compiler knows that rows begin at multiples of 16 bytes. Of a bare stride it learns that
-    only where 16 divides it, and the heads of 72 channels are 72 apart.
+
+def strides_in_eights(*tensors: torch.Tensor) -> list[int]:
+    """Strides over batch, rows and heads in units of 8 elements; the kernels multiply.
+
+    So the compiler knows that rows begin at multiples of 16 bytes. Of a bare stride it learns that only where 16 divides it,
+    and the heads of 72 channels are 72 apart: it then loads 2 bytes at a time, and nothing ahead.
     """
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    return unit, [stride // unit for stride in strides]
+    return [stride // 8 for x in tensors for stride in x.stride()[:3]]
 
 
 class Mask(NamedTuple):
@@ -82,8 +87,8 @@ def make_mask(q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop
 
 
 @triton.jit
-def scale_strides(stride_b, stride_s, stride_h, UNIT: tl.constexpr):
-    return tl.cast(stride_b, tl.int64) * UNIT, stride_s * UNIT, stride_h * UNIT
+def scale_strides(stride_b, stride_s, stride_h):
+    return tl.cast(stride_b, tl.int64) * 8, stride_s * 8, stride_h * 8
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from vlmkernels.backends.triton._attention_common import (
     LOG2E,
     MAX_ROW_STRIDE,
     PRECISION,
+    aligned,
     is_hopper,
     key_span,
     load_rows,
@@ -25,7 +26,7 @@ from vlmkernels.backends.triton._attention_common import (
     scale_strides,
     split_loop,
     store_rows,
-    unit_strides,
+    strides_in_eights,
 )
 
 __all__ = ["attention_bwd", "attention_fwd", "why_not_attention_bwd", "why_not_attention_fwd"]
@@ -78,11 +79,10 @@ def _attention_fwd_kernel(
     row_stride, bounds_stride, heads, groups, queries, keys, section, qk_scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SAVE_LSE: tl.constexpr,
-    UNIT: tl.constexpr,
 ):  # fmt: skip
-    stride_qb, stride_qs, stride_qh = scale_strides(stride_qb, stride_qs, stride_qh, UNIT)
-    stride_kb, stride_ks, stride_kh = scale_strides(stride_kb, stride_ks, stride_kh, UNIT)
-    stride_vb, stride_vs, stride_vh = scale_strides(stride_vb, stride_vs, stride_vh, UNIT)
+    stride_qb, stride_qs, stride_qh = scale_strides(stride_qb, stride_qs, stride_qh)
+    stride_kb, stride_ks, stride_kh = scale_strides(stride_kb, stride_ks, stride_kh)
+    stride_vb, stride_vs, stride_vh = scale_strides(stride_vb, stride_vs, stride_vh)
     # Programs run over the last query tile of `section` heads first, then the one before it: the longest rows of a causal mask
     # start first, while the keys of one section stay in L2.
     tiles_m = tl.cdiv(queries, BLOCK_M)
@@ -139,11 +139,14 @@ def _fwd_config(dim: int, queries: int, itemsize: int, hopper: bool) -> tuple[in
         return (64, 32, 4, 2) if dim <= 128 else (32, 32, 4, 1)
     if queries <= 32:
         return 16 if queries <= 16 else 32, 64, 4, 2
+    if not hopper:
+        return (64, 64, 4, 2) if dim <= 128 else (64, 32, 4, 2)
     if dim > 128:
-        return (128, 64, 8, 2) if hopper else (64, 32, 4, 2)
+        return 128, 64, 8, 2
     # Two programs of one warpgroup share a multiprocessor and hide each other's softmax: 475 TFLOP/s at D 128, S 8192 on an H200,
-    # where 128 rows with two warpgroups reach 411.
-    return (64, 64, 4, 3) if hopper else (64, 64, 4, 2)
+    # where 128 rows with two warpgroups reach 411. In two pieces (65 to 127) 32 keys leave room for three stages: at D 88, S 257
+    # 163 TFLOP/s, 125 with 64 keys.
+    return (64, 32, 4, 3) if 64 < dim < 128 else (64, 64, 4, 3)
 
 
 def why_not_attention_fwd(
@@ -196,13 +199,14 @@ def attention_fwd(
     # Keys and values of a section fill half of a 50 MB L2. A dense mask has no long rows: there one head after the other.
     fitting = (24 << 20) // max(1, keys * (dim + value_dim) * q.element_size())
     section = 1 if mask.kind == DENSE.value else max(1, fitting) * (heads // key_heads)
-    unit, strides = unit_strides(q, k, v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     grid = (triton.cdiv(queries, block_m) * batch * heads,)
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, mask.start, mask.stop, mask.q_bounds,
-        *strides, mask.row_stride, mask.q_stride, heads, heads // key_heads, queries, keys, section, scale * LOG2E.value, softcap,
+        *strides_in_eights(q, k, v), mask.row_stride, mask.q_stride,
+        heads, heads // key_heads, queries, keys, section, scale * LOG2E.value, softcap,
         D=dim, DV=value_dim, **pieces(dim, value_dim), BLOCK_M=block_m, BLOCK_N=block_n,
-        MASK=mask.kind, SOFTCAP=softcap > 0, SAVE_LSE=save_lse, UNIT=unit, num_warps=warps, num_stages=stages,
+        MASK=mask.kind, SOFTCAP=softcap > 0, SAVE_LSE=save_lse, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
