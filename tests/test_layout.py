@@ -181,8 +181,16 @@ def test_the_example_in_the_readme_runs() -> None:
         run_python(example + "\nassert out.shape == exact.shape and tokens.shape == (2, 196, 768)", TRITON_INTERPRET="0")
 
 
+@pytest.mark.parametrize("page", ["attention", "rope"])
+def test_the_example_on_a_page_runs(page: str) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+    run_python(example, TRITON_INTERPRET="0")
+
+
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=relative
+    "page",
+    [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted((ROOT / "docs").glob("*.md"))],
+    ids=relative,
 )
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
