@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mechanism behind every operator, on a toy op whose backends live in this file: which backend runs, and what is refused."""
 
+import contextlib
 import functools
 import importlib.machinery
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmkernels import BackendError, use_backend
 from vlmkernels.ops import _op
@@ -312,6 +314,43 @@ def test_unwritten_outputs_show(backends: Callable[..., None]) -> None:
     backends(lazy)
     out = torch.ops.vlmkernels.toy_fwd(torch.ones(4), 1.0, "")
     assert (out.isnan() | (out == -1.0)).all()
+
+
+def test_runs_on_the_device_of_its_tensors(backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cuda:0 current, tensors of cuda:1 are launched on cuda:1; nothing is switched for those of cuda:0 and of the CPU."""
+    current, entered, launched = [0], [], []
+
+    @contextlib.contextmanager
+    def switch(index: int) -> Iterator[None]:
+        entered.append(index)
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    module = toy_backend("torch")
+    module.toy_fwd = lambda x, scale: launched.append(current[-1])
+    backends(module)
+    with FakeTensorMode():
+        first, second = (torch.empty(3, device=f"cuda:{index}") for index in (0, 1))
+    for x in (first, torch.ones(3), second, first):
+        Op.select.__wrapped__(_op.OPS["toy_fwd"], "", x, 1.0)(x, 1.0)
+    assert (launched, entered, current) == ([0, 0, 1, 0], [1], [0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU to be on")
+@pytest.mark.parametrize("backend", ORDER)
+def test_second_gpu(backend: str) -> None:
+    start = torch.zeros(1, 100, dtype=torch.int32, device="cuda:1")
+    stop = torch.arange(1, 101, dtype=torch.int32, device="cuda:1")[None]
+    if why_not := _op.OPS["tile_bounds"].why_not(backend, start.device):
+        pytest.skip(why_not)
+    assert torch.cuda.current_device() == 0
+    q_bounds, _ = torch.ops.vlmkernels.tile_bounds(start, stop, 100, backend)
+    assert q_bounds.tolist() == [[[0, 64, 0, 1], [0, 100, 0, 65]]]
+    assert torch.cuda.current_device() == 0
 
 
 def test_dispatch_is_cheap(backends: Callable[..., None]) -> None:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision-language layers at the speed of the hardware: kernels, drop-in modules, and the masks between images and text."""
 
+from vlmkernels import nn
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
+from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.rope import rope, rope_qkv_
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "KeyRanges", "attention", "use_backend"]
+__all__ = ["BackendError", "KeyRanges", "attention", "nn", "patch_embed", "rope", "rope_qkv_", "use_backend"]

@@ -8,6 +8,7 @@ The package ``vlmkernels/backends/<name>/__init__.py`` defines ``why_not(device)
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -63,6 +64,19 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def _on_its_device(function: Callable[..., Any], index: int) -> Callable[..., Any]:
+    """``function`` with the GPU of its tensors current: that is where Triton launches, on its current stream."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if torch.cuda.current_device() == index:
+            return function(*args)
+        with torch.cuda.device(index):
+            return function(*args)
+
+    return run
+
+
 class Op:
     """A registered op ``vlmkernels::<name>`` that picks a backend inside, so a compiled graph holds one node.
 
@@ -98,7 +112,10 @@ class Op:
         module = importlib.import_module(f"{path}.{self.stem}")
         if not hasattr(module, self.name):
             return f"it has no {self.name}"
-        return getattr(module, self.name), getattr(module, f"why_not_{self.name}", None)
+        function = getattr(module, self.name)
+        if device.type == "cuda":
+            function = _on_its_device(function, device.index)
+        return function, getattr(module, f"why_not_{self.name}", None)
 
     def _candidate(self, backend: str, device: torch.device) -> "Candidate | str":
         """The backend's function and its check of arguments, or why there is none on ``device``; looked for once."""
