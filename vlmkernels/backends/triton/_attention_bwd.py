@@ -316,9 +316,13 @@ def _bwd_config(
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, warps and stages of the dK/dV kernel, then of the dQ kernel."""
     if itemsize == 4:
-        return ((32, 64, 4, 1), (64, 32, 4, 1)) if dim <= 128 else ((16, 64, 4, 1), (64, 16, 4, 1))
+        if dim <= 64:
+            return (32, 16, 4, 1), (16, 32, 4, 1)
+        return ((16, 16, 4, 1), (16, 16, 4, 1)) if dim <= 128 else ((16, 16, 8, 1), (16, 16, 8, 1))
     if not hopper:
-        return ((64, 64, 4, 2), (64, 64, 4, 2)) if dim <= 128 else ((32, 64, 4, 1), (64, 32, 4, 1))
+        if dim > 128:
+            return (32, 32, 8, 1), (64, 32, 8, 1)
+        return (32, 32, 4, 2) if 64 < dim < 128 else (32, 64, 8, 2), (64, 32, 4, 2)
     if dim > 128:
         return (64, 64, 8, 2), (128, 32, 8, 3)
     if dim < 128:
@@ -352,9 +356,10 @@ def attention_bwd(
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     strides = strides_in_eights(q, k, v, dout)
     dims = pieces(dim, value_dim)
-    _delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
+    block_m = 64 if value_dim <= 128 else 32
+    _delta_kernel[(triton.cdiv(queries, block_m), batch * heads)](
         dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
-        DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=64, HAS_DLSE=dlse is not None,
+        DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=block_m, HAS_DLSE=dlse is not None,
     )  # fmt: skip
     dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q), mask.kind == DENSE.value)
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap

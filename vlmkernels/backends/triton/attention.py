@@ -136,11 +136,13 @@ def _attention_fwd_kernel(
 def _fwd_config(dim: int, queries: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages for the wider of the two head dims."""
     if itemsize == 4:
-        return (64, 32, 4, 2) if dim <= 128 else (32, 32, 4, 1)
+        # Three TF32 products hold the high and the low halves of both operands in registers.
+        return (32, 32, 4, 1) if dim <= 64 else (16, 32, 4, 1) if dim <= 128 else (16, 16, 8, 1)
     if queries <= 32:
         return 16 if queries <= 16 else 32, 64, 4, 2
     if not hopper:
-        return (64, 64, 4, 2) if dim <= 128 else (64, 32, 4, 2)
+        # What spills no registers and fits the 99 KB of sm_86, sm_89 and sm_120.
+        return (64, 64, 4, 2) if dim <= 96 else (64, 64, 8, 2) if dim <= 128 else (64, 32, 8, 2)
     if dim > 128:
         return 128, 64, 8, 2
     # Two programs of one warpgroup share a multiprocessor and hide each other's softmax: 475 TFLOP/s at D 128, S 8192 on an H200,
@@ -223,13 +225,15 @@ def aot_cases() -> list[AotCase]:
             ranges = torch.zeros(2, queries, dtype=torch.int32) if options.get("ranges") else None
             settings = (ranges, ranges, causal, 0.125, options.get("softcap", 0.0))
             out, lse = attention_fwd(q, k, v, *settings, True)
-            attention_bwd(out, None, q, k, v, out, lse, *settings)
+            if queries > 32:
+                attention_bwd(out, None, q, k, v, out, lse, *settings)
 
         return AotCase(name, call)
 
-    cases = [case(f"bf16 D{dim} dense", dim) for dim in (64, 72, 80, 96, 104, 128, 256)]
-    cases += [case(f"bf16 D{dim} ranges", dim, ranges=True) for dim in (64, 72, 128, 256)]
-    cases += [case("bf16 D128 causal", 128, causal=True), case("bf16 D256 ranges softcap", 256, ranges=True, softcap=50.0)]
+    cases = [case("bf16 D64 causal", 64, causal=True), case("bf16 D72 dense", 72), case("bf16 D88 causal", 88, causal=True)]
+    cases += [case("bf16 D128 dense", 128), case("bf16 D128 ranges", 128, ranges=True)]
+    cases += [case("bf16 D256 ranges softcap", 256, ranges=True, softcap=50.0)]
     cases += [case("fp16 D64 one query", 64, torch.float16, queries=1), case("bf16 D64 32 queries", 64, queries=32)]
-    cases += [case("fp32 D64 ranges", 64, torch.float32, ranges=True), case("fp32 D256 dense", 256, torch.float32)]
+    cases += [case("fp32 D64 ranges", 64, torch.float32, ranges=True), case("fp32 D128 dense", 128, torch.float32)]
+    cases += [case("fp32 D256 dense", 256, torch.float32)]
     return cases
