@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmkernels.backends.triton import cdiv
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._attention_bwd import attention_bwd
 from vlmkernels.backends.triton._attention_common import (
@@ -202,7 +203,7 @@ def attention_fwd(
     fitting = (24 << 20) // max(1, keys * (dim + value_dim) * q.element_size())
     section = 1 if mask.kind == DENSE.value else max(1, fitting) * (heads // key_heads)
     q, k, v = aligned(q), aligned(k), aligned(v)
-    grid = (triton.cdiv(queries, block_m) * batch * heads,)
+    grid = (cdiv(queries, block_m) * batch * heads,)
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, mask.start, mask.stop, mask.q_bounds,
         *strides_in_eights(q, k, v), mask.row_stride, mask.q_stride,

@@ -6,7 +6,6 @@ read; rows that are a matrix already skip it. The second is a persistent matrix 
 position and writes each row behind its image's prefix tokens. The third is the LayerNorm, in place. docs/patch_embed.md says why.
 """
 
-import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkernels.backends.triton import INTERPRETED
+from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 
 CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
 
@@ -225,22 +224,18 @@ def _multiprocessors(device: torch.device) -> int:
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def _has_tma(device: torch.device) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _gemm_config(m: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[GemmConfig, bool]:
     use_tma = dtype != torch.float32 and m > 0 and _has_tma(device)
     configs = FP32_CONFIGS if dtype == torch.float32 else TMA_CONFIGS if use_tma else CP_ASYNC_CONFIGS
     for config in configs:
-        if triton.cdiv(m, config.block_m) * triton.cdiv(dim, config.block_n) >= _multiprocessors(device):
+        if cdiv(m, config.block_m) * cdiv(dim, config.block_n) >= _multiprocessors(device):
             break
-    return config._replace(block_n=min(config.block_n, max(16, triton.next_power_of_2(dim)))), use_tma
+    return config._replace(block_n=min(config.block_n, max(16, next_power_of_2(dim)))), use_tma
 
 
 def _collapse(sizes: list[int], strides: list[int]) -> tuple[list[int], list[int]]:
@@ -262,45 +257,71 @@ def _columns(patches: Tensor) -> tuple[int, ...]:
     return CHANNELS_LAST if patches.shape[4] > 1 and patches.stride(4) < patches.stride(7) else CHANNELS_FIRST
 
 
+class _Cut(NamedTuple):
+    """How ``_matrix`` gets its matrix: as a view, or by a launch with these arguments."""
+
+    m: int
+    k: int  # columns of the result: with those of zeros where it is written
+    stride: int  # of its rows
+    view: bool
+    grid: tuple[int, ...] = ()
+    runtime: tuple[int, ...] = ()
+    constants: dict[str, int] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(
+    shape: tuple[int, ...], strides: tuple[int, ...], columns: tuple[int, ...], itemsize: int, out_itemsize: int,
+    same_dtype: bool, address: int,
+) -> _Cut:  # fmt: skip
+    """Depends on the layout alone, so a model asks once. ``address``: of the first pixel, modulo 64 bytes."""
+    row_sizes, row_strides = _collapse(list(shape[:4]), list(strides[:4]))
+    col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
+    m, k = math.prod(row_sizes), math.prod(col_sizes)
+    one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
+    one_matrix = same_dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
+    if one_matrix and row_strides[3] * itemsize % 16 == 0 and address % 16 == 0:
+        return _Cut(m, k, row_strides[3], True)
+    k_padded = cdiv(k, 8) * 8
+    vec = 16 // out_itemsize if col_strides[3] == 1 else 1
+    vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], address // itemsize)
+    block_k = min(next_power_of_2(k_padded), 256 if vec >= 4 else 64)
+    block_r = min(next_power_of_2(row_sizes[3]), 4096 // block_k)
+    strips = row_sizes[0] * row_sizes[1] * row_sizes[2]
+    stride = cdiv(k, 64) * 64
+    runtime = (
+        stride // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
+    )  # fmt: skip
+    constants = {
+        "K1": col_sizes[1], "K2": col_sizes[2], "K3": col_sizes[3], "K": k, "K_PADDED": k_padded, "CHANNELS": shape[4],
+        "CHANNEL_RUN": 1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7],
+        "VEC": vec, "BLOCK_R": block_r, "BLOCK_K": block_k,
+    }  # fmt: skip
+    grid = (strips * cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k),)
+    return _Cut(m, k_padded, stride, False, grid, runtime, constants)
+
+
 def _matrix(
     x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
 ) -> Tensor:
     """Patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]`` as a matrix ``[M, K]`` whose rows start at multiples of 16 bytes.
 
+    Or the weight ``[D, C, Pt, Py, Px]``, with the columns in the same order.
     It is a view where the pixels are one already. Else it is written, with K rounded up to a multiple of 8 by columns of zeros.
     """
     shape, strides = x.shape, x.stride()
-    row_sizes, row_strides = _collapse(list(shape[:4]), list(strides[:4]))
-    col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
-    m, k = math.prod(row_sizes), math.prod(col_sizes)
-    one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
-    one_matrix = x.dtype == dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
-    if one_matrix and row_strides[3] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x.as_strided((m, k), (row_strides[3], 1))
-    k_padded = triton.cdiv(k, 8) * 8
-    a = torch.empty((m, triton.cdiv(k, 64) * 64), dtype=dtype, device=x.device)
-    if m:
-        vec = 16 // a.element_size() if col_strides[3] == 1 else 1
-        vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], x.data_ptr() // x.element_size())
-        block_k = min(triton.next_power_of_2(k_padded), 256 if vec >= 4 else 64)
-        block_r = min(triton.next_power_of_2(row_sizes[3]), 4096 // block_k)
-        strips = row_sizes[0] * row_sizes[1] * row_sizes[2]
-        grid = (strips * triton.cdiv(row_sizes[3], block_r) * triton.cdiv(k_padded, block_k),)
+    if x.dim() == 5:
+        shape, strides = (1, 1, 1, *shape), (0, 0, 0, *strides)
+    cut = _cut(shape, strides, columns, x.element_size(), dtype.itemsize, x.dtype == dtype, x.data_ptr() % 64)
+    if cut.view:
+        return x.as_strided((cut.m, cut.k), (cut.stride, 1))
+    a = torch.empty((cut.m, cut.stride), dtype=dtype, device=x.device)
+    if cut.m:
         scale = shift = None
         if mean is not None and std is not None:
             scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-        _patch_embed_cut_kernel[grid](
-            x, a, a.stride(0) // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]),
-            col_strides[3], K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift,
-            CHANNELS=shape[4], CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7],
-            VEC=vec, BLOCK_R=block_r, BLOCK_K=block_k,
-        )  # fmt: skip
-    return a[:, :k_padded]
-
-
-def _weight_matrix(weight: Tensor, columns: tuple[int, ...]) -> Tensor:
-    """``[D, K]`` with the columns in the order of the patches': a view, or a copy as ``_matrix`` makes one."""
-    return _matrix(weight[None, None, None], columns, weight.dtype)
+        _patch_embed_cut_kernel[cut.grid](x, a, *cut.runtime, SCALE=scale, SHIFT=shift, **cut.constants)
+    return a[:, : cut.k]
 
 
 def _embed(
@@ -315,7 +336,7 @@ def _embed(
         pos_embed = pos_embed.contiguous()
     grid = (
         max(1, min(
-            triton.cdiv(m, config.block_m) * triton.cdiv(dim, config.block_n),
+            cdiv(m, config.block_m) * cdiv(dim, config.block_n),
             _multiprocessors(a.device) * config.programs,
         )),
     )  # fmt: skip
@@ -345,9 +366,9 @@ def _norm_warps(block_d: int) -> int:
 
 def _layer_norm(total: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     rows, dim = total.shape[0] * total.shape[1], total.shape[2]
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     block_r = max(1, min(4, 4096 // block_d))
-    _patch_embed_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
+    _patch_embed_norm_fwd_kernel[(cdiv(rows, block_r),)](
         total, out, weight.contiguous(), None if bias is None else bias.contiguous(), rows, eps,
         D=dim, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
     )  # fmt: skip
@@ -360,7 +381,7 @@ def _layer_norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, eps: float, n_p
     """
     batch, n_tokens, dim = grad.shape
     rows = batch * n_tokens
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     programs = max(1, min(rows, 4 * _multiprocessors(grad.device)))
     d_prefix = torch.empty((batch, n_prefix, dim), dtype=torch.float32, device=grad.device)
     d_tokens = total.new_empty(batch, n_tokens - n_prefix, dim)
@@ -407,11 +428,10 @@ def patch_embed_fwd(
     total = torch.empty_like(out) if keep_total else out
     if out.numel():
         columns = _columns(patches)
-        with _on(weight.device):
-            a = _matrix(patches, columns, weight.dtype, mean, std)
-            _embed(a, _weight_matrix(weight, columns), bias, prefix_tokens, pos_embed, total)
-            if norm_weight is not None:
-                _layer_norm(total, out, norm_weight, norm_bias, eps)
+        a = _matrix(patches, columns, weight.dtype, mean, std)
+        _embed(a, _matrix(weight, columns, weight.dtype), bias, prefix_tokens, pos_embed, total)
+        if norm_weight is not None:
+            _layer_norm(total, out, norm_weight, norm_bias, eps)
     return out, total if keep_total else weight.new_empty(0)
 
 
@@ -433,15 +453,12 @@ def patch_embed_bwd(
     grads = [weight.new_empty(0) for _ in needs]
     columns = _columns(patches)
     sums = None
-    with _on(weight.device):
-        if norm_weight is None:
-            d_prefix, d_tokens = grad[:, :n_prefix], grad[:, n_prefix:]
-        else:
-            d_prefix, d_tokens, sums = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
-            grads[5] = sums[0].to(dtype, copy=True) if needs[5] else grads[5]
-            grads[6] = sums[1].to(dtype, copy=True) if needs[6] else grads[6]
-        if needs[1]:
-            a = _matrix(patches, columns, dtype, mean, std)
+    if norm_weight is None:
+        d_prefix, d_tokens = grad[:, :n_prefix], grad[:, n_prefix:]
+    else:
+        d_prefix, d_tokens, sums = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
+        grads[5] = sums[0].to(dtype, copy=True) if needs[5] else grads[5]
+        grads[6] = sums[1].to(dtype, copy=True) if needs[6] else grads[6]
     if needs[2]:
         grads[2] = (d_tokens.sum((0, 1), dtype=torch.float32) if sums is None else sums[2]).to(dtype, copy=True)
     if needs[3]:
@@ -453,6 +470,7 @@ def patch_embed_bwd(
         d_patches = d_rows @ weight.reshape(dim, -1)
         grads[0] = d_patches.view(patches.shape).to(patches.dtype)
     if needs[1]:
+        a = _matrix(patches, columns, dtype, mean, std)
         sizes = [patches.shape[c] for c in columns]
         d_weight = (d_rows.T @ a)[:, : math.prod(sizes)].unflatten(1, sizes)
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.backends.triton import INTERPRETED
+from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 
 _BLOCK = 1024
@@ -234,7 +234,7 @@ def _table_strides(cos: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _width(head_dim: int) -> int:
-    return triton.next_power_of_2(max(head_dim // 2, 1))
+    return next_power_of_2(max(head_dim // 2, 1))
 
 
 def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,23 +267,22 @@ def _launch_fwd(
         # In place the channels past the rotated ones are already there.
         pairs.append(half if in_place and weight is None else head_dim // 2)
         per_row = pairs[-1] if weight is None else width
-        blocks.append(triton.cdiv(tokens * count * per_row, block))
+        blocks.append(cdiv(tokens * count * per_row, block))
     if batches * sum(blocks) == 0:
         return
     strides_q, strides_k, strides_t = _rows(q), _rows(k), _table_strides(cos)
     strides_o = (*_rows(out_q)[:2], *_rows(out_k)[:2])
     vector_x, vector_o = _vector(q, *strides_q[:3], *strides_k[:3]), _vector(q, head_dim, *strides_o)
     vector_t = _vector(cos, *strides_t[:2])
-    with torch.cuda.device_of(q):
-        _rope_fwd_kernel[(batches * sum(blocks),)](
-            q, k, out_q, out_k, q_weight, k_weight, cos, sin,
-            *_units(vector_x, strides_q), *_units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
-            strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, *blocks, eps,
-            H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
-            PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
-            NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
-            VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
-        )  # fmt: skip
+    _rope_fwd_kernel[(batches * sum(blocks),)](
+        q, k, out_q, out_k, q_weight, k_weight, cos, sin,
+        *_units(vector_x, strides_q), *_units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
+        strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, *blocks, eps,
+        H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
+        PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
+        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
+        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
+    )  # fmt: skip
 
 
 def _norm_bwd(
@@ -297,21 +296,20 @@ def _norm_bwd(
     cos, sin = _same_layout(cos, sin)
     width = _width(head_dim)
     block = max(_BLOCK, width)
-    blocks = triton.cdiv(tokens * heads, block // width)
+    blocks = cdiv(tokens * heads, block // width)
     programs = 2 if INTERPRETED else 8 * torch.cuda.get_device_properties(grad.device).multi_processor_count
     programs = min(programs, batches * blocks)
     partial = torch.empty(programs, head_dim, dtype=torch.float32, device=grad.device)
     strides_g, strides_x, strides_o, strides_t = _rows(grad), _rows(x), _rows(out)[:2], _table_strides(cos)
     vector_x, vector_o = _vector(grad, *strides_g[:3], *strides_x[:3]), _vector(grad, head_dim, *strides_o)
     vector_t = _vector(cos, *strides_t[:2])
-    with torch.cuda.device_of(grad):
-        _rope_norm_bwd_kernel[(programs,)](
-            grad, x, weight.contiguous(), out, partial, cos, sin,
-            *_units(vector_x, strides_g), *_units(vector_x, strides_x), strides_o[0] // vector_o, strides_o[1] // vector_o,
-            strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, blocks, batches * blocks, eps,
-            H=heads, D=head_dim, HALF=cos.shape[-1], WIDTH=width, BLOCK=block, INTERLEAVED=interleaved,
-            VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
-        )  # fmt: skip
+    _rope_norm_bwd_kernel[(programs,)](
+        grad, x, weight.contiguous(), out, partial, cos, sin,
+        *_units(vector_x, strides_g), *_units(vector_x, strides_x), strides_o[0] // vector_o, strides_o[1] // vector_o,
+        strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, blocks, batches * blocks, eps,
+        H=heads, D=head_dim, HALF=cos.shape[-1], WIDTH=width, BLOCK=block, INTERLEAVED=interleaved,
+        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
+    )  # fmt: skip
     return out, partial.sum(0).to(weight.dtype)
 
 

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmkernels.backends.triton import cdiv
 from vlmkernels.backends.triton._aot import AotCase
 
 TILE = 64
@@ -113,7 +114,7 @@ def tile_bounds(start: torch.Tensor, stop: torch.Tensor, num_keys: int) -> tuple
     k_bounds = start.new_empty(batch, num_k_tiles, 4)
     if q_bounds.numel():
         strides = (*start.stride(), *stop.stride())
-        grid = (triton.cdiv(num_q_tiles, _GROUP), batch)
+        grid = (cdiv(num_q_tiles, _GROUP), batch)
         _query_tile_bounds_kernel[grid](
             start, stop, q_bounds, *strides, num_queries, num_keys, num_q_tiles, TILE=TILE, GROUP=_GROUP, num_warps=4
         )
