@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmkernels.backends.triton import cdiv
 from vlmkernels.backends.triton._attention_common import (
     CAUSAL,
     DENSE,
@@ -357,7 +358,7 @@ def attention_bwd(
     strides = strides_in_eights(q, k, v, dout)
     dims = pieces(dim, value_dim)
     block_m = 64 if value_dim <= 128 else 32
-    _delta_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+    _delta_kernel[(cdiv(queries, block_m), batch * heads)](
         dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
         DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=block_m, HAS_DLSE=dlse is not None,
     )  # fmt: skip
@@ -365,13 +366,13 @@ def attention_bwd(
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap
     constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0)
     block_m, block_n, warps, stages = dkdv_config
-    _attention_dkdv_kernel[(triton.cdiv(keys, block_n) * batch * key_heads,)](
+    _attention_dkdv_kernel[(cdiv(keys, block_n) * batch * key_heads,)](
         q, k, v, dout, lse, delta, dk, dv, mask.start, mask.stop, mask.k_bounds,
         *strides, mask.row_stride, mask.k_stride, key_heads, *sizes,
         **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = dq_config
-    _attention_dq_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
+    _attention_dq_kernel[(cdiv(queries, block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, dq, mask.start, mask.stop, mask.q_bounds,
         *strides, mask.row_stride, mask.q_stride, heads, *sizes,
         **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
