@@ -323,7 +323,7 @@ def _bwd_config(
     if not hopper:
         if dim > 128:
             return (32, 32, 8, 1), (64, 32, 8, 1)
-        return (32, 32, 4, 2) if 64 < dim < 128 else (32, 64, 8, 2), (64, 32, 4, 2)
+        return (32, 32 if 64 < dim < 128 else 64, 8, 2), (64, 32, 4, 2)
     if dim > 128:
         return (64, 64, 8, 2), (128, 32, 8, 3)
     if dim < 128:
