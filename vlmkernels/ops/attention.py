@@ -61,6 +61,8 @@ def attention(
     start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     arguments = (q, k, v, start, stop, causal, scale, float(softcap))
+    out: torch.Tensor
+    lse: torch.Tensor | None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         result = _Attention.apply(*arguments, return_lse, forced_backend(backend))
         out, lse = result if return_lse else (result, None)
@@ -68,40 +70,41 @@ def attention(
         out, lse = _fwd(*arguments, return_lse, forced_backend(backend))
     if packed:
         out = out.squeeze(0)
-    if not return_lse:
+    if lse is None or not return_lse:
         return out
     return out, lse.squeeze(0) if packed else lse
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None, softcap: float) -> None:
-    if q.dim() not in (3, 4):
-        raise bad_argument("q", f"shape {tuple(q.shape)}", "[B, Sq, H, D] or [Tq, H, D]")
-    if k.dim() != q.dim() or k.shape[:-3] != q.shape[:-3] or k.shape[-1] != q.shape[-1]:
-        wanted = "[B, Sk, Hk, D]" if q.dim() == 4 else "[Tk, Hk, D]"
-        raise bad_argument("k", f"shape {tuple(k.shape)}", f"{wanted} with the B and D of q's {tuple(q.shape)}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise bad_argument("v", f"shape {tuple(v.shape)}", f"k's {tuple(k.shape)} up to the last dimension")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise bad_argument("k", f"{k.shape[-2]} heads", f"a divisor of q's {q.shape[-2]} heads")
-    if q.shape[-1] == 0 or v.shape[-1] == 0:
-        raise bad_argument("q" if q.shape[-1] == 0 else "v", "a head dimension of 0", "at least 1")
-    if q.dtype not in DTYPES:
-        raise bad_argument("q", q.dtype, "bfloat16, float16, float32 or float64")
+    q_shape, k_shape, v_shape, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    dims = len(q_shape)
+    if dims != 4 and dims != 3:
+        raise bad_argument("q", f"shape {tuple(q_shape)}", "[B, Sq, H, D] or [Tq, H, D]")
+    if len(k_shape) != dims or k_shape[-1] != q_shape[-1] or (dims == 4 and k_shape[0] != q_shape[0]):
+        wanted = "[B, Sk, Hk, D]" if dims == 4 else "[Tk, Hk, D]"
+        raise bad_argument("k", f"shape {tuple(k_shape)}", f"{wanted} with the B and D of q's {tuple(q_shape)}")
+    if v_shape != k_shape and v_shape[:-1] != k_shape[:-1]:
+        raise bad_argument("v", f"shape {tuple(v_shape)}", f"k's {tuple(k_shape)} up to the last dimension")
+    if k_shape[-2] == 0 or q_shape[-2] % k_shape[-2]:
+        raise bad_argument("k", f"{k_shape[-2]} heads", f"a divisor of q's {q_shape[-2]} heads")
+    if q_shape[-1] == 0 or v_shape[-1] == 0:
+        raise bad_argument("q" if q_shape[-1] == 0 else "v", "a head dimension of 0", "at least 1")
+    if dtype not in DTYPES:
+        raise bad_argument("q", dtype, "bfloat16, float16, float32 or float64")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise bad_argument(name, f"{x.dtype} on {x.device}", f"q's {q.dtype} on {q.device}")
+        if x is not q and (x.dtype != dtype or x.device != device):
+            raise bad_argument(name, f"{x.dtype} on {x.device}", f"q's {dtype} on {device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise bad_argument(name, f"strides {x.stride()}", "a contiguous last dimension")
-    if softcap < 0 or not math.isfinite(softcap):
+    if softcap != 0 and (softcap < 0 or not math.isfinite(softcap)):
         raise bad_argument("softcap", softcap, "a finite number, 0 (off) or more")
     if ranges is not None:
-        batch, queries = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
-        if ranges.start.shape not in ((batch, queries), (1, queries)):
-            raise bad_argument(
-                "ranges", f"shape {tuple(ranges.start.shape)}", f"({batch}, {queries}) or (1, {queries}), one range per query"
-            )
-        if ranges.start.device != q.device:
-            raise bad_argument("ranges", f"on {ranges.start.device}", f"on q's {q.device}")
+        batch, queries = (1, q_shape[0]) if dims == 3 else (q_shape[0], q_shape[1])
+        shape = ranges.start.shape
+        if shape[1] != queries or (shape[0] != 1 and shape[0] != batch):
+            raise bad_argument("ranges", f"shape {tuple(shape)}", f"({batch}, {queries}) or (1, {queries}), one range per query")
+        if ranges.start.device != device:
+            raise bad_argument("ranges", f"on {ranges.start.device}", f"on q's {device}")
 
 
 class _Attention(torch.autograd.Function):

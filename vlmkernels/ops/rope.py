@@ -139,19 +139,17 @@ def _tables(
             raise bad_argument(name, f"{table.dtype} on {table.device}", f"a floating dtype on {device}")
         if table.requires_grad:
             raise bad_argument(name, "a tensor that requires grad", "a table without gradient (rope computes none for it)")
-    if cos.shape != sin.shape or cos.dtype != sin.dtype:
-        raise bad_argument(
-            "sin", f"{tuple(sin.shape)} {sin.dtype}", f"the shape and dtype of cos, {tuple(cos.shape)} {cos.dtype}"
-        )
-    wanted = f"[{lead[0]} or 1, {lead[1]}, R/2]" if len(lead) == 2 else f"[{lead[0]}, R/2] or [1, {lead[0]}, R/2]"
-    wanted += f" with R <= {head_dim}"
-    if cos.dim() not in (2, 3) or 2 * cos.shape[-1] > head_dim or cos.shape[-2] != lead[-1]:
-        raise bad_argument("cos", tuple(cos.shape), wanted)
-    if cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != (lead[0] if len(lead) == 2 else 1):
-        raise bad_argument("cos", tuple(cos.shape), wanted)
-    if len(lead) == 2 and cos.dim() == 2:
+    shape, batched = cos.shape, len(lead) == 2
+    dims = len(shape)
+    if shape != sin.shape or cos.dtype != sin.dtype:
+        raise bad_argument("sin", f"{tuple(sin.shape)} {sin.dtype}", f"the shape and dtype of cos, {tuple(shape)} {cos.dtype}")
+    fits = dims == 2 or (dims == 3 and (shape[0] == 1 or (batched and shape[0] == lead[0])))
+    if not fits or 2 * shape[-1] > head_dim or shape[-2] != lead[-1]:
+        wanted = f"[{lead[0]} or 1, {lead[1]}, R/2]" if batched else f"[{lead[0]}, R/2] or [1, {lead[0]}, R/2]"
+        raise bad_argument("cos", tuple(shape), f"{wanted} with R <= {head_dim}")
+    if batched and dims == 2:
         return cos.unsqueeze(0), sin.unsqueeze(0)
-    if len(lead) == 1 and cos.dim() == 3:
+    if not batched and dims == 3:
         return cos.squeeze(0), sin.squeeze(0)
     return cos, sin
 
@@ -167,7 +165,11 @@ def _check_weights(q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def rope(
@@ -275,7 +277,7 @@ def rope_qkv_(
     if qkv.dim() not in (2, 3) or not qkv.is_floating_point() or qkv.shape[-1] % (2 * heads):
         wanted = f"[B, S, {heads} D] or [T, {heads} D] of a floating dtype, D even"
         raise bad_argument("qkv", f"{tuple(qkv.shape)} {qkv.dtype}", wanted)
-    if any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
+    if 0 in qkv.stride() and any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
         raise bad_argument("qkv", "an expanded tensor, whose elements share memory", "a tensor that can be written in place")
     head_dim = qkv.shape[-1] // heads
     cos, sin = _tables(cos, sin, qkv.shape[:-1], head_dim, qkv.device)
