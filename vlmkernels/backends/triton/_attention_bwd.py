@@ -312,9 +312,7 @@ def _attention_dq_kernel(
         store_rows(dq_ptr, heads * D, dq2 * scale, local_m, mask_m, D1, D2, D)
 
 
-def _bwd_config(
-    dim: int, itemsize: int, hopper: bool, dense: bool
-) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def _bwd_config(dim: int, itemsize: int, hopper: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, warps and stages of the dK/dV kernel, then of the dQ kernel."""
     if itemsize == 4:
         if dim <= 64:
@@ -326,11 +324,7 @@ def _bwd_config(
         return (32, 32 if 64 < dim < 128 else 64, 8, 2), (64, 32, 4, 2)
     if dim > 128:
         return (64, 64, 8, 2), (128, 32, 8, 3)
-    if dim < 128:
-        return (64, 64, 4, 2), (64, 64, 4, 3)
-    # dK and dV of 128 keys read the queries half as often, which pays where masks leave few: 398 against 370 TFLOP/s on Gemma-3's
-    # image blocks, but 454 against 483 on a dense mask (H200).
-    return (64, 64, 4, 2) if dense else (64, 128, 8, 2), (128, 64, 8, 3)
+    return (64, 64, 4, 2), (128, 64, 8, 3) if dim == 128 else (64, 64, 4, 3)
 
 
 def attention_bwd(
@@ -362,7 +356,7 @@ def attention_bwd(
         dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
         DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=block_m, HAS_DLSE=dlse is not None,
     )  # fmt: skip
-    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q), mask.kind == DENSE.value)
+    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q))
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap
     constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0)
     block_m, block_n, warps, stages = dkdv_config
