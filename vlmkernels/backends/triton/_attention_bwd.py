@@ -351,7 +351,7 @@ def attention_bwd(
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     strides = strides_in_eights(q, k, v, dout)
     dims = pieces(dim, value_dim)
-    block_m = 64 if value_dim <= 128 else 32
+    block_m = 64 if value_dim <= 64 else 32
     _delta_kernel[(cdiv(queries, block_m), batch * heads)](
         dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
         DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=block_m, HAS_DLSE=dlse is not None,

@@ -238,7 +238,8 @@ def aot_cases() -> list[AotCase]:
 
     wide = {80: 256, 90: 192, 100: 256}, "three TF32 products of 256 channels need more registers at the smallest tile too"
     cases = [case("bf16 D64 causal", 64, causal=True), case("bf16 D88 causal", 88, causal=True, allowed=hopper(128))]
-    cases += [case("bf16 D128 dense", 128, allowed=hopper(256)), case("bf16 D128 ranges", 128, ranges=True, allowed=hopper(192))]
+    two = {80: 64, 90: 256}, "sm_80: 8 bytes for 128 registers, thus two programs; sm_90: the fastest tiles measured on an H200"
+    cases += [case("bf16 D128 dense", 128, allowed=two), case("bf16 D128 ranges", 128, ranges=True, allowed=hopper(192))]
     cases += [case("bf16 D256 ranges softcap", 256, ranges=True, softcap=50.0, allowed=hopper(640))]
     cases += [case("fp16 D64 one query", 64, torch.float16, queries=1), case("bf16 D64 32 queries", 64, queries=32)]
     cases += [case("fp32 D64 ranges", 64, torch.float32, ranges=True), case("fp32 D128 dense", 128, torch.float32)]
