@@ -210,6 +210,14 @@ def test_qformer_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(call.k[0], call.k[1]), "two photos give the same keys"
 
 
+def test_commit_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy without .git takes the commit that it is told; a checkout knows its own."""
+    monkeypatch.setattr(environment, "commit", lambda: None)
+    assert environment.describe(torch.device("cpu"), "abc")["commit"] == "abc"
+    monkeypatch.setattr(environment, "commit", lambda: "def+changes")
+    assert environment.describe(torch.device("cpu"), "abc")["commit"] == "def+changes"
+
+
 def test_json_lines(smoke: report.Report, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     smoke.rows[0].error_over_floor = float("inf")

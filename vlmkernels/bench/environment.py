@@ -84,8 +84,12 @@ def commit() -> str | None:
     return head + ("+changes" if command("git", "status", "--porcelain", "--untracked-files=no", cwd=root) else "")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Everything above for one device, as it is written beside the figures."""
+def describe(device: torch.device, known_commit: str | None = None) -> dict[str, Any]:
+    """Everything above for one device, as it is written beside the figures.
+
+    Args:
+        known_commit: the commit, for a copy of the tree that is no git checkout.
+    """
     cuda = device.type == "cuda"
     record: dict[str, Any] = {
         "device": device_name(device),
@@ -95,7 +99,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "commit": commit(),
+        "commit": commit() or known_commit,
     }
     record["versions"] = {"vlmkernels": vlmkernels.__version__} | {name: version(name) for name in PACKAGES}
     record["nvidia_smi"] = nvidia_smi(device) if cuda else {}

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("vlmkernels-bench"), help="where results.jsonl, plot.png and report.html go"
     )
     parser.add_argument("--results-dir", type=Path, help="also update <device>.jsonl in this folder (benchmarks/results)")
+    parser.add_argument("--commit", help="what is measured, where the package runs from a copy without .git")
     parser.add_argument("--list", action="store_true", help="print the workloads and stop")
 
 
@@ -76,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(task, description=message, completed=len(done) - 1)
 
         rows, left_out = run_workloads(work, device, ceiling, options, show)
-    report = reports.Report(started, time.perf_counter() - clock, environment.describe(device), ceiling, rows, left_out)
+    machine = environment.describe(device, arguments.commit)
+    report = reports.Report(started, time.perf_counter() - clock, machine, ceiling, rows, left_out)
     reports.print_table(report, console)
     for path in reports.write(report, arguments.out).values():
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -148,9 +148,9 @@ def _fwd_config(dim: int, queries: int, itemsize: int, hopper: bool) -> tuple[in
         return (64, 64, 8, 2) if dim <= 128 else (64, 32, 8, 2)
     if dim > 128:
         return 128, 64, 8, 2
-    # Two programs of one warpgroup share a multiprocessor and hide each other's softmax: 527 TFLOP/s at D 128, S 8192 on an H200,
-    # where 128 rows with two warpgroups reach 483. In two pieces (65 to 127) 32 keys pay: at D 88, S 257 163 TFLOP/s, 125 with 64.
-    # One stage is not safe in two pieces on Hopper, see docs/attention.md.
+    # Two programs of one warpgroup share a multiprocessor and hide each other's softmax: 527 TFLOP/s at D 128, S 8192 on an
+    # H200, where 128 rows with two warpgroups reach 483. In two pieces (65 to 127) 32 keys pay: 163 TFLOP/s at D 88, S 257,
+    # where 64 keys reach 125. One stage is not safe in two pieces on Hopper, see docs/attention.md.
     return (64, 32, 4, 3) if 64 < dim < 128 else (64, 64, 4, 3)
 
 
