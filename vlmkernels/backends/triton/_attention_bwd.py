@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.backends.triton import cdiv
+from vlmkernels.backends.triton import INTERPRETED, cdiv
 from vlmkernels.backends.triton._attention_common import (
     CAUSAL,
     DENSE,
@@ -314,7 +314,7 @@ def _attention_dq_kernel(
 
 def _bwd_config(dim: int, itemsize: int, hopper: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, warps and stages of the dK/dV kernel, then of the dQ kernel."""
-    if itemsize == 4:
+    if itemsize == 4 and not INTERPRETED:
         if dim <= 64:
             return (32, 16, 4, 1), (16, 32, 4, 1)
         return ((16, 16, 4, 1), (16, 16, 4, 1)) if dim <= 128 else ((16, 16, 8, 1), (16, 16, 8, 1))
