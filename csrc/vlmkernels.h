@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 1
+#define VLMK_ABI_VERSION 2
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -26,6 +26,10 @@ VLMK_API int vlmk_abi_version(void);
 /* What went wrong in the last call of this thread that returned other than 0; valid until its next
  * failing call. */
 VLMK_API const char* vlmk_last_error(void);
+
+/* 0 where the GPU driver can run this library, else an error: none there, or one for an older CUDA
+ * than the library was built with. Touches no GPU. */
+VLMK_API int vlmk_check_driver(void);
 
 /* Queries and keys per tile of vlmk_tile_bounds. */
 #define VLMK_TILE 64

@@ -65,7 +65,11 @@ def test_library_reports_errors(built: tuple[Path, str]) -> None:
     params = _library.TileBoundsParams(batch=1, num_queries=-5, num_keys=7)
     assert library.vlmk_tile_bounds(ctypes.byref(params), None) != 0
     assert library.vlmk_last_error() == b"batch 1, num_queries -5, num_keys 7: none may be negative"
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        assert library.vlmk_check_driver() == 0
+    else:
+        assert library.vlmk_check_driver() != 0
+        assert library.vlmk_last_error() == b"there is no GPU driver"
         params = _library.TileBoundsParams(batch=1, num_queries=5, num_keys=7)
         assert library.vlmk_tile_bounds(ctypes.byref(params), None) != 0
         assert b"query_tile_bounds_kernel<<<(1, 1, 1), (128, 1, 1), 0 bytes>>>: " in library.vlmk_last_error()

@@ -18,4 +18,6 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability == (9, 0) else "it needs compute capability 9.0, this GPU has {}.{}".format(*capability)
+    if capability != (9, 0):
+        return "it needs compute capability 9.0, this GPU has {}.{}".format(*capability)
+    return _library.why_not_this_driver()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE = "vlmkernels/lib/libvlmkernels.so"
 
 
@@ -70,6 +70,17 @@ def why_not_loadable() -> str | None:
     return library if isinstance(library, str) else None
 
 
+@functools.cache
+def why_not_this_driver() -> str | None:
+    library = _loaded()
+    return _last_error(library) if library.vlmk_check_driver() else None
+
+
+def _last_error(library: ctypes.CDLL) -> str:
+    text: bytes = library.vlmk_last_error()
+    return text.decode(errors="replace")
+
+
 def _loaded() -> ctypes.CDLL:
     library = _load()
     if isinstance(library, str):
@@ -105,5 +116,4 @@ class EntryPoint:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
         code = self._function(ctypes.byref(params), stream)
         if code:
-            text: bytes = _loaded().vlmk_last_error()
-            raise RuntimeError(f"{self._name} failed with CUDA error {code}: {text.decode(errors='replace')}")
+            raise RuntimeError(f"{self._name} failed with CUDA error {code}: {_last_error(_loaded())}")
