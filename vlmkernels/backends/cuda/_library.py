@@ -100,20 +100,12 @@ class EntryPoint:
         return getattr(_loaded(), self._name)
 
     def __call__(self, params: ctypes.Structure, device: torch.device) -> None:
-        """Launch on the current stream of ``device``.
+        """Launch on the current stream of ``device``, which must be current: every op makes it so before it calls a backend.
 
         Raises:
             RuntimeError: the entry point returned an error; the message is the library's.
         """
-        index = device.index
-        if index == torch._C._cuda_getDevice():
-            self._launch(params, index)
-        else:
-            with torch.cuda.device(index):
-                self._launch(params, index)
-
-    def _launch(self, params: ctypes.Structure, index: int) -> None:
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
         code = self._function(ctypes.byref(params), stream)
         if code:
             raise RuntimeError(f"{self._name} failed with CUDA error {code}: {_last_error(_loaded())}")

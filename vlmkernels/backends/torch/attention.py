@@ -72,10 +72,12 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # SDPA knows a square causal mask itself; only the log-sum-exp needs it as a tensor.
     square = causal and q.shape[1] == k.shape[1]
-    mask = None if square else _mask(q, k, start, stop, causal)
-    blind = None if mask is None else ~mask.any(-1, keepdim=True)
-    heads_first = (_aligned(x).transpose(1, 2) for x in (q, _seen(k, mask), _seen(v, mask)))
+    mask = None if square and not save_lse else _mask(q, k, start, stop, causal)
+    k = _seen(k, mask)
+    blind = None if square or mask is None else ~mask.any(-1, keepdim=True)
+    heads_first = (_aligned(x).transpose(1, 2) for x in (q, k, _seen(v, mask)))
     # A row that sees no key looks at all of them here, since its softmax would be 0/0, and is cleared after.
     allowed = None if mask is None or blind is None else mask | blind
     gqa = q.shape[2] != k.shape[2]
@@ -85,7 +87,8 @@ def attention_fwd(
     out = out.transpose(1, 2).contiguous()
     if not save_lse:
         return out, q.new_empty(0, dtype=_compute_dtype(q))
-    lse = [torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, k, start, stop, causal, scale)]
+    keys = _heads_first(k, q.shape[2] // k.shape[2])
+    lse = [torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, keys, mask, scale)]
     return out, torch.cat(lse, dim=-1)
 
 
@@ -97,15 +100,11 @@ def _heads_first(x: torch.Tensor, groups: int = 1) -> torch.Tensor:
     return x.transpose(1, 2).to(_compute_dtype(x)).repeat_interleave(groups, dim=1)
 
 
-def _logits(
-    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None, causal: bool, scale: float
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The masked logits ``[B, H, rows, Sk]``, a block of rows at a time."""
-    mask = _mask(q, k, start, stop, causal)
-    keys = _heads_first(_seen(k, mask), q.shape[2] // k.shape[2]).transpose(-1, -2)
+def _logits(q: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The masked logits ``[B, H, rows, Sk]``, a block of rows at a time, from ``keys [B, H, Sk, D]``."""
     for begin in range(0, q.shape[1], ROWS):
         rows = slice(begin, begin + ROWS)
-        logits = scale * (_heads_first(q[:, rows]) @ keys)
+        logits = scale * (_heads_first(q[:, rows]) @ keys.transpose(-1, -2))
         yield rows, logits if mask is None else logits.masked_fill(~mask[:, :, rows], float("-inf"))
 
 
@@ -127,7 +126,7 @@ def attention_bwd(
     mask = _mask(q, k, start, stop, causal)
     keys, values = (_heads_first(_seen(x, mask), groups) for x in (k, v))
     dq, dk, dv = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(keys), torch.zeros_like(values)
-    for rows, logits in _logits(q, k, start, stop, causal, scale):
+    for rows, logits in _logits(q, keys, mask, scale):
         normaliser = lse[:, :, rows, None]
         p = torch.exp(logits - normaliser.masked_fill(normaliser == float("-inf"), float("inf")))
         do = _heads_first(dout[:, rows])

@@ -17,6 +17,7 @@ from vlmkernels.backends.triton._attention_common import (
     PRECISION,
     TILE,
     aligned,
+    capped_logits2,
     is_hopper,
     key_span,
     load_rows,
@@ -27,6 +28,7 @@ from vlmkernels.backends.triton._attention_common import (
     split_loop,
     store_rows,
     strides_in_eights,
+    tile_bounds,
 )
 
 
@@ -62,7 +64,7 @@ def _delta_kernel(
 def _logits2(s, qk_scale, softcap, SOFTCAP: tl.constexpr):
     """Logits in units of log2, from the raw products ``s``."""
     if SOFTCAP:
-        return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s * (2.0 * qk_scale / softcap)) + 1.0))
+        return capped_logits2(s, qk_scale, softcap)
     else:
         return s * qk_scale
 
@@ -137,14 +139,7 @@ def _query_span(bounds_ptr, tile_n, queries, keys, MASK: tl.constexpr, BLOCK_M: 
         full_first = tl.cdiv(tl.maximum(tl.minimum((tile_n + 1) * BLOCK_N, keys) - 1 - shift, 0), BLOCK_M)
         last, full_last = tiles_m, tiles_m
     else:
-        entry = bounds_ptr + (tile_n * BLOCK_N // TILE) * 4
-        first, last = tl.load(entry), tl.load(entry + 1)
-        full_first, full_last = tl.load(entry + 2), tl.load(entry + 3)
-        for i in tl.static_range(1, BLOCK_N // TILE):
-            if tile_n * BLOCK_N + i * TILE < keys:
-                first, last = tl.minimum(first, tl.load(entry + 4 * i)), tl.maximum(last, tl.load(entry + 4 * i + 1))
-                full_first = tl.maximum(full_first, tl.load(entry + 4 * i + 2))
-                full_last = tl.minimum(full_last, tl.load(entry + 4 * i + 3))
+        first, last, full_first, full_last = tile_bounds(bounds_ptr, tile_n, keys, BLOCK_N)
         # The entries count tiles of TILE rows.
         full_first = tl.cdiv(full_first * TILE, BLOCK_M)
         full_last = full_last * TILE // BLOCK_M

@@ -116,6 +116,27 @@ def store_rows(ptr, stride, x, offs, keep, first: tl.constexpr, width: tl.conste
 
 
 @triton.jit
+def capped_logits2(s, qk_scale, softcap):
+    """``softcap * tanh(qk_scale * s / softcap)`` in units of log2, where ``qk_scale`` holds the factor log2(e) already."""
+    # tanh(x) = 1 - 2 / (exp(2x) + 1), with no overflow at either end.
+    return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s * (2.0 * qk_scale / softcap)) + 1.0))
+
+
+@triton.jit
+def tile_bounds(bounds_ptr, tile, length, BLOCK: tl.constexpr):
+    """The entry of a tile of BLOCK rows (or keys) of ``length``: the entries of its tiles of TILE folded into one."""
+    entry = bounds_ptr + (tile * BLOCK // TILE) * 4
+    first, last = tl.load(entry), tl.load(entry + 1)
+    full_first, full_last = tl.load(entry + 2), tl.load(entry + 3)
+    for i in tl.static_range(1, BLOCK // TILE):
+        if tile * BLOCK + i * TILE < length:
+            first, last = tl.minimum(first, tl.load(entry + 4 * i)), tl.maximum(last, tl.load(entry + 4 * i + 1))
+            full_first = tl.maximum(full_first, tl.load(entry + 4 * i + 2))
+            full_last = tl.minimum(full_last, tl.load(entry + 4 * i + 3))
+    return first, last, full_first, full_last
+
+
+@triton.jit
 def key_span(bounds_ptr, tile_m, queries, keys, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of a query tile: the keys that any of its rows sees, ``lo .. hi``, and those that all see, ``full_lo .. full_hi``."""
     if MASK == DENSE:
@@ -126,14 +147,7 @@ def key_span(bounds_ptr, tile_m, queries, keys, MASK: tl.constexpr, BLOCK_M: tl.
         hi = tl.maximum(tl.minimum((tile_m + 1) * BLOCK_M, queries) + shift, 0)
         full_hi = tl.maximum(tile_m * BLOCK_M + 1 + shift, 0)
     else:
-        entry = bounds_ptr + (tile_m * BLOCK_M // TILE) * 4
-        lo, hi = tl.load(entry), tl.load(entry + 1)
-        full_lo, full_hi = tl.load(entry + 2), tl.load(entry + 3)
-        for i in tl.static_range(1, BLOCK_M // TILE):
-            if tile_m * BLOCK_M + i * TILE < queries:
-                lo, hi = tl.minimum(lo, tl.load(entry + 4 * i)), tl.maximum(hi, tl.load(entry + 4 * i + 1))
-                full_lo = tl.maximum(full_lo, tl.load(entry + 4 * i + 2))
-                full_hi = tl.minimum(full_hi, tl.load(entry + 4 * i + 3))
+        lo, hi, full_lo, full_hi = tile_bounds(bounds_ptr, tile_m, queries, BLOCK_M)
     return lo, hi, full_lo, full_hi
 
 

@@ -18,6 +18,7 @@ from vlmkernels.backends.triton._attention_common import (
     MAX_ROW_STRIDE,
     PRECISION,
     aligned,
+    capped_logits2,
     is_hopper,
     key_span,
     load_rows,
@@ -52,8 +53,7 @@ def _attend_tile(
         k2 = load_rows(k_ptr, stride_ks, local_n, keep, D1, D2, D, MASKED)
         s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
     if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1), with no overflow at either end.
-        s = softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s * (2.0 * qk_scale / softcap)) + 1.0))
+        s = capped_logits2(s, qk_scale, softcap)
         unit = 1.0
     else:
         unit = qk_scale
