@@ -105,7 +105,7 @@ def _dkdv_tile(
     lse2, delta = _load_row_sums(lse_ptr, delta_ptr, offs_m, mask_m, MASKED)
     pt = tl.exp2(st - lse2[None, :])
     if MASKED:
-        start, stop = row_ranges(start_ptr, stop_ptr, offs_m, queries, keys, MASK)
+        start, stop = row_ranges(start_ptr, stop_ptr, 0, offs_m, queries, keys, MASK)
         pt = tl.where((offs_n[:, None] >= start[None, :]) & (offs_n[:, None] < stop[None, :]), pt, 0.0)
     do1 = load_rows(do_ptr, stride_ds, local_m, mask_m, 0, V1, DV, MASKED)
     dv1 = tl.dot(pt.to(do1.dtype), do1, dv1, input_precision=PRECISION)
@@ -282,7 +282,7 @@ def _attention_dq_kernel(
     do2 = load_rows(do_ptr, stride_ds, local_m, mask_m, V1, V2, DV, True) if V2 > 0 else do1
     rows = (b * heads + h) * queries
     lse2, delta = _load_row_sums(lse_ptr + rows, delta_ptr + rows, offs_m, mask_m, True)
-    start, stop = row_ranges(start_ptr + b * row_stride, stop_ptr + b * row_stride, offs_m, queries, keys, MASK)
+    start, stop = row_ranges(start_ptr, stop_ptr, b * row_stride, offs_m, queries, keys, MASK)
     lo, hi, full_lo, full_hi = key_span(bounds_ptr + b * bounds_stride, tile_m, queries, keys, MASK, BLOCK_M)
     first, last, full_first, full_last = split_loop(lo, hi, full_lo, full_hi, BLOCK_N)
 
@@ -344,14 +344,14 @@ def attention_bwd(
     mask = make_mask(q, k, start, stop, causal)
     delta = torch.empty_like(lse)
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
-    strides = strides_in_eights(q, k, v, dout)
+    strides = strides_in_eights(q.stride(), k.stride(), v.stride(), dout.stride())
     dims = pieces(dim, value_dim)
     block_m = 64 if value_dim <= 64 else 32
     _delta_kernel[(cdiv(queries, block_m), batch * heads)](
         dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides[-3:], heads, queries,
         DV=value_dim, V1=dims["V1"], V2=dims["V2"], BLOCK_M=block_m, HAS_DLSE=dlse is not None,
     )  # fmt: skip
-    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q))
+    dkdv_config, dq_config = _bwd_config(max(dim, value_dim), q.element_size(), is_hopper(q.device))
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap
     constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0)
     block_m, block_n, warps, stages = dkdv_config

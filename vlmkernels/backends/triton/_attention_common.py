@@ -23,9 +23,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def is_hopper(x: torch.Tensor) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """Whether the GPU has wgmma, for which the larger tiles are measured. With tcgen05 (sm_100) some of them need more memory."""
-    return not INTERPRETED and torch.cuda.get_device_capability(x.device)[0] == 9
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def split_dim(dim: int) -> tuple[int, int]:
@@ -48,18 +48,19 @@ MAX_ROW_STRIDE = 1 << 23
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x``, or a copy where its rows do not begin at multiples of 16 bytes."""
-    if x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:3]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    batch, row, head, _ = x.stride()
+    if x.data_ptr() & 15 or (batch | row | head) & 7:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
-def strides_in_eights(*tensors: torch.Tensor) -> list[int]:
+def strides_in_eights(*strides: tuple[int, ...]) -> list[int]:
     """Strides over batch, rows and heads in units of 8 elements; the kernels multiply.
 
     So the compiler knows that rows begin at multiples of 16 bytes. Of a bare stride it learns that only where 16 divides it,
     and the heads of 72 channels are 72 apart: it then loads 2 bytes at a time, and nothing ahead.
     """
-    return [stride // 8 for x in tensors for stride in x.stride()[:3]]
+    return [stride // 8 for of_tensor in strides for stride in of_tensor[:3]]
 
 
 class Mask(NamedTuple):
@@ -152,12 +153,26 @@ def key_span(bounds_ptr, tile_m, queries, keys, MASK: tl.constexpr, BLOCK_M: tl.
 
 
 @triton.jit
-def row_ranges(start_ptr, stop_ptr, offs_m, queries, keys, MASK: tl.constexpr):
-    """The range of each row of a query tile, cut to the keys there are; empty for rows past the last query."""
+def rows_span(start, stop, inside, keys):
+    """``key_span`` of a tile from the ranges of its rows."""
+    # As [keys, 0) an empty range widens no hull and empties the intersection. Rows past the end are neutral in both.
+    start = tl.maximum(start, 0)
+    empty = start >= stop
+    start, stop = tl.where(empty, keys, start), tl.where(empty, 0, stop)
+    full_lo, full_hi = tl.max(tl.where(inside, start, 0), 0), tl.min(tl.where(inside, stop, keys), 0)
+    return tl.min(start, 0), tl.max(stop, 0), full_lo, full_hi
+
+
+@triton.jit
+def row_ranges(start_ptr, stop_ptr, first, offs_m, queries, keys, MASK: tl.constexpr):
+    """The range of each row of a query tile, cut to the keys there are; empty for rows past the last query.
+
+    ``first``: where the ranges of this batch begin.
+    """
     if MASK == RANGES:
         inside = offs_m < queries
-        start = tl.load(start_ptr + offs_m, mask=inside, other=0)
-        stop = tl.minimum(tl.load(stop_ptr + offs_m, mask=inside, other=0), keys)
+        start = tl.load(start_ptr + first + offs_m, mask=inside, other=0)
+        stop = tl.minimum(tl.load(stop_ptr + first + offs_m, mask=inside, other=0), keys)
     elif MASK == CAUSAL:
         start = tl.zeros_like(offs_m)
         stop = tl.minimum(offs_m + 1 + keys - queries, keys)

@@ -4,6 +4,8 @@
 The backward is in ``_attention_bwd.py``.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,24 +14,27 @@ from vlmkernels.backends.triton import INTERPRETED, cdiv
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._attention_bwd import attention_bwd
 from vlmkernels.backends.triton._attention_common import (
+    CAUSAL,
     DENSE,
     LN2,
     LOG2E,
     MAX_ROW_STRIDE,
     PRECISION,
+    RANGES,
     aligned,
     capped_logits2,
     is_hopper,
     key_span,
     load_rows,
-    make_mask,
     pieces,
     row_ranges,
+    rows_span,
     scale_strides,
     split_loop,
     store_rows,
     strides_in_eights,
 )
+from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 __all__ = ["attention_bwd", "attention_fwd", "why_not_attention_bwd", "why_not_attention_fwd"]
 
@@ -75,9 +80,9 @@ def _attend_tile(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, stop_ptr, bounds_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, stop_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    row_stride, bounds_stride, heads, groups, queries, keys, section, qk_scale, softcap,
+    row_stride, heads, groups, queries, keys, section, qk_scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SAVE_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +109,11 @@ def _attention_fwd_kernel(
     v_ptr += b * stride_vb + (h // groups) * stride_vh
     q1 = load_rows(q_ptr, stride_qs, local_m, mask_m, 0, D1, D, True)
     q2 = load_rows(q_ptr, stride_qs, local_m, mask_m, D1, D2, D, True) if D2 > 0 else q1
-    start, stop = row_ranges(start_ptr + b * row_stride, stop_ptr + b * row_stride, offs_m, queries, keys, MASK)
-    lo, hi, full_lo, full_hi = key_span(bounds_ptr + b * bounds_stride, tile_m, queries, keys, MASK, BLOCK_M)
+    start, stop = row_ranges(start_ptr, stop_ptr, b * row_stride, offs_m, queries, keys, MASK)
+    if MASK == RANGES:
+        lo, hi, full_lo, full_hi = rows_span(start, stop, mask_m, keys)
+    else:
+        lo, hi, full_lo, full_hi = key_span(None, tile_m, queries, keys, MASK, BLOCK_M)
     first, last, full_first, full_last = split_loop(lo, hi, full_lo, full_hi, BLOCK_N)
 
     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
@@ -182,6 +190,29 @@ def why_not_attention_bwd(
     return why_not_attention_fwd(q, k, v, start, stop, causal, scale, softcap, True)
 
 
+@functools.lru_cache(maxsize=LAUNCHES)
+def _fwd_launch(
+    device: torch.device, dtype: torch.dtype, q_shape: torch.Size, v_shape: torch.Size,
+    q_strides: tuple[int, ...], k_strides: tuple[int, ...], v_strides: tuple[int, ...],
+    mask: int, row_stride: int, scale: float, softcap: float, save_lse: bool,
+) -> Launch:  # fmt: skip
+    batch, queries, heads, dim = q_shape
+    _, keys, key_heads, value_dim = v_shape
+    block_m, block_n, warps, stages = _fwd_config(max(dim, value_dim), queries, dtype.itemsize, is_hopper(device))
+    # Keys and values of a section fill half of a 50 MB L2. A dense mask has no long rows: there one head after the other.
+    fitting = (24 << 20) // max(1, keys * (dim + value_dim) * dtype.itemsize)
+    section = 1 if mask == DENSE.value else max(1, fitting) * (heads // key_heads)
+    scalars = (
+        *strides_in_eights(q_strides, k_strides, v_strides), row_stride,
+        heads, heads // key_heads, queries, keys, section, scale * LOG2E.value, softcap,
+    )  # fmt: skip
+    return Launch(
+        _attention_fwd_kernel, (cdiv(queries, block_m) * batch * heads,), scalars,
+        D=dim, DV=value_dim, **pieces(dim, value_dim), BLOCK_M=block_m, BLOCK_N=block_n,
+        MASK=mask, SOFTCAP=softcap > 0, SAVE_LSE=save_lse, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,26 +224,21 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, queries, heads, dim = q.shape
-    keys, key_heads, value_dim = v.shape[1:]
-    out = q.new_empty(batch, queries, heads, value_dim)
+    batch, queries, heads, _ = q_shape = q.shape
+    v_shape, row_stride = v.shape, 0
+    out = q.new_empty(batch, queries, heads, v_shape[3])
     lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    mask = make_mask(q, k, start, stop, causal)
-    block_m, block_n, warps, stages = _fwd_config(max(dim, value_dim), queries, q.element_size(), is_hopper(q))
-    # Keys and values of a section fill half of a 50 MB L2. A dense mask has no long rows: there one head after the other.
-    fitting = (24 << 20) // max(1, keys * (dim + value_dim) * q.element_size())
-    section = 1 if mask.kind == DENSE.value else max(1, fitting) * (heads // key_heads)
     q, k, v = aligned(q), aligned(k), aligned(v)
-    grid = (cdiv(queries, block_m) * batch * heads,)
-    _attention_fwd_kernel[grid](
-        q, k, v, out, lse, mask.start, mask.stop, mask.q_bounds,
-        *strides_in_eights(q, k, v), mask.row_stride, mask.q_stride,
-        heads, heads // key_heads, queries, keys, section, scale * LOG2E.value, softcap,
-        D=dim, DV=value_dim, **pieces(dim, value_dim), BLOCK_M=block_m, BLOCK_N=block_n,
-        MASK=mask.kind, SOFTCAP=softcap > 0, SAVE_LSE=save_lse, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    mask = CAUSAL.value if causal else DENSE.value
+    if start is not None and stop is not None:
+        mask, start, stop = RANGES.value, start.contiguous(), stop.contiguous()
+        row_stride = queries if start.shape[0] > 1 else 0
+    launch = _fwd_launch(
+        q.device, q.dtype, q_shape, v_shape, q.stride(), k.stride(), v.stride(), mask, row_stride, scale, softcap, save_lse
+    )
+    launch(q, k, v, out, lse if save_lse else None, start, stop)
     return out, lse
 
 
