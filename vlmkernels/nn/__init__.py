@@ -3,6 +3,7 @@
 
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
 from vlmkernels.nn.qformer import QFormerLayer
@@ -13,6 +14,8 @@ __all__ = [
     "PATCH_EMBED_LAYOUTS",
     "AttentionLayout",
     "CrossAttention",
+    "NaFlexPatchEmbed",
+    "PackedPatchEmbed3d",
     "PatchEmbed",
     "PatchEmbed3d",
     "PatchEmbedLayout",

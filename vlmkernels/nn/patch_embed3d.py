@@ -48,13 +48,14 @@ class PatchEmbed3d(nn.Module):
         self.mean, self.std = pixel_constants("mean", mean, std), pixel_constants("std", std, mean)
         self.proj = nn.Conv3d(in_channels, embed_dim, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, pos_embed: torch.Tensor | None = None) -> torch.Tensor:
         """Embed packed rows, videos or images.
 
         Args:
             pixels: rows ``[N, C * Pt * P * P]`` with columns in the order channel, frame, row, column, as the Hugging Face
                 processors make them; or frames ``[B, C, T, H, W]``; or images ``[B, C, H, W]``, each repeated for ``Pt`` frames
                 without a copy. Float and normalised, or uint8 where the module knows ``mean`` and ``std``.
+            pos_embed: ``[N, D]``, added to packed rows (``resample_pos_embed`` makes them). Not for frames and images.
 
         Returns:
             ``[N, D]`` for rows, else ``[B, N, D]``, frame by frame.
@@ -67,6 +68,8 @@ class PatchEmbed3d(nn.Module):
             pixels = pixels.unsqueeze(2).expand(-1, -1, self.patch_size[0], -1, -1)
         elif pixels.dim() not in (2, 5):
             raise bad_argument("pixels", f"shape {tuple(pixels.shape)}", "[N, K], [B, C, T, H, W] or [B, C, H, W]")
+        if pos_embed is not None and pixels.dim() != 2:
+            raise bad_argument("pos_embed", "a tensor", f"None for pixels of {pixels.dim()} dimensions")
         out = patch_embed(
             pixels,
             self.proj.weight,
@@ -75,6 +78,7 @@ class PatchEmbed3d(nn.Module):
             layout="rows" if pixels.dim() == 2 else "channels_first",
             mean=self.mean if raw else None,
             std=self.std if raw else None,
+            pos_embed=pos_embed,
         )
         if pixels.dim() == 2 or self.merge_size == 1:
             return out
