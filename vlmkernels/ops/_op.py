@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,38 @@ BACKENDS = (*ORDER, "flash_attn")
 
 LIBRARY = torch.library.Library("vlmkernels", "DEF")
 OPS: dict[str, "Op"] = {}
+
+
+def _key_bits(*names: str) -> int:
+    """The bits of these dispatch keys in what torch calls the raw form of a set of them."""
+    bits: int = functools.reduce(
+        operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    ).raw_repr()
+    return bits
+
+
+# All keys but those of an ordinary dense tensor, and but those of a thread in no mode: torch's dispatcher has work for these.
+_SPECIAL_TENSOR = ~_key_bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+_SPECIAL_THREAD = ~_key_bits("BackendSelect", "ADInplaceOrView")
+_is_compiling, _profiler_enabled = torch.compiler.is_compiling, torch._C._autograd._profiler_enabled
+_function_modes, _keys_of_thread = torch._C._len_torch_function_stack, torch._C._dispatch_tls_local_include_set
+_keys_of = torch._C._dispatch_keys
+
+
+def _unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether a call may go past torch's dispatcher, which takes 10 microseconds, with nothing and nobody noticing.
+
+    Not while something is traced, compiled, transformed or profiled, not in a mode, and not with a tensor of a subclass or one
+    that is fake, batched or lazily negated. What is not asked for by name shows in the dispatch keys.
+    """
+    if _is_compiling() or _function_modes() or _profiler_enabled() or _keys_of_thread().raw_repr() & _SPECIAL_THREAD:
+        return False
+    keys = 0
+    for x in tensors:
+        if x is not None:
+            keys |= _keys_of(x).raw_repr()
+    return not keys & _SPECIAL_TENSOR
+
 
 #: A backend's function for an op, and its check of the arguments where it has one.
 Candidate = tuple[Callable[..., Any], Callable[..., str | None] | None]
@@ -82,7 +115,7 @@ class Op:
 
     Args:
         stem: the operator, which names the module in every backend.
-        schema: the torch schema; its last argument must be ``str backend``.
+        schema: the torch schema; its first arguments are all the tensors, its last must be ``str backend``.
         fake: shapes, dtypes and strides of the results, from the arguments of the schema.
     """
 
@@ -95,10 +128,12 @@ class Op:
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vlmkernels::{self.name}", fake, lib=LIBRARY)
         self._registered = getattr(torch.ops.vlmkernels, self.name).default
+        self._num_tensors = schema.count("Tensor", 0, schema.index("->"))
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._registered(*args)
+        """Run it on ``args``, of which nothing is to have a gradient: that is for the operator's ``autograd.Function``."""
+        return self._run(*args) if _unwatched(args[: self._num_tensors]) else self._registered(*args)
 
     def _find(self, backend: str, device: torch.device) -> "Candidate | str":
         path = f"vlmkernels.backends.{backend}"

@@ -26,7 +26,9 @@ def _fake_bwd(
     return (grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape), *weights)
 
 
-Op("rope", f"rope_fwd(Tensor q, Tensor k, {_TENSORS}, float eps, bool interleaved, str backend) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = Op(
+    "rope", f"rope_fwd(Tensor q, Tensor k, {_TENSORS}, float eps, bool interleaved, str backend) -> (Tensor, Tensor)", _fake_fwd
+)
 # q and k are the inputs of the forward pass, wanted only where there is a weight. A missing weight's gradient has no elements.
 Op(
     "rope",
@@ -74,9 +76,7 @@ class _Rope(torch.autograd.Function):
         # The rotation is undone from the tables alone. Only the norm needs its input.
         saved_q, saved_k = (q if q_weight is not None else None), (k if k_weight is not None else None)
         ctx.save_for_backward(saved_q, saved_k, cos, sin, q_weight, k_weight)
-        out: tuple[torch.Tensor, torch.Tensor] = torch.ops.vlmkernels.rope_fwd(
-            q, k, cos, sin, q_weight, k_weight, eps, interleaved, backend
-        )
+        out: tuple[torch.Tensor, torch.Tensor] = _fwd(q, k, cos, sin, q_weight, k_weight, eps, interleaved, backend)
         return out
 
     @staticmethod
@@ -134,15 +134,16 @@ def _tables(
     cos: torch.Tensor, sin: torch.Tensor, lead: torch.Size, head_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tables with one dimension less than q has, as the ops take them: ``[B|1, S, R/2]``, or ``[T, R/2]`` when packed."""
-    for name, table in (("cos", cos), ("sin", sin)):
-        if not table.is_floating_point() or table.device != device:
-            raise bad_argument(name, f"{table.dtype} on {table.device}", f"a floating dtype on {device}")
-        if table.requires_grad:
-            raise bad_argument(name, "a tensor that requires grad", "a table without gradient (rope computes none for it)")
-    shape, batched = cos.shape, len(lead) == 2
+    shape, dtype, batched = cos.shape, cos.dtype, len(lead) == 2
+    if not dtype.is_floating_point or cos.device != device:
+        raise bad_argument("cos", f"{dtype} on {cos.device}", f"a floating dtype on {device}")
+    if shape != sin.shape or dtype != sin.dtype or sin.device != device:
+        wanted = f"the shape, dtype and device of cos, {tuple(shape)} {dtype} on {device}"
+        raise bad_argument("sin", f"{tuple(sin.shape)} {sin.dtype} on {sin.device}", wanted)
+    if cos.requires_grad or sin.requires_grad:
+        name = "cos" if cos.requires_grad else "sin"
+        raise bad_argument(name, "a tensor that requires grad", "a table without gradient (rope computes none for it)")
     dims = len(shape)
-    if shape != sin.shape or cos.dtype != sin.dtype:
-        raise bad_argument("sin", f"{tuple(sin.shape)} {sin.dtype}", f"the shape and dtype of cos, {tuple(shape)} {cos.dtype}")
     fits = dims == 2 or (dims == 3 and (shape[0] == 1 or (batched and shape[0] == lead[0])))
     if not fits or 2 * shape[-1] > head_dim or shape[-2] != lead[-1]:
         wanted = f"[{lead[0]} or 1, {lead[1]}, R/2]" if batched else f"[{lead[0]}, R/2] or [1, {lead[0]}, R/2]"
@@ -213,26 +214,27 @@ def rope(
         ValueError: shapes, dtypes or devices do not fit together, ``D`` is odd, or a table requires grad.
         BackendError: the forced backend can't run these inputs.
     """
-    if q.dim() not in (3, 4) or not q.is_floating_point():
-        raise bad_argument("q", f"{tuple(q.shape)} {q.dtype}", "[B, S, H, D] or [T, H, D] of a floating dtype")
-    head_dim = q.shape[-1]
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    dims, lead, head_dim = len(q_shape), q_shape[:-2], q_shape[-1]
+    if (dims != 4 and dims != 3) or not dtype.is_floating_point:
+        raise bad_argument("q", f"{tuple(q_shape)} {dtype}", "[B, S, H, D] or [T, H, D] of a floating dtype")
     if head_dim % 2:
         raise bad_argument("q", f"a head dimension of {head_dim}", "an even one")
-    if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != head_dim:
-        raise bad_argument("k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}, except for the number of heads")
-    if k.dtype != q.dtype or k.device != q.device:
-        raise bad_argument("k", f"{k.dtype} on {k.device}", f"{q.dtype} on {q.device}, as q has")
-    cos, sin = _tables(cos, sin, q.shape[:-2], head_dim, q.device)
+    if k_shape != q_shape and (len(k_shape) != dims or k_shape[:-2] != lead or k_shape[-1] != head_dim):
+        raise bad_argument("k", tuple(k_shape), f"the shape of q, {tuple(q_shape)}, except for the number of heads")
+    if k.dtype != dtype or k.device != device:
+        raise bad_argument("k", f"{k.dtype} on {k.device}", f"{dtype} on {device}, as q has")
+    cos, sin = _tables(cos, sin, lead, head_dim, device)
     _check_weights(q_weight, k_weight, q, head_dim)
     options = float(eps), interleaved, forced_backend(backend)
+    out: tuple[torch.Tensor, torch.Tensor]
     if _needs_grad(q, k, q_weight, k_weight):
         # torch.compile takes no tensor twice as an input of an autograd.Function.
         k = k.view_as(k) if k is q else k
         k_weight = k_weight.view_as(k_weight) if k_weight is not None and k_weight is q_weight else k_weight
-        run = _Rope.apply
+        out = _Rope.apply(q, k, cos, sin, q_weight, k_weight, *options)
     else:
-        run = torch.ops.vlmkernels.rope_fwd
-    out: tuple[torch.Tensor, torch.Tensor] = run(q, k, cos, sin, q_weight, k_weight, *options)
+        out = _fwd(q, k, cos, sin, q_weight, k_weight, *options)
     return out
 
 

@@ -142,6 +142,9 @@ def _attention_fwd_kernel(
         tl.store(lse_ptr + (b * heads + h) * queries + offs_m, (m + tl.log2(l)) * LN2, mask=mask_m)
 
 
+HEAD_DIMS = range(8, 257, 8)
+
+
 def _fwd_config(dim: int, queries: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages for the wider of the two head dims."""
     if itemsize == 4 and not INTERPRETED:  # the interpreter has no registers, and few large tiles are faster
@@ -173,12 +176,12 @@ def why_not_attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> str | None:
-    for name, dim in (("head dim", q.shape[-1]), ("value dim", v.shape[-1])):
-        if dim % 8 or not 8 <= dim <= 256:
-            return f"it takes head dims of 8 to 256 in steps of 8, the {name} is {dim}"
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    if dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
+        return f"it takes head dims of 8 to 256 in steps of 8, these are {dim} and {value_dim}"
     if q.dtype == torch.float64:
         return "it has no float64"
-    if max(x.stride(1) for x in (q, k, v)) > MAX_ROW_STRIDE:
+    if q.stride(1) > MAX_ROW_STRIDE or k.stride(1) > MAX_ROW_STRIDE or v.stride(1) > MAX_ROW_STRIDE:
         return f"it takes rows of up to {MAX_ROW_STRIDE} elements apart"
     return None if scale > 0 else f"it needs a positive scale, got {scale}"
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
+from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 _BLOCK = 1024
 _WARPS = 4
@@ -204,13 +205,13 @@ def _rope_norm_bwd_kernel(
     _store_pairs(rows, total_first, total_second, offs_w, offs_w < PAIRS, D, HALF, INTERLEAVED)
 
 
-def _vector(x: torch.Tensor, *strides: int) -> int:
-    """The largest power of two, up to 16 bytes of elements of ``x``, that divides all strides.
+def _vector(dtype: torch.dtype, *strides: int) -> int:
+    """The largest power of two, up to 16 bytes of elements, that divides all strides.
 
     Strides over batch, token and head go to the kernels in this unit, which multiply: so the compiler knows the alignment of
     a head's row also where Triton's own test (a multiple of 16) says nothing, as at 72 channels.
     """
-    bits = 16 // x.element_size()
+    bits = 16 // dtype.itemsize
     for stride in strides:
         bits |= stride
     return bits & -bits
@@ -221,9 +222,9 @@ def _units(vector: int, strides: tuple[int, ...]) -> tuple[int, ...]:
     return *(stride // vector for stride in strides[:3]), *strides[3:]
 
 
-def _rows(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Strides over batch, token, head and channel of ``[B, S, H, D]`` or ``[T, H, D]``."""
-    return x.stride() if x.dim() == 4 else (0, *x.stride())  # type: ignore[return-value]
+def _rows(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides over batch, token, head and channel from those of ``[B, S, H, D]`` or ``[T, H, D]``."""
+    return strides if len(strides) == 4 else (0, *strides)
 
 
 def _table_strides(cos: torch.Tensor) -> tuple[int, int, int]:
@@ -241,6 +242,42 @@ def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, to
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
+@functools.lru_cache(maxsize=LAUNCHES)
+def _fwd_launch(
+    device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype, q_weight: torch.dtype | None,
+    k_weight: torch.dtype | None, q_shape: torch.Size, kv_heads: int, half: int, strides_q: tuple[int, ...],
+    strides_k: tuple[int, ...], strides_oq: tuple[int, ...], strides_ok: tuple[int, ...], strides_t: tuple[int, ...],
+    eps: float, interleaved: bool, inverse: bool, in_place: bool,
+) -> Launch | None:  # fmt: skip
+    """The launch for q and k, or None where there is nothing to rotate. The weights are given by their dtypes."""
+    batches, tokens, heads, head_dim = q_shape if len(q_shape) == 4 else (1, *q_shape)
+    strides_q, strides_k = _rows(strides_q), _rows(strides_k)
+    strides_o = (*_rows(strides_oq)[:2], *_rows(strides_ok)[:2])
+    width = _width(head_dim)
+    block = max(_BLOCK, width)
+    pairs, blocks = [], []
+    for count, weight in ((heads, q_weight), (kv_heads, k_weight)):
+        # In place the channels past the rotated ones are already there.
+        pairs.append(half if in_place and weight is None else head_dim // 2)
+        per_row = pairs[-1] if weight is None else width
+        blocks.append(cdiv(tokens * count * per_row, block))
+    if batches * sum(blocks) == 0:
+        return None
+    vector_x, vector_o = _vector(dtype, *strides_q[:3], *strides_k[:3]), _vector(dtype, head_dim, *strides_o)
+    vector_t = _vector(table_dtype, *strides_t[:2])
+    scalars = (
+        *_units(vector_x, strides_q), *_units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
+        strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, *blocks, eps,
+    )  # fmt: skip
+    return Launch(
+        _rope_fwd_kernel, (batches * sum(blocks),), scalars,
+        H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
+        PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
+        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
+        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
+    )  # fmt: skip
+
+
 def _launch_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -255,34 +292,19 @@ def _launch_fwd(
     inverse: bool,
 ) -> None:
     """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Both outputs may be the inputs."""
-    heads, head_dim, kv_heads, half = q.shape[-2], q.shape[-1], k.shape[-2], cos.shape[-1]
-    batches, tokens = (q.shape[0], q.shape[1]) if q.dim() == 4 else (1, q.shape[0])
     cos, sin = _same_layout(cos, sin)
-    q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
-    width = _width(head_dim)
-    block = max(_BLOCK, width)
-    in_place = out_q is q and out_k is k
-    pairs, blocks = [], []
-    for count, weight in ((heads, q_weight), (kv_heads, k_weight)):
-        # In place the channels past the rotated ones are already there.
-        pairs.append(half if in_place and weight is None else head_dim // 2)
-        per_row = pairs[-1] if weight is None else width
-        blocks.append(cdiv(tokens * count * per_row, block))
-    if batches * sum(blocks) == 0:
-        return
-    strides_q, strides_k, strides_t = _rows(q), _rows(k), _table_strides(cos)
-    strides_o = (*_rows(out_q)[:2], *_rows(out_k)[:2])
-    vector_x, vector_o = _vector(q, *strides_q[:3], *strides_k[:3]), _vector(q, head_dim, *strides_o)
-    vector_t = _vector(cos, *strides_t[:2])
-    _rope_fwd_kernel[(batches * sum(blocks),)](
-        q, k, out_q, out_k, q_weight, k_weight, cos, sin,
-        *_units(vector_x, strides_q), *_units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
-        strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, *blocks, eps,
-        H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
-        PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
-        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
-        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
+    q_dtype = k_dtype = None
+    if q_weight is not None:
+        q_weight, q_dtype = q_weight.contiguous(), q_weight.dtype
+    if k_weight is not None:
+        k_weight, k_dtype = k_weight.contiguous(), k_weight.dtype
+    launch = _fwd_launch(
+        q.device, q.dtype, cos.dtype, q_dtype, k_dtype, q.shape, k.shape[-2], cos.shape[-1],
+        q.stride(), k.stride(), out_q.stride(), out_k.stride(), _table_strides(cos),
+        eps, interleaved, inverse, out_q is q and out_k is k,
     )  # fmt: skip
+    if launch is not None:
+        launch(q, k, out_q, out_k, q_weight, k_weight, cos, sin)
 
 
 def _norm_bwd(
@@ -300,9 +322,10 @@ def _norm_bwd(
     programs = 2 if INTERPRETED else 8 * torch.cuda.get_device_properties(grad.device).multi_processor_count
     programs = min(programs, batches * blocks)
     partial = torch.empty(programs, head_dim, dtype=torch.float32, device=grad.device)
-    strides_g, strides_x, strides_o, strides_t = _rows(grad), _rows(x), _rows(out)[:2], _table_strides(cos)
-    vector_x, vector_o = _vector(grad, *strides_g[:3], *strides_x[:3]), _vector(grad, head_dim, *strides_o)
-    vector_t = _vector(cos, *strides_t[:2])
+    strides_g, strides_x, strides_o = _rows(grad.stride()), _rows(x.stride()), _rows(out.stride())[:2]
+    strides_t = _table_strides(cos)
+    vector_x, vector_o = _vector(grad.dtype, *strides_g[:3], *strides_x[:3]), _vector(grad.dtype, head_dim, *strides_o)
+    vector_t = _vector(cos.dtype, *strides_t[:2])
     _rope_norm_bwd_kernel[(programs,)](
         grad, x, weight.contiguous(), out, partial, cos, sin,
         *_units(vector_x, strides_g), *_units(vector_x, strides_x), strides_o[0] // vector_o, strides_o[1] // vector_o,
@@ -313,10 +336,10 @@ def _norm_bwd(
     return out, partial.sum(0).to(weight.dtype)
 
 
-def _why_not(x: torch.Tensor, cos: torch.Tensor, *weights: torch.Tensor | None) -> str | None:
-    for tensor in (x, cos, *weights):
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            return f"it takes fp32, bf16 and fp16, not {tensor.dtype}"
+def _why_not(*tensors: torch.Tensor | None) -> str | None:
+    for x in tensors:
+        if x is not None and x.dtype not in _DTYPES:
+            return f"it takes fp32, bf16 and fp16, not {x.dtype}"
     return None
 
 
@@ -343,7 +366,7 @@ def rope_fwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    out_q, out_k = q.new_empty(*q.shape), k.new_empty(*k.shape)
     _launch_fwd(q, k, out_q, out_k, cos, sin, q_weight, k_weight, eps, interleaved, False)
     return out_q, out_k
 
