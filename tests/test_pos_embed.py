@@ -28,9 +28,9 @@ TIMM: dict[str, Any] = {"layout": "padded", "antialias": True}
 # Table [H, W], grids, rows, options
 CASES: dict[str, tuple[tuple[int, int], list[tuple[int, ...]], int, dict[str, Any]]] = {
     "qwen3-vl": ((3, 3), [(2, 4, 2), (1, 2, 6), (0, 2, 2), (1, 2, 2)], 34, QWEN),
-    "siglip2": ((4, 4), [(2, 5), (1, 1), (4, 4), (6, 1)], 17, SIGLIP),
+    "siglip2": ((3, 3), [(2, 4), (1, 1), (3, 3), (5, 1)], 11, SIGLIP),
     "timm, one image, fine": ((2, 3), [(5, 4)], 21, TIMM),
-    "strong downscaling": ((9, 2), [(1, 1), (2, 1)], 3, {"antialias": True}),
+    "strong downscaling": ((7, 1), [(1, 1), (2, 1)], 3, {"antialias": True}),
     "half-pixel": ((3, 2), [(5, 1), (1, 3), (0, 0), (2, 2)], 16, {}),
     "corners of one patch and of one cell": ((1, 5), [(1, 1), (3, 1), (1, 2)], 6, {"align_corners": True}),
 }
@@ -46,8 +46,18 @@ if ON_GPU:
     }
 
 
+def axis(count: int, size: int, flags: dict[str, bool]) -> Tensor:
+    """``[count, size]``: torch's own weights, from the interpolation of unit vectors, on the CPU in fp64.
+
+    One axis at a time, two columns wide: with antialiasing, torch 2.13 repeats row 0 on a CPU where the result is one column
+    wide, and refuses on a GPU what it cannot hold in shared memory.
+    """
+    units = torch.eye(size, dtype=torch.float64)[None, :, :, None].expand(-1, -1, -1, 2)
+    return F.interpolate(units, (count, 2), mode="bilinear", **flags)[0, :, :, 0].t()
+
+
 def place(table: Tensor, grids: Sequence[Sequence[int]], rows: int, options: dict[str, Any]) -> Tensor:
-    """What the operator means, one image after the other, with torch's own interpolation."""
+    """What the operator means, one image after the other, with torch's own interpolation. The table is fp64."""
     merge, padded = options.get("merge_size", 1), options.get("layout") == "padded"
     flags = {"align_corners": options.get("align_corners", False), "antialias": options.get("antialias", False)}
     images = []
@@ -55,7 +65,8 @@ def place(table: Tensor, grids: Sequence[Sequence[int]], rows: int, options: dic
         frames, (h, w) = (1, *grid)[-3], grid[-2:]
         image = table.new_zeros(0, table.shape[2])
         if frames * h * w:
-            image = F.interpolate(table.permute(2, 0, 1)[None], (h, w), mode="bilinear", **flags)[0].permute(1, 2, 0)
+            vertical, horizontal = (axis(n, size, flags).to(table.device) for n, size in zip((h, w), table.shape, strict=False))
+            image = torch.einsum("hi,wj,ijd->hwd", vertical, horizontal, table)
             blocks = image.reshape(h // merge, merge, w // merge, merge, -1).transpose(1, 2)
             image = blocks.reshape(h * w, -1).repeat(frames, 1)
         if padded:
@@ -69,62 +80,59 @@ def place(table: Tensor, grids: Sequence[Sequence[int]], rows: int, options: dic
     return torch.cat((packed, packed.new_zeros(rows - len(packed), table.shape[2])))
 
 
-def check(table: Tensor, grids: Tensor, rows: int, options: dict[str, Any], backend: str, fp64_rule: str = "") -> None:
+def check(table: Tensor, grids: Tensor, rows: int, options: dict[str, Any], backend: str) -> None:
     table = table.detach().requires_grad_()
     out = resample_pos_embed(table, grids, rows, **options, backend=backend)
     exact_table = table.detach().double().requires_grad_()
-    exact = place(exact_table, grids.tolist(), rows, options)
+    exact = place(exact_table, grids.tolist(), rows, options) + 0 * exact_table.sum()  # a graph also where no row is filled
     grad = torch.randn(out.shape, device=out.device).to(out.dtype)
     (got,) = torch.autograd.grad(out, table, grad)
     (exact_grad,) = torch.autograd.grad(exact, exact_table, grad.double())
     assert out.dtype == table.dtype and out.is_contiguous()
-    result = compare(out, exact, fp64_rule or "norm")
+    result = compare(out, exact, "norm")
     assert result, result
     # A cell's gradient is a sum over all the rows that it reaches.
     result = compare(got, exact_grad.view(got.shape), "gemm")
     assert result, result
 
 
+def random_table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(*CASES[name][0], 1152 if ON_GPU else 8, device=device).to(dtype)
+
+
 @pytest.mark.backends(*OPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_backward(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    (height, width), grids, rows, options = CASES[name]
-    # Another dtype is another load and another store: three cases tell.
-    if not ON_GPU and backend == "triton" and dtype == torch.float16 and name not in ("qwen3-vl", "siglip2"):
-        name = "half-pixel"
-    table = torch.randn(height, width, 1152 if ON_GPU else 24, device=device).to(dtype)
-    check(table, torch.tensor(grids, device=device), rows, options, backend)
+def test_forward_and_backward(name: str, backend: str, device: torch.device) -> None:
+    _, grids, rows, options = CASES[name]
+    check(random_table(name, torch.float32, device), torch.tensor(grids, device=device), rows, options, backend)
+
+
+@pytest.mark.backends(*OPS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", CASES if ON_GPU else ["half-pixel", "siglip2"])
+def test_low_precision(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    _, grids, rows, options = CASES[name]
+    check(random_table(name, dtype, device), torch.tensor(grids, device=device), rows, options, backend)
 
 
 sides = st.integers(0, 7)
-any_options = st.sampled_from([{}, {"antialias": True}, {"align_corners": True}, SIGLIP, TIMM, QWEN])
+cells = st.integers(2, 12)
 
 
 @pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    table=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    grids=st.lists(st.tuples(st.integers(0, 2), sides, sides), min_size=1, max_size=5),
-    options=any_options,
-    spare=st.integers(0, 3),
+    table=st.tuples(cells, cells),
+    grids=st.lists(st.tuples(st.integers(0, 2), sides, sides), min_size=4, max_size=4),
+    options=st.sampled_from([{}, {"antialias": True}, {"align_corners": True}, SIGLIP, TIMM, QWEN]),
 )
 def test_any_grids(
-    table: tuple[int, int],
-    grids: list[tuple[int, int, int]],
-    options: dict[str, Any],
-    spare: int,
-    backend: str,
-    device: torch.device,
+    table: tuple[int, int], grids: list[tuple[int, int, int]], options: dict[str, Any], backend: str, device: torch.device
 ) -> None:
-    merge = options.get("merge_size", 1)
-    grids = [(t, h * merge, w * merge) for t, h, w in grids]
-    counts = [t * h * w for t, h, w in grids]
-    rows = spare + (max(counts) if options.get("layout") == "padded" else sum(counts))
-    values = torch.randn(*table, 3, device=device, dtype=torch.float64)
-    # torch's coordinates are rounded where ours are exact, so in fp64 they are not closer to each other than a few eps.
-    check(values, torch.tensor(grids, device=device), rows, options, backend if backend != "triton" else "torch", "gemm")
-    check(values.float(), torch.tensor(grids, device=device), rows, options, backend)
+    """The number of images and of rows stays, for a GPU compiles for them."""
+    merge, rows = options.get("merge_size", 1), 100 if "layout" in options else 1600
+    sizes = torch.tensor([(t, h * merge, w * merge) for t, h, w in grids], device=device)
+    check(torch.randn(*table, 3, device=device), sizes, rows, options, backend)
 
 
 @pytest.mark.parametrize("backend", runnable(*OPS))
@@ -204,15 +212,15 @@ def test_as_transformers(dtype: torch.dtype, backend: str, device: torch.device)
     exact = place(table.double(), shapes.tolist(), 256, SIGLIP)
     ours = compare(resample_pos_embed(table, shapes, 256, **SIGLIP, backend=backend), exact, "norm")
     theirs = compare(siglip2_rows(table, shapes, 256), exact, "gemm")
-    assert ours and theirs and ours.ratio <= theirs.ratio * 1.2
+    assert ours and theirs and ours.error <= theirs.error * 1.1
 
     grid_thw = torch.tensor([(1, 14, 18), (3, 4, 6), (1, 60, 52)], device=device)
     table, rows = torch.randn(48, 48, 32, device=device).to(dtype), int(grid_thw.prod(1).sum())
     exact = place(table.double(), grid_thw.tolist(), rows, QWEN)
     ours = compare(resample_pos_embed(table.flatten(0, 1), grid_thw, rows, **QWEN, backend=backend), exact, "norm")
-    # Its coordinates are rounded to fp32, which the gradient of the table across a cell multiplies.
-    theirs = compare(qwen3_rows(table, grid_thw), exact, "gemm")
-    assert ours and theirs and ours.ratio <= theirs.ratio * 1.2
+    # Its coordinates, up to 48, are rounded to fp32.
+    theirs = compare(qwen3_rows(table, grid_thw), exact, "gemm", terms=48.0 if dtype == torch.float32 else 0.0)
+    assert ours and theirs and ours.error <= theirs.error * 1.1
 
 
 def small(device: torch.device) -> tuple[Tensor, Tensor]:

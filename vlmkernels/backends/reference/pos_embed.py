@@ -7,7 +7,7 @@ from torch import Tensor
 
 def _places(grids: Tensor, rows: int, merge: int, padded: bool, pad_first: bool) -> tuple[Tensor, ...]:
     """For every row of the result, ``[R]`` or ``[B, R]``: y and x of its patch, h and w of its image, and whether it has one."""
-    grids = grids.long().clamp(min=0)
+    grids = grids.long().clamp(0, rows)  # a side of more than all rows fits nowhere
     counts = grids.prod(1)
     index = torch.arange(rows, device=grids.device)
     if padded:

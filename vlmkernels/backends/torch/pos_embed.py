@@ -14,7 +14,7 @@ _CHUNK = 2**25
 def _patches(grids: Tensor, rows: int, merge: int, padded: bool, pad_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Place ``[2, R]`` and grid ``[2, R]`` of the patch of every row of the result, batch by batch, and whether there is one."""
     batch = grids.shape[0]
-    grids = grids.to(torch.int64).clamp(min=0)
+    grids = grids.to(torch.int64).clamp(0, rows)  # a side of more than all rows fits nowhere
     counts = grids.prod(1)
     if padded:
         image = torch.arange(batch, device=grids.device).repeat_interleave(rows)
@@ -125,7 +125,7 @@ def pos_embed_bwd(
 ) -> Tensor:
     rows, dim = grad.shape[-2:]
     shape = (height, width, dim)
-    if grad.numel() == 0:
+    if grad.numel() == 0 or grids.shape[0] == 0:
         return grad.new_zeros(shape)
     places, sides, filled = _patches(grids, rows, merge_size, padded, pad_first)
     grad = grad.reshape(-1, dim)
