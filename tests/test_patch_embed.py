@@ -484,6 +484,7 @@ def test_triton_pads_with_zeros(device: torch.device) -> None:
 def test_triton_without_tma(name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
     monkeypatch.setattr(triton, "_has_tma", lambda device: False)
+    monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     flavour = FLAVOURS[name]
     tensors = flavour.inputs(torch.float16, device)
     assert compare(embed(flavour, tensors, backend=backend), stock(flavour, double(tensors)), "gemm")
@@ -498,6 +499,7 @@ def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypat
     tensors = flavour.inputs(torch.float16, device)
     exact = stock(flavour, double(tensors))
     monkeypatch.setattr(triton, "_has_tma", lambda device: config == "TMA_CONFIGS")
+    monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     for tile in getattr(triton, config):
         monkeypatch.setattr(triton, config, (tile,))
         monkeypatch.setattr(triton, "_multiprocessors", lambda device: 3)

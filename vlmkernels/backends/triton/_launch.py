@@ -23,6 +23,7 @@ import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: How many launches each of those functions remembers.
 LAUNCHES = 1024
@@ -40,11 +41,20 @@ class Launch:
         kernel: the function under ``@triton.jit``.
         grid: one to three sizes.
         scalars: the arguments between the tensors and the constants.
+        descriptors: shape, strides and tile of each tensor that the kernel takes as a TMA descriptor, by its place.
         options: the constants, which come last, and Triton's ``num_warps`` and ``num_stages``.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], scalars: tuple[float, ...], **options: Any) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        scalars: tuple[float, ...],
+        descriptors: dict[int, tuple[list[int], list[int], list[int]]] | None = None,
+        **options: Any,
+    ) -> None:
         self._kernel, self._grid, self._scalars, self._options = kernel, grid, scalars, options
+        self._descriptors = descriptors or {}
         self._compiled: CompiledKernel | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -56,15 +66,21 @@ class Launch:
         if bits & 15:
             self._launch_by_triton(tensors)
         elif self._compiled is None or _hooked():
-            self._remember(self._launch_by_triton(tensors), len(tensors))
+            self._remember(self._launch_by_triton(tensors), tensors)
         else:
+            for place, fields in self._fields:
+                pointers[place] = descriptor = object.__new__(TensorDescriptor)  # its checks take 5 microseconds
+                descriptor.__dict__.update(fields, base=tensors[place])
             stream = self._stream(self._device)
             self._run(*self._size, stream, *self._function, *pointers, *self._rest)
 
     def _launch_by_triton(self, tensors: tuple[torch.Tensor | None, ...]) -> Any:
-        return self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+        arguments: list[Any] = list(tensors)
+        for place, layout in self._descriptors.items():
+            arguments[place] = TensorDescriptor(arguments[place], *layout)
+        return self._kernel[self._grid](*arguments, *self._scalars, **self._options)
 
-    def _remember(self, compiled: Any, num_tensors: int) -> None:
+    def _remember(self, compiled: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         # The interpreter gives None, a mere compilation a kernel that no GPU has loaded.
         if not (_KNOWN and isinstance(compiled, CompiledKernel) and compiled.function is not None):
             return
@@ -74,8 +90,13 @@ class Launch:
         self._run, self._size = compiled.run, (*self._grid, 1, 1)[:3]
         # No metadata for hooks and no hooks. What stands for a constant is not read, but counted.
         self._function = compiled.function, compiled.packed_metadata, None, None, None
-        constants = len(self._kernel.arg_names) - num_tensors - len(self._scalars)
+        constants = len(self._kernel.arg_names) - len(tensors) - len(self._scalars)
         self._rest = (*self._scalars, *[None] * constants)
+        self._fields = []
+        for place, layout in self._descriptors.items():
+            fields = vars(TensorDescriptor(tensors[place], *layout))
+            del fields["base"]
+            self._fields.append((place, fields))
         self._compiled = compiled  # last: another thread may look
 
 

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
+from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
 
@@ -258,103 +258,97 @@ def _columns(patches: Tensor) -> tuple[int, ...]:
 
 
 class _Cut(NamedTuple):
-    """How ``_matrix`` gets its matrix: as a view, or by a launch with these arguments."""
+    """A matrix in memory: ``m`` rows of ``k`` columns, ``stride`` apart; and the launch that writes it, None for a view."""
 
     m: int
-    k: int  # columns of the result: with those of zeros where it is written
-    stride: int  # of its rows
-    view: bool
-    grid: tuple[int, ...] = ()
-    runtime: tuple[int, ...] = ()
-    constants: dict[str, int] = {}
+    k: int  # with the columns of zeros where it is written
+    stride: int
+    launch: Launch | None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=LAUNCHES)
 def _cut(
-    shape: tuple[int, ...], strides: tuple[int, ...], columns: tuple[int, ...], itemsize: int, out_itemsize: int,
-    same_dtype: bool, address: int,
+    device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...],
+    columns: tuple[int, ...], address: int, scale: tuple[float, ...] | None, shift: tuple[float, ...] | None,
 ) -> _Cut:  # fmt: skip
-    """Depends on the layout alone, so a model asks once. ``address``: of the first pixel, modulo 64 bytes."""
+    """How patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]``, or the weight ``[D, C, Pt, Py, Px]``, become a matrix.
+
+    ``address``: of the first pixel, modulo 64 bytes.
+    """
+    if len(shape) == 5:
+        shape, strides = (1, 1, 1, *shape), (0, 0, 0, *strides)
     row_sizes, row_strides = _collapse(list(shape[:4]), list(strides[:4]))
     col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
     m, k = math.prod(row_sizes), math.prod(col_sizes)
     one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
-    one_matrix = same_dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
-    if one_matrix and row_strides[3] * itemsize % 16 == 0 and address % 16 == 0:
-        return _Cut(m, k, row_strides[3], True)
+    one_matrix = dtype == out_dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
+    if one_matrix and row_strides[3] * dtype.itemsize % 16 == 0 and address % 16 == 0:
+        return _Cut(m, k, row_strides[3], None)
     k_padded = cdiv(k, 8) * 8
-    vec = 16 // out_itemsize if col_strides[3] == 1 else 1
-    vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], address // itemsize)
+    vec = 16 // out_dtype.itemsize if col_strides[3] == 1 else 1
+    vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], address // dtype.itemsize)
     block_k = min(next_power_of_2(k_padded), 256 if vec >= 4 else 64)
     block_r = min(next_power_of_2(row_sizes[3]), 4096 // block_k)
     strips = row_sizes[0] * row_sizes[1] * row_sizes[2]
     stride = cdiv(k, 64) * 64
-    runtime = (
+    scalars = (
         stride // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
     )  # fmt: skip
-    constants = {
-        "K1": col_sizes[1], "K2": col_sizes[2], "K3": col_sizes[3], "K": k, "K_PADDED": k_padded, "CHANNELS": shape[4],
-        "CHANNEL_RUN": 1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7],
-        "VEC": vec, "BLOCK_R": block_r, "BLOCK_K": block_k,
-    }  # fmt: skip
-    grid = (strips * cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k),)
-    return _Cut(m, k_padded, stride, False, grid, runtime, constants)
+    launch = Launch(
+        _patch_embed_cut_kernel, (strips * cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k),), scalars,
+        K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift, CHANNELS=shape[4],
+        CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7], VEC=vec, BLOCK_R=block_r, BLOCK_K=block_k,
+    )  # fmt: skip
+    return _Cut(m, k_padded, stride, launch)
+
+
+def _written(
+    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
+) -> tuple[Tensor, _Cut]:
+    """The matrix of ``x`` and where it lies: in ``x`` if the pixels are a matrix already, else in a new tensor.
+
+    Its rows start at multiples of 16 bytes. Where it is written, K is rounded up to a multiple of 8 by columns of zeros.
+    """
+    scale = shift = None
+    if mean is not None and std is not None:
+        scale, shift = tuple([1 / (255 * s) for s in std]), tuple([-m / s for m, s in zip(mean, std, strict=True)])
+    cut = _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, scale, shift)
+    if cut.launch is None:
+        return x, cut
+    a = torch.empty((cut.m, cut.stride), dtype=dtype, device=x.device)
+    if cut.m:
+        cut.launch(x, a)
+    return a, cut
 
 
 def _matrix(
     x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
 ) -> Tensor:
-    """Patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]`` as a matrix ``[M, K]`` whose rows start at multiples of 16 bytes.
-
-    Or the weight ``[D, C, Pt, Py, Px]``, with the columns in the same order.
-    It is a view where the pixels are one already. Else it is written, with K rounded up to a multiple of 8 by columns of zeros.
-    """
-    shape, strides = x.shape, x.stride()
-    if x.dim() == 5:
-        shape, strides = (1, 1, 1, *shape), (0, 0, 0, *strides)
-    cut = _cut(shape, strides, columns, x.element_size(), dtype.itemsize, x.dtype == dtype, x.data_ptr() % 64)
-    if cut.view:
-        return x.as_strided((cut.m, cut.k), (cut.stride, 1))
-    a = torch.empty((cut.m, cut.stride), dtype=dtype, device=x.device)
-    if cut.m:
-        scale = shift = None
-        if mean is not None and std is not None:
-            scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-        _patch_embed_cut_kernel[cut.grid](x, a, *cut.runtime, SCALE=scale, SHIFT=shift, **cut.constants)
-    return a[:, : cut.k]
+    """The matrix ``[M, K]`` of ``_written`` as a tensor."""
+    a, cut = _written(x, columns, dtype, mean, std)
+    return a.as_strided((cut.m, cut.k), (cut.stride, 1))
 
 
-def _embed(
-    a: Tensor, w: Tensor, bias: Tensor | None, prefix_tokens: Tensor | None, pos_embed: Tensor | None, total: Tensor
-) -> None:
-    """total = [prefix_tokens; a @ w.T + bias] + pos_embed, for every image."""
-    batch, n_tokens, dim = total.shape
-    n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    m = a.shape[0]
-    config, use_tma = _gemm_config(m, dim, a.dtype, a.device)
-    if pos_embed is not None and pos_embed.stride(-1) != 1:
-        pos_embed = pos_embed.contiguous()
-    grid = (
-        max(1, min(
-            cdiv(m, config.block_m) * cdiv(dim, config.block_n),
-            _multiprocessors(a.device) * config.programs,
-        )),
+@functools.lru_cache(maxsize=LAUNCHES)
+def _gemm_launch(
+    device: torch.device, dtype: torch.dtype, m: int, k: int, stride_a: int, stride_w: int, out_shape: torch.Size,
+    n_prefix: int, has_bias: bool, has_prefix: bool, pos_shape: torch.Size | None, pos_strides: tuple[int, ...],
+) -> Launch:  # fmt: skip
+    batch, n_tokens, dim = out_shape
+    config, use_tma = _gemm_config(m, dim, dtype, device)
+    tiles = cdiv(m, config.block_m) * cdiv(dim, config.block_n)
+    scalars = (
+        m, batch, n_tokens, n_prefix, stride_a, stride_w,
+        pos_strides[0] if len(pos_strides) == 3 else 0, pos_strides[-2] if pos_strides else 0,
     )  # fmt: skip
-    a_src: object = a
-    w_src: object = w
+    descriptors = {}
     if use_tma:
-        a_src = TensorDescriptor(a, list(a.shape), list(a.stride()), [config.block_m, config.block_k])
-        w_src = TensorDescriptor(w, list(w.shape), list(w.stride()), [config.block_n, config.block_k])
-    _patch_embed_gemm_kernel[grid](
-        a_src, w_src,
-        None if bias is None else bias.contiguous(),
-        None if prefix_tokens is None else prefix_tokens.contiguous(), pos_embed, total,
-        m, batch, n_tokens, n_prefix, a.stride(0), w.stride(0),
-        pos_embed.stride(0) if pos_embed is not None and pos_embed.dim() == 3 else 0,
-        0 if pos_embed is None else pos_embed.stride(-2),
-        D=dim, K=a.shape[1],
-        POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[-2] == n_tokens, USE_TMA=use_tma, SPLIT=config.block_n >= 128,
-        ONE_SEAM=n_tokens - n_prefix >= config.block_m,
+        descriptors[0] = ([m, k], [stride_a, 1], [config.block_m, config.block_k])
+        descriptors[1] = ([dim, k], [stride_w, 1], [config.block_n, config.block_k])
+    return Launch(
+        _patch_embed_gemm_kernel, (max(1, min(tiles, _multiprocessors(device) * config.programs)),), scalars, descriptors,
+        D=dim, K=k, POS_ON_PREFIX=pos_shape is not None and pos_shape[-2] == n_tokens, USE_TMA=use_tma,
+        SPLIT=config.block_n >= 128, ONE_SEAM=n_tokens - n_prefix >= config.block_m,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -364,12 +358,12 @@ def _norm_warps(block_d: int) -> int:
     return 4 if block_d <= 1024 else 8 if block_d <= 4096 else 16
 
 
-def _layer_norm(total: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    rows, dim = total.shape[0] * total.shape[1], total.shape[2]
+@functools.lru_cache(maxsize=LAUNCHES)
+def _norm_launch(device: torch.device, dtype: torch.dtype, rows: int, dim: int, has_bias: bool, eps: float) -> Launch:
     block_d = next_power_of_2(dim)
     block_r = max(1, min(4, 4096 // block_d))
-    _patch_embed_norm_fwd_kernel[(cdiv(rows, block_r),)](
-        total, out, weight.contiguous(), None if bias is None else bias.contiguous(), rows, eps,
+    return Launch(
+        _patch_embed_norm_fwd_kernel, (cdiv(rows, block_r),), (rows, eps),
         D=dim, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
     )  # fmt: skip
 
@@ -423,16 +417,32 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
+    dtype, device, shape = weight.dtype, weight.device, patches.shape
     n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    out = weight.new_empty(patches.shape[0], n_prefix + patches.shape[1:4].numel(), weight.shape[0])
+    out = weight.new_empty(shape[0], n_prefix + shape[1] * shape[2] * shape[3], weight.shape[0])
     total = torch.empty_like(out) if keep_total else out
     if out.numel():
         columns = _columns(patches)
-        a = _matrix(patches, columns, weight.dtype, mean, std)
-        _embed(a, _matrix(weight, columns, weight.dtype), bias, prefix_tokens, pos_embed, total)
+        a, (m, k, stride_a, _) = _written(patches, columns, dtype, mean, std)
+        w, (_, _, stride_w, _) = _written(weight, columns, dtype)
+        bias, prefix_tokens, norm_weight, norm_bias = map(_contiguous, (bias, prefix_tokens, norm_weight, norm_bias))
+        pos_shape, pos_strides = None, ()
+        if pos_embed is not None:
+            pos_embed = pos_embed if pos_embed.stride(-1) == 1 else pos_embed.contiguous()
+            pos_shape, pos_strides = pos_embed.shape, pos_embed.stride()
+        launch = _gemm_launch(
+            device, dtype, m, k, stride_a, stride_w, out.shape, n_prefix, bias is not None, prefix_tokens is not None,
+            pos_shape, pos_strides,
+        )  # fmt: skip
+        launch(a, w, bias, prefix_tokens, pos_embed, total)
         if norm_weight is not None:
-            _layer_norm(total, out, norm_weight, norm_bias, eps)
+            launch = _norm_launch(device, dtype, out.shape[0] * out.shape[1], out.shape[2], norm_bias is not None, eps)
+            launch(total, out, norm_weight, norm_bias)
     return out, total if keep_total else weight.new_empty(0)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def patch_embed_bwd(
