@@ -6,7 +6,18 @@ from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "KeyRanges", "attention", "nn", "patch_embed", "rope", "rope_qkv_", "use_backend"]
+__all__ = [
+    "BackendError",
+    "KeyRanges",
+    "attention",
+    "nn",
+    "patch_embed",
+    "resample_pos_embed",
+    "rope",
+    "rope_qkv_",
+    "use_backend",
+]

@@ -13,6 +13,7 @@ from vlmkernels import BackendError, KeyRanges
 from vlmkernels.ops._op import BACKENDS
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
 from vlmkernels.ops.tile_bounds import tile_bounds
 from vlmkernels.testing import compare
@@ -75,7 +76,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """
     small = device.type != "cuda"
     dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
-    return [*_attention_cases(dims, small), *_patch_embed_cases(small), *_rope_cases(), *_tile_bounds_cases()]
+    patches = (*_patch_embed_cases(small), *_pos_embed_cases(small))
+    return [*_attention_cases(dims, small), *patches, *_rope_cases(), *_tile_bounds_cases()]
 
 
 def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
@@ -196,6 +198,30 @@ def _patch_embed_case(
     }
     gradients = tuple(key for key in wanted if present[key])
     return Case("patch_embed", name, "gemm", inputs, run, gradients if uint8 else ("pixels", *gradients))
+
+
+def _pos_embed_cases(small: bool) -> Iterator[Case]:
+    side, dim = (4, 24) if small else (24, 768)
+    naflex = {"layout": "padded", "antialias": True}
+    for name, grids, rows, options in (
+        ("Qwen3-VL", [(2, 4, 2), (0, 2, 2), (1, 2, 6)], 30, {"merge_size": 2, "align_corners": True}),
+        ("SigLIP2 NaFlex", [(2, 7), (1, 1), (4, 4)], 18, {**naflex, "padding": "first"}),
+        ("NaFlexVit", [(2, 7), (1, 1), (4, 4)], 18, naflex),
+        ("packed, half-pixel", [(5, 3), (2, 2)], 19, {}),
+    ):
+        yield _pos_embed_case(name, (side, side + 1, dim), grids, rows, options)
+
+
+def _pos_embed_case(
+    name: str, table: tuple[int, ...], grids: Sequence[Sequence[int]], rows: int, options: dict[str, Any]
+) -> Case:
+    def inputs() -> Inputs:
+        return {"weight": torch.randn(table), "grids": torch.tensor(grids)}
+
+    def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        return (resample_pos_embed(t["weight"], t["grids"], rows, **options, backend=backend),)
+
+    return Case("pos_embed", name, "norm", inputs, run, ("weight",))
 
 
 def _rope_cases() -> Iterator[Case]:
