@@ -18,7 +18,10 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmkernels import BackendError, use_backend
 from vlmkernels.ops import _op
@@ -371,6 +374,89 @@ def test_dispatch_is_cheap(backends: Callable[..., None]) -> None:
         patch.setattr(Op, "select", unpoisoned)
         op(x, 1.0, "")
         assert cost(lambda: op(x, 1.0, "")) < 2.0 * cost(lambda: bare(x, 1.0, ""))
+
+
+class Names(TorchDispatchMode):
+    """The ops that come by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+class FunctionNames(TorchFunctionMode):
+    """The same, one level up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_plain_call_goes_past_the_dispatcher(backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    backends(toy_backend("reference"))
+    op, registered = _op.OPS["toy_fwd"], []
+    monkeypatch.setattr(op, "_registered", lambda *args: registered.append(args))
+    x = torch.ones(3)
+    for tensor in (x, torch.nn.Parameter(x), x.requires_grad_()):
+        assert op(tensor, 1.0, "").tolist() == [4.0] * 3
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert op(torch.ones(3), 1.0, "").tolist() == [4.0] * 3
+    assert not registered
+
+
+def test_whoever_watches_sees_the_op(backends: Callable[..., None]) -> None:
+    """Modes, tracers, transforms and the profiler get the registered op, as if every call went through the dispatcher."""
+    backends(toy_backend("reference"))
+    op, x = _op.OPS["toy_fwd"], torch.ones(3)
+    name = "vlmkernels.toy_fwd.default"
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return op(x, 1.0, "")
+
+    for mode in (Names(), FunctionNames()):
+        with mode:
+            call(x)
+        assert name in mode.seen
+    with FakeTensorMode() as fake:
+        assert isinstance(call(torch.empty(3)), FakeTensor)
+    assert isinstance(call(fake.from_tensor(x)), FakeTensor)
+    assert [str(node.target) for node in make_fx(call)(x).graph.nodes].count(name) == 1
+    assert "vlmkernels::toy_fwd" in str(torch.jit.trace(call, x).graph)
+    assert name in str(torch.export.export(Calls(call), (x,)).graph)
+    assert torch.compile(call, backend="eager", fullgraph=True)(x).tolist() == [4.0] * 3
+    with torch.profiler.profile() as profile:
+        call(x)
+    assert "vlmkernels::toy_fwd" in [event.name for event in profile.events()]
+    CALLS.clear()
+    assert torch.func.vmap(call)(torch.ones(2, 3)).tolist() == [[4.0] * 3] * 2
+    assert len(CALLS) == 2  # torch took the batch apart
+    assert call(torch.ones(3, device="meta")).device.type == "meta"
+
+
+def test_a_negated_view_is_negated_first(backends: Callable[..., None]) -> None:
+    """Past the dispatcher a backend would get the memory of a lazy negation, which has the other sign."""
+    lazy = toy_backend("reference")
+    lazy.toy_fwd = lambda x, scale: torch.tensor(x.is_neg())
+    backends(lazy)
+    negated = torch.ones(3, dtype=torch.complex64).conj().imag
+    assert negated.is_neg() and not _op.OPS["toy_fwd"](negated, 1.0, "")
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 def test_bad_argument_names_all_three() -> None:
