@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 2
+#define VLMK_ABI_VERSION 3
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -58,6 +58,52 @@ typedef struct {
 } VlmkTileBoundsParams;
 
 VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
+
+/* Types of elements. */
+#define VLMK_UINT8 0
+#define VLMK_FLOAT16 1
+#define VLMK_BFLOAT16 2
+
+/* Images of 3 channels in patches of 14 x 14 or 16 x 16 pixels. Token n of image b, behind the
+ * image's num_prefix prefix tokens:
+ *   total = sum_k pixel[k] weight[k] + bias + pos,   out = LayerNorm(total) if norm_weight, else
+ * total. Each pointer of pixels, weight, pos, out and total is a multiple of 16 bytes, dim one of
+ * 8, and the strides of pixels are multiples of 16 bytes. */
+typedef struct {
+  const void* pixels; /* patch (b, gy, gx): columns gx * patch and on, contiguous */
+  const void* weight; /* [dim, 3 * patch * patch] contiguous, in token_type like all that follow */
+  const void* bias;   /* [dim] or null */
+  const void* prefix; /* [num_prefix, dim] */
+  const void* pos;    /* rows of dim, or null; of the patches only unless pos_on_prefix */
+  const void* norm_weight; /* [dim] or null */
+  const void* norm_bias;   /* [dim] or null */
+  void* out;               /* [batch, num_prefix + grid_y * grid_x, dim] contiguous */
+  void* total;             /* the same, or null; written only with norm_weight */
+  int64_t pixel_stride_b;
+  int64_t pixel_stride_gy; /* from one row of patches to the next */
+  int64_t pixel_stride_c;
+  int64_t pixel_stride_y;
+  int64_t pos_stride_b;
+  int64_t pos_stride_n;
+  int32_t batch;
+  int32_t grid_y;
+  int32_t grid_x;
+  int32_t patch;
+  int32_t dim;
+  int32_t num_prefix;
+  int32_t pos_on_prefix;
+  int32_t pixel_type;   /* VLMK_UINT8, or token_type */
+  int32_t token_type;   /* VLMK_FLOAT16 or VLMK_BFLOAT16 */
+  float pixel_scale[3]; /* uint8: each channel is multiplied as pixel * scale + shift */
+  float pixel_shift[3];
+  float eps;
+} VlmkPatchEmbedParams;
+
+VLMK_API int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream);
+
+/* 0 if vlmk_patch_embed takes these sizes and types, else an error whose text says what it wants.
+ * Reads no pointer. */
+VLMK_API int vlmk_patch_embed_check(const VlmkPatchEmbedParams* params);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One way to launch a kernel, which returns the launch's own error and leaves none behind.
+// Launches that return their own error and leave none behind.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,18 +19,30 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
 // A failing cudaLaunchKernelEx also sets the runtime's last error, which the next call would find:
 // it is taken away here.
 template <typename... Params, typename... Args>
-int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-           void* stream, Args&&... args) {
+int launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                    unsigned cluster, size_t shared_bytes, void* stream, Args&&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   const cudaError_t code = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (code == cudaSuccess) return 0;
   cudaGetLastError();
   return fail(code, "%s<<<(%u, %u, %u), (%u, %u, %u), %zu bytes>>>: %s", name, grid.x, grid.y,
               grid.z, block.x, block.y, block.z, shared_bytes, cudaGetErrorString(code));
+}
+
+template <typename... Params, typename... Args>
+int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+           void* stream, Args&&... args) {
+  return launch_clusters(name, kernel, grid, block, 1, shared_bytes, stream,
+                         std::forward<Args>(args)...);
 }
 
 }  // namespace vlmk

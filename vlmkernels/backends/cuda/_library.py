@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE = "vlmkernels/lib/libvlmkernels.so"
 
 
@@ -32,6 +32,22 @@ class TileBoundsParams(ctypes.Structure):
         ("batch", ctypes.c_int32),
         ("num_queries", ctypes.c_int32),
         ("num_keys", ctypes.c_int32),
+    ]
+
+
+class PatchEmbedParams(ctypes.Structure):
+    """``VlmkPatchEmbedParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pixels", "weight", "bias", "prefix", "pos", "norm_weight", "norm_bias")),
+        *((name, ctypes.c_void_p) for name in ("out", "total")),
+        *((f"pixel_stride_{name}", ctypes.c_int64) for name in ("b", "gy", "c", "y")),
+        *((f"pos_stride_{name}", ctypes.c_int64) for name in ("b", "n")),
+        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "dim", "num_prefix", "pos_on_prefix")),
+        *((name, ctypes.c_int32) for name in ("pixel_type", "token_type")),
+        ("pixel_scale", ctypes.c_float * 3),
+        ("pixel_shift", ctypes.c_float * 3),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -98,6 +114,10 @@ class EntryPoint:
     def _function(self) -> Any:
         # No argtypes: byref() and c_void_p need no conversion, and checking them would cost as much as the call.
         return getattr(_loaded(), self._name)
+
+    def why_not(self, params: ctypes.Structure) -> str | None:
+        """What the library says against these parameters; for an entry point ``vlmk_<op>_check(const Params*)``."""
+        return _last_error(_loaded()) if self._function(ctypes.byref(params)) else None
 
     def __call__(self, params: ctypes.Structure, device: torch.device) -> None:
         """Launch on the current stream of ``device``, which must be current: every op makes it so before it calls a backend.
