@@ -330,6 +330,7 @@ def test_runs_on_the_device_of_its_tensors(backends: Callable[..., None], monkey
         yield
         current.pop()
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", switch)
     module = toy_backend("torch")

@@ -42,7 +42,7 @@ _function_modes, _keys_of_thread = torch._C._len_torch_function_stack, torch._C.
 _keys_of = torch._C._dispatch_keys
 
 
-def _unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether a call may go past torch's dispatcher, which takes 10 microseconds, with nothing and nobody noticing.
 
     Not while something is traced, compiled, transformed or profiled, not in a mode, and not with a tensor of a subclass or one
@@ -125,7 +125,7 @@ class Op:
         self._found: dict[tuple[str, torch.device], Candidate | str] = {}
         self._choices: dict[tuple[str, torch.device], list[Candidate]] = {}
         LIBRARY.define(schema)
-        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vlmkernels::{self.name}", fake, lib=LIBRARY)
         self._registered = getattr(torch.ops.vlmkernels, self.name).default
         self._num_tensors = schema.count("Tensor", 0, schema.index("->"))
@@ -133,7 +133,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run it on ``args``, of which nothing is to have a gradient: that is for the operator's ``autograd.Function``."""
-        return self._run(*args) if _unwatched(args[: self._num_tensors]) else self._registered(*args)
+        return self.run(*args) if unwatched(args[: self._num_tensors]) else self._registered(*args)
 
     def _find(self, backend: str, device: torch.device) -> "Candidate | str":
         path = f"vlmkernels.backends.{backend}"
@@ -148,7 +148,7 @@ class Op:
         if not hasattr(module, self.name):
             return f"it has no {self.name}"
         function = getattr(module, self.name)
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
             function = _on_its_device(function, device.index)
         return function, getattr(module, f"why_not_{self.name}", None)
 
@@ -187,7 +187,8 @@ class Op:
         reasons = "; ".join(f"{name}: {self.why_not(name, device, *args)}" for name in ([backend] if backend else ORDER))
         raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {reasons}")
 
-    def _run(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> Any:
+        """What a call comes to: the first backend that can, on ``args``."""
         arguments = args[:-1]
         return self.select(args[-1], *arguments)(*arguments)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmkernels.ops._op import Op, bad_argument, forced_backend
+from vlmkernels.ops._op import Op, bad_argument, forced_backend, unwatched
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = ("channels_first", "channels_last", "rows")
@@ -230,6 +230,74 @@ def _check_dtypes(pixels: Tensor, weight: Tensor, others: Sequence[tuple[str, Te
             raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"{dtype} on {device}, as the weight")
 
 
+#: The tensors of a call: pixels, weight, bias, prefix_tokens, pos_embed, norm weight and norm bias.
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Prepared = tuple[Tensor, Tensor, list[float] | None, list[float] | None]
+
+
+def _prepare(
+    tensors: Tensors,
+    patch_size: int | Sequence[int],
+    layout: str,
+    columns: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Prepared:
+    """Check everything, and view pixels and weight as the op takes them."""
+    pixels, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias = tensors
+    patch = _patch_size(patch_size)
+    if layout not in LAYOUTS:
+        raise bad_argument("layout", repr(layout), f"one of {', '.join(LAYOUTS)}")
+    if columns not in COLUMNS:
+        raise bad_argument("columns", repr(columns), f"one of {', '.join(COLUMNS)}")
+    vectors = (("bias", bias), ("norm weight", norm_weight), ("norm bias", norm_bias))
+    _check_dtypes(pixels, weight, (*vectors, ("prefix_tokens", prefix_tokens), ("pos_embed", pos_embed)))
+    weight = _weight_view(weight, patch, columns)
+    dim, *sides = weight.shape
+    sizes = _Sizes(*sides)
+    for name, vector in vectors:
+        if vector is not None and vector.shape != (dim,):
+            raise bad_argument(name, f"shape {tuple(vector.shape)}", f"[{dim}]")
+    means = stds = None
+    if mean is not None or std is not None or pixels.dtype == torch.uint8:
+        means, stds = _check_affine("mean", mean, pixels, sizes.channels), _check_affine("std", std, pixels, sizes.channels)
+    if layout == "rows":
+        patches = _rows_view(pixels, sizes, columns)
+    else:
+        patches = _image_view(pixels, sizes, len(patch) == 3, layout == "channels_last")
+    _check_tokens(patches, dim, prefix_tokens, pos_embed)
+    return patches, weight, means, stds
+
+
+#: Shape and strides of both views, and the numbers, by all that they and the checks depend on.
+_prepared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+def _prepare_again(
+    tensors: Tensors,
+    patch_size: int | Sequence[int],
+    layout: str,
+    columns: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Prepared:
+    """``_prepare`` for ordinary tensors, in a third of the time: what it found for such tensors before holds again."""
+    settings = (
+        patch_size if isinstance(patch_size, int) else tuple(patch_size), layout, columns,
+        mean if mean is None else tuple(mean), std if std is None else tuple(std),
+    )  # fmt: skip
+    key = (*settings, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    found = _prepared.get(key)
+    if found is None:
+        patches, weight, means, stds = _prepare(tensors, patch_size, layout, columns, mean, std)
+        if len(_prepared) == 1024:
+            _prepared.clear()
+        _prepared[key] = (patches.shape, patches.stride(), weight.shape, weight.stride(), means, stds)
+        return patches, weight, means, stds
+    shape, strides, weight_shape, weight_strides, means, stds = found
+    return tensors[0].as_strided(shape, strides), tensors[1].as_strided(weight_shape, weight_strides), means, stds
+
+
 def patch_embed(
     pixels: Tensor,
     weight: Tensor,
@@ -284,33 +352,19 @@ def patch_embed(
             float ones; the image is smaller than a patch.
         BackendError: the forced backend can't run these inputs.
     """
-    patch = _patch_size(patch_size)
-    if layout not in LAYOUTS:
-        raise bad_argument("layout", repr(layout), f"one of {', '.join(LAYOUTS)}")
-    if columns not in COLUMNS:
-        raise bad_argument("columns", repr(columns), f"one of {', '.join(COLUMNS)}")
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
-    vectors = (("bias", bias), ("norm weight", norm_weight), ("norm bias", norm_bias))
-    _check_dtypes(pixels, weight, (*vectors, ("prefix_tokens", prefix_tokens), ("pos_embed", pos_embed)))
-    weight = _weight_view(weight, patch, columns)
-    dim, *sides = weight.shape
-    sizes = _Sizes(*sides)
-    for name, vector in vectors:
-        if vector is not None and vector.shape != (dim,):
-            raise bad_argument(name, f"shape {tuple(vector.shape)}", f"[{dim}]")
-    means = stds = None
-    if mean is not None or std is not None or pixels.dtype == torch.uint8:
-        means, stds = _check_affine("mean", mean, pixels, sizes.channels), _check_affine("std", std, pixels, sizes.channels)
-    if layout == "rows":
-        patches = _rows_view(pixels, sizes, columns)
-    else:
-        patches = _image_view(pixels, sizes, len(patch) == 3, layout == "channels_last")
-    _check_tokens(patches, dim, prefix_tokens, pos_embed)
-    tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
-    constants = (float(eps), means, stds)
+    tensors = (pixels, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    plain = not grad and unwatched(tensors)
+    prepare = _prepare_again if plain else _prepare
+    patches, weight, means, stds = prepare(tensors, patch_size, layout, columns, mean, std)
+    args = (patches, weight, *tensors[2:], float(eps), means, stds)
     name = forced_backend(backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out: Tensor = _PatchEmbed.apply(*tensors, *constants, name)
+    out: Tensor
+    if grad:
+        out = _PatchEmbed.apply(*args, name)
+    elif plain:
+        out = _fwd.run(*args, False, name)[0]
     else:
-        out = _fwd(*tensors, *constants, False, name)[0]
+        out = _fwd(*args, False, name)[0]
     return out[0] if layout == "rows" and pixels.dim() == 2 else out
