@@ -80,7 +80,7 @@ def place(table: Tensor, grids: Sequence[Sequence[int]], rows: int, options: dic
     return torch.cat((packed, packed.new_zeros(rows - len(packed), table.shape[2])))
 
 
-def check(table: Tensor, grids: Tensor, rows: int, options: dict[str, Any], backend: str) -> None:
+def check(table: Tensor, grids: Tensor, rows: int, options: dict[str, Any], backend: str, rule: str = "norm") -> None:
     table = table.detach().requires_grad_()
     out = resample_pos_embed(table, grids, rows, **options, backend=backend)
     exact_table = table.detach().double().requires_grad_()
@@ -89,7 +89,7 @@ def check(table: Tensor, grids: Tensor, rows: int, options: dict[str, Any], back
     (got,) = torch.autograd.grad(out, table, grad)
     (exact_grad,) = torch.autograd.grad(exact, exact_table, grad.double())
     assert out.dtype == table.dtype and out.is_contiguous()
-    result = compare(out, exact, "norm")
+    result = compare(out, exact, rule)
     assert result, result
     # A cell's gradient is a sum over all the rows that it reaches.
     result = compare(got, exact_grad.view(got.shape), "gemm")
@@ -129,10 +129,10 @@ cells = st.integers(2, 12)
 def test_any_grids(
     table: tuple[int, int], grids: list[tuple[int, int, int]], options: dict[str, Any], backend: str, device: torch.device
 ) -> None:
-    """The number of images and of rows stays, for a GPU compiles for them."""
+    """The number of images and of rows stays, for a GPU compiles for them. Few results differ, so their floor is left to luck."""
     merge, rows = options.get("merge_size", 1), 100 if "layout" in options else 1600
     sizes = torch.tensor([(t, h * merge, w * merge) for t, h, w in grids], device=device)
-    check(torch.randn(*table, 3, device=device), sizes, rows, options, backend)
+    check(torch.randn(*table, 3, device=device), sizes, rows, options, backend, "gemm")
 
 
 @pytest.mark.parametrize("backend", runnable(*OPS))

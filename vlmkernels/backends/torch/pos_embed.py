@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pos_embed`` in stock torch operations: four gathered cells for each row, or, with antialiasing, a matrix product.
+"""``pos_embed`` in stock torch operations: gathered cells for each row, or, with antialiasing on a GPU, a matrix product.
 
-How many cells an antialiased row takes depends on grids that the host does not read, so the product is over all of them.
+How many cells an antialiased row takes depends on the grids. On a CPU they are looked at; elsewhere nothing waits for them, and
+the product is over all cells.
 """
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 #: Weights that are in memory at once.
 _CHUNK = 2**25
+#: Cells of a row from which the product with all of them is the shorter way.
+_MANY = 64
+
+Taps = list[tuple[Tensor, Tensor]]
 
 
 def _patches(grids: Tensor, rows: int, merge: int, padded: bool, pad_first: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +45,7 @@ def _patches(grids: Tensor, rows: int, merge: int, padded: bool, pad_first: bool
     return torch.stack((band * merge + local // merge, block * merge + local % merge)), sides, filled
 
 
-def _neighbours(place: Tensor, count: Tensor, size: int, align_corners: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+def _neighbours(place: Tensor, count: Tensor, size: int, align_corners: bool) -> Taps:
     """The two cells around a patch along one axis and their weights in fp64. Where one cell is enough, it comes twice."""
     if align_corners:
         ahead, unit = place * (size - 1), (count - 1).clamp(min=1)
@@ -51,7 +56,28 @@ def _neighbours(place: Tensor, count: Tensor, size: int, align_corners: bool) ->
     # Not the weights 1 and 0: 0 times an infinite cell would be NaN.
     part = torch.where(rest > 0, rest.double() / unit, 0.5)
     second = torch.where(rest > 0, first + 1, first).clamp(max=size - 1)
-    return (first, 1 - part), (second, part)
+    return [(first, 1 - part), (second, part)]
+
+
+def _covered(place: Tensor, count: Tensor, size: int) -> Taps:
+    """All cells that an antialiased patch covers, for grids that may be read. Cells of weight 0 repeat the first."""
+    centre, reach = (2 * place + 1) * size - count, 2 * count.clamp(min=size)
+    first = ((centre - reach) // (2 * count) + 1).clamp(0, size - 1)
+    last = ((centre + reach - 1) // (2 * count)).clamp(0, size - 1)
+    cells = [first + k for k in range(int((last - first).amax()) + 1)]
+    tents = [(reach - (2 * count * cell - centre).abs()).clamp(min=0) * (cell <= last) for cell in cells]
+    total = torch.stack(tents).sum(0).double()
+    return [(torch.where(cell <= last, cell, first), tent / total) for cell, tent in zip(cells, tents, strict=True)]
+
+
+def _taps(places: Tensor, sides: Tensor, height: int, width: int, align: bool, antialias: bool) -> tuple[Taps, Taps] | None:
+    """The cells of each row along both axes, or None where they are too many or unknown."""
+    if not antialias:
+        return _neighbours(places[0], sides[0], height, align), _neighbours(places[1], sides[1], width, align)
+    if places.device.type != "cpu" or places.numel() == 0:
+        return None
+    taps = _covered(places[0], sides[0], height), _covered(places[1], sides[1], width)
+    return taps if len(taps[0]) * len(taps[1]) <= min(_MANY, height * width) else None
 
 
 def _antialiased(place: Tensor, count: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -95,7 +121,8 @@ def pos_embed_fwd(
         return table.new_zeros(shape)
     places, sides, filled = _patches(grids, rows, merge_size, padded, pad_first)
     cells = table.reshape(-1, dim)
-    if antialias:
+    taps = _taps(places, sides, height, width, align_corners, antialias)
+    if taps is None:
         values, odd = _split_odd(cells)
         out = torch.empty(filled.shape[0], dim, dtype=table.dtype, device=table.device)
         step = max(_CHUNK // cells.shape[0], 1)
@@ -105,8 +132,8 @@ def pos_embed_fwd(
             out[part] = _product(weights, values, odd)
         return out.view(shape)
     wide = torch.zeros(filled.shape[0], dim, dtype=torch.promote_types(table.dtype, torch.float32), device=table.device)
-    for row, row_weight in _neighbours(places[0], sides[0], height, align_corners):
-        for column, column_weight in _neighbours(places[1], sides[1], width, align_corners):
+    for row, row_weight in taps[0]:
+        for column, column_weight in taps[1]:
             weight = (row_weight * column_weight).to(wide.dtype)
             wide.addcmul_(cells[row * width + column], weight[:, None])
     return wide.masked_fill_(~filled[:, None], 0.0).to(table.dtype).view(shape)
@@ -129,7 +156,8 @@ def pos_embed_bwd(
         return grad.new_zeros(shape)
     places, sides, filled = _patches(grids, rows, merge_size, padded, pad_first)
     grad = grad.reshape(-1, dim)
-    if antialias:
+    taps = _taps(places, sides, height, width, align_corners, antialias)
+    if taps is None:
         values, odd = _split_odd(grad)
         wide = values.new_zeros(height * width, dim)
         step = max(_CHUNK // (height * width), 1)
@@ -140,8 +168,8 @@ def pos_embed_bwd(
         return wide.to(grad.dtype).view(shape)
     values = grad.to(torch.promote_types(grad.dtype, torch.float32)).masked_fill(~filled[:, None], 0.0)
     wide = values.new_zeros(height * width, dim)
-    for row, row_weight in _neighbours(places[0], sides[0], height, align_corners):
-        for column, column_weight in _neighbours(places[1], sides[1], width, align_corners):
+    for row, row_weight in taps[0]:
+        for column, column_weight in taps[1]:
             weighted = values * (row_weight * column_weight).to(values.dtype)[:, None]
             # An embedding's gradient is sorted by row before it is added up; index_add_ on a GPU is not.
             wide += torch.ops.aten.embedding_dense_backward(weighted, row * width + column, height * width, -1, False)
