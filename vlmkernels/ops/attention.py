@@ -51,15 +51,15 @@ def attention(
         ValueError: shapes, dtypes (bf16, fp16, fp32, fp64; one for all three), devices or strides that don't fit.
         BackendError: the forced backend can't run these inputs.
     """
-    packed = q.dim() == 3
     _check(q, k, v, ranges, softcap)
+    packed = q.dim() == 3
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if causal and ranges is not None:
         ranges = ranges & KeyRanges.causal(q.shape[1], k.shape[1], device=q.device)
         causal = False
     start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else float(scale)
     arguments = (q, k, v, start, stop, causal, scale, float(softcap))
     out: torch.Tensor
     lse: torch.Tensor | None

@@ -48,10 +48,14 @@ MAX_ROW_STRIDE = 1 << 23
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x``, or a copy where its rows do not begin at multiples of 16 bytes."""
-    batch, row, head, _ = x.stride()
-    if x.data_ptr() & 15 or (batch | row | head) & 7:
+    if x.data_ptr() & 15 or not in_eights(x.stride()):
         return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def in_eights(strides: tuple[int, ...]) -> bool:
+    """Whether those over batch, rows and heads are multiples of 8 elements."""
+    return not (strides[0] | strides[1] | strides[2]) & 7
 
 
 def strides_in_eights(*strides: tuple[int, ...]) -> list[int]:

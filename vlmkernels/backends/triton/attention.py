@@ -23,6 +23,7 @@ from vlmkernels.backends.triton._attention_common import (
     RANGES,
     aligned,
     capped_logits2,
+    in_eights,
     is_hopper,
     key_span,
     load_rows,
@@ -176,7 +177,7 @@ def why_not_attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> str | None:
-    dim, value_dim = q.shape[-1], v.shape[-1]
+    dim, value_dim = q.size(-1), v.size(-1)
     if dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
         return f"it takes head dims of 8 to 256 in steps of 8, these are {dim} and {value_dim}"
     if q.dtype == torch.float64:
@@ -198,7 +199,10 @@ def _fwd_launch(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, v_shape: torch.Size,
     q_strides: tuple[int, ...], k_strides: tuple[int, ...], v_strides: tuple[int, ...],
     mask: int, row_stride: int, scale: float, softcap: float, save_lse: bool,
-) -> Launch:  # fmt: skip
+) -> Launch | None:  # fmt: skip
+    """The launch, or None where rows don't begin at multiples of 16 bytes."""
+    if not all(map(in_eights, (q_strides, k_strides, v_strides))):
+        return None
     batch, queries, heads, dim = q_shape
     _, keys, key_heads, value_dim = v_shape
     block_m, block_n, warps, stages = _fwd_config(max(dim, value_dim), queries, dtype.itemsize, is_hopper(device))
@@ -227,22 +231,28 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, queries, heads, _ = q_shape = q.shape
-    v_shape, row_stride = v.shape, 0
-    out = q.new_empty(batch, queries, heads, v_shape[3])
-    lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    mask = CAUSAL.value if causal else DENSE.value
+    q_shape, v_shape, dtype, device = q.shape, v.shape, q.dtype, q.device
+    batch, queries, heads, _ = q_shape
+    mask, row_stride = CAUSAL.value if causal else DENSE.value, 0
     if start is not None and stop is not None:
         mask, start, stop = RANGES.value, start.contiguous(), stop.contiguous()
         row_stride = queries if start.shape[0] > 1 else 0
     launch = _fwd_launch(
-        q.device, q.dtype, q_shape, v_shape, q.stride(), k.stride(), v.stride(), mask, row_stride, scale, softcap, save_lse
+        device, dtype, q_shape, v_shape, q.stride(), k.stride(), v.stride(), mask, row_stride, scale, softcap, save_lse
     )
-    launch(q, k, v, out, lse if save_lse else None, start, stop)
+    if launch is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        return attention_fwd(aligned(q), aligned(k), aligned(v), start, stop, causal, scale, softcap, save_lse)
+    out = q.new_empty(batch, queries, heads, v_shape[3])
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32) if save_lse else _fp32(device).new_empty(0)
+    if out.numel():
+        launch(q, k, v, out, lse if save_lse else None, start, stop)
     return out, lse
+
+
+@functools.cache
+def _fp32(device: torch.device) -> torch.Tensor:
+    """To make others from: naming a dtype costs a microsecond."""
+    return torch.empty(0, dtype=torch.float32, device=device)
 
 
 def aot_cases() -> list[AotCase]:

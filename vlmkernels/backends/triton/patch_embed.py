@@ -269,7 +269,7 @@ class _Cut(NamedTuple):
 @functools.lru_cache(maxsize=LAUNCHES)
 def _cut(
     device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...],
-    columns: tuple[int, ...], address: int, scale: tuple[float, ...] | None, shift: tuple[float, ...] | None,
+    columns: tuple[int, ...], address: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
 ) -> _Cut:  # fmt: skip
     """How patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]``, or the weight ``[D, C, Pt, Py, Px]``, become a matrix.
 
@@ -294,6 +294,9 @@ def _cut(
     scalars = (
         stride // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
     )  # fmt: skip
+    scale = shift = None
+    if mean is not None and std is not None:
+        scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
     launch = Launch(
         _patch_embed_cut_kernel, (strips * cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k),), scalars,
         K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift, CHANNELS=shape[4],
@@ -309,10 +312,8 @@ def _written(
 
     Its rows start at multiples of 16 bytes. Where it is written, K is rounded up to a multiple of 8 by columns of zeros.
     """
-    scale = shift = None
-    if mean is not None and std is not None:
-        scale, shift = tuple([1 / (255 * s) for s in std]), tuple([-m / s for m, s in zip(mean, std, strict=True)])
-    cut = _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, scale, shift)
+    affine = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
+    cut = _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, *affine)
     if cut.launch is None:
         return x, cut
     a = torch.empty((cut.m, cut.stride), dtype=dtype, device=x.device)

@@ -227,11 +227,9 @@ def _rows(strides: tuple[int, ...]) -> tuple[int, ...]:
     return strides if len(strides) == 4 else (0, *strides)
 
 
-def _table_strides(cos: torch.Tensor) -> tuple[int, int, int]:
-    if cos.dim() == 2:
-        return (0, *cos.stride())  # type: ignore[return-value]
-    batch, token, pair = cos.stride()
-    return (0 if cos.shape[0] == 1 else batch), token, pair
+def _table_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int]:
+    batch = 0 if len(shape) == 2 or shape[0] == 1 else strides[0]
+    return batch, strides[-2], strides[-1]
 
 
 def _width(head_dim: int) -> int:
@@ -245,7 +243,7 @@ def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, to
 @functools.lru_cache(maxsize=LAUNCHES)
 def _fwd_launch(
     device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype, q_weight: torch.dtype | None,
-    k_weight: torch.dtype | None, q_shape: torch.Size, kv_heads: int, half: int, strides_q: tuple[int, ...],
+    k_weight: torch.dtype | None, q_shape: torch.Size, kv_heads: int, table_shape: torch.Size, strides_q: tuple[int, ...],
     strides_k: tuple[int, ...], strides_oq: tuple[int, ...], strides_ok: tuple[int, ...], strides_t: tuple[int, ...],
     eps: float, interleaved: bool, inverse: bool, in_place: bool,
 ) -> Launch | None:  # fmt: skip
@@ -253,6 +251,7 @@ def _fwd_launch(
     batches, tokens, heads, head_dim = q_shape if len(q_shape) == 4 else (1, *q_shape)
     strides_q, strides_k = _rows(strides_q), _rows(strides_k)
     strides_o = (*_rows(strides_oq)[:2], *_rows(strides_ok)[:2])
+    strides_t, half = _table_strides(table_shape, strides_t), table_shape[-1]
     width = _width(head_dim)
     block = max(_BLOCK, width)
     pairs, blocks = [], []
@@ -299,8 +298,8 @@ def _launch_fwd(
     if k_weight is not None:
         k_weight, k_dtype = k_weight.contiguous(), k_weight.dtype
     launch = _fwd_launch(
-        q.device, q.dtype, cos.dtype, q_dtype, k_dtype, q.shape, k.shape[-2], cos.shape[-1],
-        q.stride(), k.stride(), out_q.stride(), out_k.stride(), _table_strides(cos),
+        q.device, q.dtype, cos.dtype, q_dtype, k_dtype, q.shape, k.size(-2), cos.shape,
+        q.stride(), k.stride(), out_q.stride(), out_k.stride(), cos.stride(),
         eps, interleaved, inverse, out_q is q and out_k is k,
     )  # fmt: skip
     if launch is not None:
@@ -323,7 +322,7 @@ def _norm_bwd(
     programs = min(programs, batches * blocks)
     partial = torch.empty(programs, head_dim, dtype=torch.float32, device=grad.device)
     strides_g, strides_x, strides_o = _rows(grad.stride()), _rows(x.stride()), _rows(out.stride())[:2]
-    strides_t = _table_strides(cos)
+    strides_t = _table_strides(cos.shape, cos.stride())
     vector_x, vector_o = _vector(grad.dtype, *strides_g[:3], *strides_x[:3]), _vector(grad.dtype, head_dim, *strides_o)
     vector_t = _vector(cos.dtype, *strides_t[:2])
     _rope_norm_bwd_kernel[(programs,)](
