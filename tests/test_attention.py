@@ -236,7 +236,7 @@ def test_attention_refuses(case):
 
 def test_attention_forced_backend_says_why(device):
     x = torch.zeros(1, 4, 2, 12, device=device)
-    with pytest.raises(BackendError, match="head dim is 12"):
+    with pytest.raises(BackendError, match="head dims of 8 to 256 in steps of 8, these are 12 and 12"):
         attention(x, x, x, backend="triton")
     with pytest.raises(BackendError, match="softcap"):
         attention(x, x, x, softcap=1.0, backend="torch")
