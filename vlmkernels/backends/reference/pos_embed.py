@@ -52,17 +52,17 @@ def _weights(
     """``[R or B * R, height * width]``."""
     y, x, h, w, filled = _places(grids, rows, merge, padded, pad_first)
     outer = _axis(y, h, height, align, antialias)[..., :, None] * _axis(x, w, width, align, antialias)[..., None, :]
-    return torch.where(filled[..., None, None], outer, 0.0).flatten(-2).flatten(0, -2)
+    return outer.masked_fill(~filled[..., None, None], 0.0).flatten(-2).flatten(0, -2)
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """``weights @ values`` where a weight of 0 leaves out what it meets, be it infinite or NaN. No weight is negative."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     values = values.to(dtype)
-    out = weights.to(dtype) @ values.where(values.isfinite(), 0.0)
+    out = weights.to(dtype) @ values.masked_fill(~values.isfinite(), 0.0)
     met = (weights > 0).to(dtype)
     for special, where in ((torch.inf, values == torch.inf), (-torch.inf, values == -torch.inf), (torch.nan, values.isnan())):
-        out = out + torch.where(met @ where.to(dtype) > 0, special, 0.0)
+        out = out + torch.zeros_like(out).masked_fill(met @ where.to(dtype) > 0, special)
     return out
 
 

@@ -22,8 +22,8 @@ def _patches(grids: Tensor, rows: int, merge: int, padded: bool, pad_first: bool
     grids = grids.to(torch.int64).clamp(0, rows)  # a side of more than all rows fits nowhere
     counts = grids.prod(1)
     if padded:
-        image = torch.arange(batch, device=grids.device).repeat_interleave(rows)
-        local = torch.arange(rows, device=grids.device).repeat(batch)
+        index = torch.arange(batch * rows, device=grids.device)
+        image, local = index // max(rows, 1), index % max(rows, 1)
         filled = local < counts[image]
         if pad_first:
             local = local * filled
@@ -54,7 +54,7 @@ def _neighbours(place: Tensor, count: Tensor, size: int, align_corners: bool) ->
     first = (ahead // unit).clamp(max=size - 1)
     rest = ahead - first * unit
     # Not the weights 1 and 0: 0 times an infinite cell would be NaN.
-    part = torch.where(rest > 0, rest.double() / unit, 0.5)
+    part = (rest.double() / unit).masked_fill_(rest == 0, 0.5)
     second = torch.where(rest > 0, first + 1, first).clamp(max=size - 1)
     return [(first, 1 - part), (second, part)]
 

@@ -382,6 +382,8 @@ def aot_cases() -> list[AotCase]:
         ("SigLIP2", 16, 1152, 64, 256, torch.bfloat16, True, True, False),
         ("SigLIP2 fp32", 16, 768, 64, 256, torch.float32, True, True, False),
         ("NaFlexVit", 16, 768, 3, 1024, torch.float16, True, False, False),
+        ("one of everything", 1, 1, 1, 1, torch.bfloat16, False, False, False),
+        ("one of everything, padded", 1, 1, 1, 1, torch.bfloat16, True, True, True),
         ("NaFlexVit odd", 7, 90, 3, 100, torch.float32, True, False, False),
     ):
         cases.append(AotCase(name, functools.partial(call, *arguments)))
