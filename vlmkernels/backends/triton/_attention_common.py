@@ -84,7 +84,7 @@ def make_mask(q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, stop
     if start is None or stop is None:
         return Mask(CAUSAL.value if causal else DENSE.value, q, q, q, q, 0, 0, 0)
     start, stop = start.contiguous(), stop.contiguous()
-    q_bounds, k_bounds = torch.ops.vlmkernels.tile_bounds(start, stop, k.shape[1], "")
+    q_bounds, k_bounds = torch.ops.vlmkernels.tile_bounds.default(start, stop, k.shape[1], "")
     if start.shape[0] == 1:
         return Mask(RANGES.value, start, stop, q_bounds, k_bounds, 0, 0, 0)
     strides = start.stride(0), q_bounds.stride(0), k_bounds.stride(0)
