@@ -26,12 +26,34 @@ constexpr int kPadding = 112;            // bytes of a row in a stage that segme
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
 constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
 
+// Division by a number that the host knows, for 0 <= n < 2^31: a tenth of a division's cycles.
+struct Divisor {
+  int32_t divisor;
+  uint32_t multiplier;
+  int32_t shift;
+
+  explicit Divisor(int d) : divisor(d), multiplier(0), shift(0) {
+    if (d <= 1) return;
+    int bits = 0;
+    while ((int64_t{1} << bits) < d) ++bits;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + d - 1) / d);
+    shift = bits - 1;
+  }
+
+  __device__ __forceinline__ int divide(int n) const {
+    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift);
+  }
+};
+
 // How tiles are dealt out: column group g of cluster i takes the tiles i, i + clusters, ...
 struct Schedule {
   int32_t cluster;        // blocks in a cluster: columns of the output that share pixels
   int32_t column_groups;  // clusters side by side that make up all columns
   int32_t clusters;       // of each column group
   int32_t tiles;
+  int32_t rows;    // of patches, in all images
+  Divisor width;   // of a row, in patches; may be one more than there are
+  Divisor grid_y;  // rows of an image
 };
 
 __device__ __forceinline__ uint32_t to_bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
@@ -54,14 +76,15 @@ struct Config {
   static constexpr int kRows = kChannels * kPatch;
   static constexpr int kDepth = kRows * kPatch;
   static constexpr int kSteps = ceil_div(kDepth, 16);
-  static constexpr int kSums = kColumns / 2;               // of each thread
-  static constexpr int kVector = kPatch % 4 == 0 ? 4 : 2;  // pixels that a thread reads at once
+  static constexpr int kSums = kColumns / 2;  // of each thread
   static_assert(kPatch == 14 || kPatch == 16);
 
   // Bytes. A row of pixels of all patches of a tile has room for segments that don't begin and end
-  // at multiples of 16.
+  // at multiples of 16. Lane q of four reads row q: rows begin in banks such that all lanes' reads
+  // together fill every bank once.
   static constexpr int kRowBytes = kPatch * static_cast<int>(sizeof(Pixel));
-  static constexpr int kPitch = kTile * kRowBytes + (kRowBytes % 16 ? kPadding : 0);
+  static constexpr int kRoom = kTile * kRowBytes + (kPatch == 14 ? kPadding : 0);
+  static constexpr int kPitch = ceil_div(kRoom, 128) * 128 + (kRowBytes == 32 ? 16 : 32);
   static constexpr int kStageBytes = kStageRows * kPitch;
   // Bricks of 8 columns that follow each other along k start in different banks: the stores of a
   // weight row don't collide.
@@ -80,10 +103,15 @@ struct Config {
   static constexpr int kRingBytes = kSlots * kSlotBytes;
   static constexpr int kSharedBytes = kPixels + kGroups * kRingBytes;
 
-  // The patch of row 8 h + i of a warp's 16. Four pairs of bf16 pixels of 8 patches that are 4
-  // apart fill all 32 banks once: 28 bytes a row of a patch.
+  // With 14 pixels, a thread's two patches are neighbours: 28 pixels are whole words, 14 are not.
+  // So rows of patches are taken as even.
+  static int width(int grid_x) { return kPatch == 14 ? (grid_x + 1) & ~1 : grid_x; }
+
+  // The patch of row 8 h + i of a warp's 16.
   __device__ static int patch_of(int warp, int h, int i) {
-    if constexpr (kRowBytes == 28) return 32 * (warp >> 1) + 4 * i + 2 * (warp & 1) + h;
+    if constexpr (kPatch == 14) return 16 * warp + 2 * i + h;
+    // Two lanes that are read together are 64 bytes apart: see kPitch.
+    if constexpr (kRowBytes == 32) i = (i & 4) | (i & 1) << 1 | (i >> 1 & 1);
     return 16 * warp + 8 * h + i;
   }
 
@@ -116,28 +144,6 @@ struct Config {
     const uint32_t bits = __byte_perm(word, 0x64, kBytes);
     const __half2 x = *reinterpret_cast<const __half2*>(&bits);
     return patch_embed::to_bits(__hsub2(x, __half2half2(__ushort_as_half(0x6480))));
-  }
-
-  __device__ static uint32_t load_two(uint32_t address) {
-    uint32_t word;
-    if constexpr (kFold) {
-      uint16_t bytes;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bytes) : "r"(address) : "memory");
-      return widen<0x4140>(bytes);
-    } else {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
-      return word;
-    }
-  }
-
-  __device__ static void load_four(uint32_t address, uint32_t& x, uint32_t& y) {
-    if constexpr (kFold) {
-      uint32_t word;
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
-      x = widen<0x4140>(word), y = widen<0x4342>(word);
-    } else {
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
-    }
   }
 };
 

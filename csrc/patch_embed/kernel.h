@@ -22,28 +22,42 @@ namespace patch_embed {
 // grid.
 struct Tile {
   int first_patch, last_patch;  // the first and the last one there is
-  int first_row, segments;      // grid rows, counted through all images
+  int first_row, segments;      // rows of patches, counted through all images
   int first_x;                  // of the first segment; the others begin at the image's edge
   int shift;                    // bytes from the copied segment's begin to its first patch
-  int first_bytes, row_bytes;   // copied for the first segment, and for a whole row of the grid
+  int first_bytes, row_bytes;   // copied for the first segment, and for a whole row of patches
 };
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
 
 template <typename C>
-__device__ __forceinline__ Tile tile_at(const VlmkPatchEmbedParams& p, int tile, int patches) {
+__device__ __forceinline__ Tile tile_at(const Schedule& s, int tile) {
+  const int width = s.width.divisor;
   Tile t;
   t.first_patch = tile * kTile;
-  t.last_patch = min(t.first_patch + kTile, patches) - 1;
-  t.first_row = t.first_patch / p.grid_x;
-  t.first_x = t.first_patch - t.first_row * p.grid_x;
-  t.segments = t.last_patch / p.grid_x - t.first_row + 1;
+  t.last_patch = min(t.first_patch + kTile, s.rows * width) - 1;
+  t.first_row = s.width.divide(t.first_patch);
+  t.first_x = t.first_patch - t.first_row * width;
+  t.segments = s.width.divide(t.last_patch) - t.first_row + 1;
   t.shift = (t.first_x * C::kRowBytes) & 15;
-  const int in_first = min(p.grid_x - t.first_x, t.last_patch - t.first_patch + 1);
+  const int in_first = min(width - t.first_x, t.last_patch - t.first_patch + 1);
   t.first_bytes = round_up_16(t.shift + in_first * C::kRowBytes);
-  t.row_bytes = round_up_16(p.grid_x * C::kRowBytes);
+  t.row_bytes = round_up_16(width * C::kRowBytes);
   return t;
 }
+
+// Where the tokens of a patch go and its position comes from.
+struct Place {
+  bool there;
+  int image, patch;
+
+  __device__ __forceinline__ Place(const VlmkPatchEmbedParams& p, const Schedule& s, int counted) {
+    const int row = s.width.divide(counted), x = counted - row * s.width.divisor;
+    image = s.grid_y.divide(row);
+    patch = (row - image * s.grid_y.divisor) * p.grid_x + x;
+    there = row < s.rows && x < p.grid_x;
+  }
+};
 
 // The barriers of one warpgroup. A slot of its ring of pixels has two halves of 4 rows of pixels.
 struct Barriers {
@@ -67,12 +81,19 @@ struct Parities {
 // ---- Weights -----------------------------------------------------------------------------------
 
 // Where weight (column n, k) lies in bytes. Columns are dealt out so that a thread's sums are 8
-// neighbouring tokens' channels, and k so that its operands are neighbouring pixels.
+// neighbouring channels of a token. k is dealt out so that lane q of four has rows q, q + 4, ... of
+// the patch's pixels; of the last two rows of 14, two lanes share each.
 template <typename C>
 __device__ __forceinline__ int weight_offset(int n, int k) {
-  const int row = (n & ~31) | (n & 6) << 2 | (n >> 2 & 6) | (n & 1);
-  if constexpr (C::kVector == 4) k = (k & ~15) | (k & 2) << 2 | (k >> 1 & 6) | (k & 1);
-  return (k >> 3) * C::kWeightStride + row * 16 + (k & 7) * 2;
+  const int column = (n & ~31) | (n & 6) << 2 | (n >> 2 & 6) | (n & 1);
+  const int row = k / C::kPatch, x = k % C::kPatch;
+  int quad = row / 4 * (C::kPatch / 2) + x / 2, lane = row % 4;
+  if constexpr (C::kRows % 4 == 2) {
+    if (row >= C::kRows - 2) quad = C::kRows / 4 * (C::kPatch / 2) + x / 2 % 4, lane += x / 8 * 2;
+    if (k >= C::kDepth)
+      quad = 2 * C::kSteps - 1, lane = k / 2 % 4;  // zeros in the places left over
+  }
+  return quad * C::kWeightStride + column * 16 + (2 * lane + (k & 1)) * 2;
 }
 
 // A power of two that brings the largest of a row's folded weights to 2^14: fp16 then holds the
@@ -216,47 +237,53 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
 template <typename C>
 __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, int group,
                             uint32_t ring, Barriers barriers) {
-  constexpr int kPieces = ceil_div(C::kPitch / 16, 32);
+  constexpr int kPieces = ceil_div(C::kRoom / 16, 32);
   constexpr int kPixelBytes = sizeof(typename C::Pixel);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int patches = p.batch * p.grid_y * p.grid_x;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
+  const int64_t plane = p.pixel_stride_c * kPixelBytes, line = p.pixel_stride_y * kPixelBytes;
   Parities empty{~0u};
   int slot = 0;
   for (int tile = worker + group * s.clusters; tile < s.tiles; tile += kGroups * s.clusters) {
-    const Tile t = tile_at<C>(p, tile, patches);
-    const int last_begin = (t.first_row + t.segments - 1) * p.grid_x;
+    const Tile t = tile_at<C>(s, tile);
+    const int last_begin = (t.first_row + t.segments - 1) * s.width.divisor;
     const int last_bytes = round_up_16((t.last_patch - last_begin + 1) * C::kRowBytes);
     const int bytes = t.segments == 1 ? t.first_bytes
                                       : t.first_bytes + (t.segments - 2) * t.row_bytes + last_bytes;
     const char* sources[kPieces];
+    uint32_t copied = 0;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int place = (lane + 32 * i) * 16;
-      const int behind_first = place - t.first_bytes;
-      const int segment = behind_first < 0 ? 0 : 1 + behind_first / t.row_bytes;
-      const int b = (t.first_row + segment) / p.grid_y;
-      const int gy = t.first_row + segment - b * p.grid_y;
-      sources[i] = static_cast<const char*>(p.pixels) +
-                   (b * p.pixel_stride_b + gy * p.pixel_stride_gy) * kPixelBytes +
-                   (segment == 0 ? place + t.first_x * C::kRowBytes - t.shift
-                                 : behind_first - (segment - 1) * t.row_bytes);
+      int row = t.first_row, inside = place - t.shift + t.first_x * C::kRowBytes, behind = place;
+      int segment_bytes = t.first_bytes;
+      while (behind >= segment_bytes && behind < bytes) {
+        behind -= segment_bytes, inside = behind, segment_bytes = t.row_bytes, ++row;
+      }
+      // What rows have been widened by is not there.
+      if (place < bytes && inside < round_up_16(p.grid_x * C::kRowBytes)) copied |= 1u << i;
+      const int b = s.grid_y.divide(row), gy = row - b * s.grid_y.divisor;
+      sources[i] = static_cast<const char*>(p.pixels) + inside +
+                   (b * p.pixel_stride_b + gy * p.pixel_stride_gy) * kPixelBytes;
     }
+    int y = 0;
+#pragma unroll 1
     for (int first = 0; first < C::kRows; first += kStageRows) {
       const int half = first / kStageRows % 2;
+      const uint32_t stage = ring + slot * C::kSlotBytes + half * C::kStageBytes + lane * 16;
       barrier_wait(barriers.empty(slot, half), empty.next(slot, half));
-      const uint32_t stage = ring + (2 * slot + half) * C::kStageBytes + lane * 16;
 #pragma unroll
       for (int j = 0; j < kStageRows; ++j) {
-        const int row = first + j, c = row / C::kPatch, y = row % C::kPatch;
-        const int64_t offset = (c * p.pixel_stride_c + y * p.pixel_stride_y) * kPixelBytes;
-        if (C::kRows % kStageRows && row >= C::kRows) break;
+        if (C::kRows % kStageRows == j && first + j == C::kRows) break;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          if ((lane + 32 * i) * 16 < bytes) {
-            copy_async(stage + j * C::kPitch + i * 512, sources[i] + offset);
-          }
+          if (copied >> i & 1) copy_async(stage + j * C::kPitch + i * 512, sources[i]);
         }
+        // From row to row one addition: this warp has no time for more.
+        y = y + 1 == C::kPatch ? 0 : y + 1;
+        const int64_t next = y == 0 ? plane - (C::kPatch - 1) * line : line;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) sources[i] += next;
       }
       barrier_arrive_after_copies(barriers.full(slot, half));
       if (half == 1 || first + kStageRows >= C::kRows) slot = slot + 1 == C::kSlots ? 0 : slot + 1;
@@ -266,72 +293,93 @@ __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, in
 
 // ---- Products ----------------------------------------------------------------------------------
 
-// The thread's two patches in shared memory: addresses of its first pixels in the first slot.
+// The pixels that a thread multiplies of half a slot, as they lie in memory: one row of each of its
+// two patches.
 template <typename C>
-struct Operands {
-  uint32_t patch[2];
+struct Pixels {
+  static constexpr int kPairs = C::kPatch / 2;
+  static constexpr int kWords = kPairs * static_cast<int>(sizeof(typename C::Pixel));
+  uint32_t words[kWords];
 
-  // The operand of product `step` of the 8 rows of pixels in a slot, `slot` bytes behind the first.
-  __device__ __forceinline__ void load(uint32_t (&a)[4], int step, uint32_t slot) const {
-    if constexpr (C::kVector == 4) {
-      const uint32_t offset =
-          slot + step / kStageRows * C::kStageBytes + step % kStageRows * C::kPitch;
+  // From where the pixels of the first patch begin, and of the second if they aren't neighbours.
+  __device__ __forceinline__ void load(uint32_t first, uint32_t second) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) C::load_four(patch[h] + offset, a[h], a[2 + h]);
-    } else {
-      const int q = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Four pairs of pixels, one for each lane: 7 such quads are 4 rows. Some lanes' pairs lie
-        // in the next row.
-        const int quad = 2 * step + half, pair = quad % 7 * 4;
-        const uint32_t wrap = q >= 7 - pair % 7 ? C::kPitch - C::kRowBytes : 0;
-        const uint32_t offset = quad / 7 * C::kStageBytes + pair / 7 * C::kPitch +
-                                pair % 7 * 2 * static_cast<int>(sizeof(typename C::Pixel));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) a[2 * half + h] = C::load_two(patch[h] + slot + wrap + offset);
+    for (int i = 0; i < kWords;) {
+      if constexpr (C::kPatch == 16) {
+        load_shared(i < kWords / 2 ? first + i * 4 : second + i * 4 - kWords * 2,
+                    *reinterpret_cast<uint4*>(words + i));
+        i += 4;
+      } else if constexpr (!C::kFold) {
+        load_shared(first + i * 4, *reinterpret_cast<uint2*>(words + i));
+        i += 2;
+      } else {
+        load_shared(first + i * 4, words[i]);
+        i += 1;
       }
+    }
+  }
+
+  // The pair of pixels `pair` of patch h.
+  __device__ __forceinline__ uint32_t operand(int h, int pair) const {
+    const int index = h * kPairs + pair;  // patches are behind each other in words too
+    if constexpr (C::kFold) {
+      return index % 2 ? C::template widen<0x4342>(words[index / 2])
+                       : C::template widen<0x4140>(words[index / 2]);
+    } else {
+      // A register of its own: ptxas lets no product wait for a load while others run.
+      uint32_t copy;
+      asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(words[index]));
+      return copy;
     }
   }
 };
 
-// Adds the products of up to 8 rows of pixels, those of one slot. One product runs while the next
-// one's operand is read.
+// Adds the products of up to 8 rows of pixels, those of one slot; `patch` are the addresses of the
+// thread's two patches in the first slot. One product runs while the next one's operand is formed.
 template <typename C, int kBodyRows>
-__device__ __forceinline__ void multiply(float (&sum)[C::kSums], const Operands<C>& operands,
+__device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t& b, Barriers barriers, Parities& full,
                                          int& slot) {
+  constexpr int kQuads = C::kPatch / 2;  // of half a slot
+  constexpr bool kTwo = kBodyRows > kStageRows;
   constexpr int kSteps = ceil_div(kBodyRows * C::kPatch, 16);
-  constexpr bool kTwo = kBodyRows > kStageRows;                  // halves
-  constexpr int kFirstOfSecond = kTwo ? C::kPatch / 4 : kSteps;  // the first step to read it
-  constexpr int kLastOfFirst = kTwo ? (C::kPatch / 2 - 1) / 2 : kSteps - 1;
-  constexpr bool kCut = kSteps * 16 > kBodyRows * C::kPatch;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t offset = slot * 2 * C::kStageBytes;
-  const auto release = [&](int half) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, q = lane % 4;
+  // Of two rows, lanes q and q + 2 take the beginning and the end of the same one.
+  const uint32_t own =
+      kBodyRows > 2 ? q * C::kPitch : q % 2 * C::kPitch + q / 2 * 8 * sizeof(typename C::Pixel);
+  const uint32_t offset = slot * C::kSlotBytes + own;
+  Pixels<C> halves[2];
+  uint32_t a[2][4];
+  const auto load = [&](int half) {
+    barrier_wait(barriers.full(slot, half), full.next(slot, half));
+    const uint32_t there = offset + half * C::kStageBytes;
+    halves[half].load(patch[0] + there, patch[1] + there);
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers.empty(slot, half));
   };
-  uint32_t a[2][4];
-  barrier_wait(barriers.full(slot, 0), full.next(slot, 0));
+  const auto form = [&](uint32_t (&operand)[4], int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int quad = 2 * step + i / 2;
+      operand[i] = halves[quad / kQuads].operand(i % 2, quad % kQuads);
+      // Beyond the last pixel lie other patches': 0 times their NaN would be NaN.
+      if (kBodyRows == 2 && !C::kFold && quad == 3 && q >= 2) operand[i] = 0;
+    }
+  };
+  load(0);
   mma_wait<0>();
-  operands.load(a[0], 0, offset);
+  form(a[0], 0);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     mma_fence();
     mma<typename C::Operand, C::kColumns>(sum, a[step & 1], b, true);
     mma_commit();
     b += 2 * C::kWeightStride >> 4;
+    if (kTwo && step == 0) load(1);
     if (step + 1 == kSteps) break;
-    if (step + 1 == kFirstOfSecond) barrier_wait(barriers.full(slot, 1), full.next(slot, 1));
     mma_wait<1>();
-    uint32_t (&next)[4] = a[(step + 1) & 1];
-    operands.load(next, step + 1, offset);
-    // Beyond the last pixel lie other patches': 0 times their NaN would be NaN.
-    if (kCut && !C::kFold && step + 2 == kSteps && lane % 4 >= 2) next[2] = next[3] = 0;
-    if (step + 1 == kLastOfFirst) release(0);
+    form(a[(step + 1) & 1], step + 1);
   }
-  if (kTwo) release(1);
   slot = slot + 1 == C::kSlots ? 0 : slot + 1;
 }
 
@@ -342,19 +390,19 @@ template <typename C>
 struct Positions {
   uint4 columns[2][C::kColumns / 32];
 
-  __device__ __forceinline__ void load(const VlmkPatchEmbedParams& p, const int (&patch)[2],
-                                       int patches, int column) {
-    const int per_image = p.grid_y * p.grid_x;
+  __device__ __forceinline__ void load(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                       const int (&patch)[2], int column) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int b = patch[h] / per_image, n = patch[h] - b * per_image;
-      const auto* pos = static_cast<const typename C::Token*>(p.pos) + b * p.pos_stride_b +
-                        (n + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + column;
+      const Place place(p, s, patch[h]);
+      const auto* pos =
+          static_cast<const typename C::Token*>(p.pos) + place.image * p.pos_stride_b +
+          (place.patch + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + column;
 #pragma unroll
       for (int g = 0; g < C::kColumns / 32; ++g) {
-        const bool there = p.pos && patch[h] < patches && column + 32 * g < p.dim;
+        const bool add = p.pos && place.there && column + 32 * g < p.dim;
         columns[h][g] =
-            there ? __ldg(reinterpret_cast<const uint4*>(pos + 32 * g)) : make_uint4(0, 0, 0, 0);
+            add ? __ldg(reinterpret_cast<const uint4*>(pos + 32 * g)) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -431,25 +479,25 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
 
 // The thread's columns of its two tokens, where there are such patches and columns.
 template <typename C>
-__device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, void* tokens,
-                                             const float (&sum)[C::kSums], const int (&patch)[2],
-                                             int patches, int first_column) {
-  const int per_image = p.grid_y * p.grid_x;
+__device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                             void* tokens, const float (&sum)[C::kSums],
+                                             const int (&patch)[2], int first_column) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (patch[h] < patches) {
-      const int b = patch[h] / per_image, n = patch[h] - b * per_image;
-      const int64_t row = int64_t{b} * (per_image + p.num_prefix) + p.num_prefix + n;
-      auto* out = static_cast<typename C::Token*>(tokens) + row * p.dim + first_column;
+    const Place place(p, s, patch[h]);
+    const int64_t row =
+        int64_t{place.image} * (p.grid_y * p.grid_x + p.num_prefix) + p.num_prefix + place.patch;
+    auto* out = static_cast<typename C::Token*>(tokens) + row * p.dim + first_column;
 #pragma unroll
-      for (int g = 0; g < C::kColumns / 32; ++g) {
-        uint4 packed;
+    for (int g = 0; g < C::kColumns / 32; ++g) {
+      uint4 packed;
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-          const int i = (4 * g + u) * 4 + 2 * h;
-          (&packed.x)[u] = to_bits(C::to_tokens(sum[i], sum[i + 1]));
-        }
-        if (first_column + 32 * g < p.dim) *reinterpret_cast<uint4*>(out + 32 * g) = packed;
+      for (int u = 0; u < 4; ++u) {
+        const int i = (4 * g + u) * 4 + 2 * h;
+        (&packed.x)[u] = to_bits(C::to_tokens(sum[i], sum[i + 1]));
+      }
+      if (place.there && first_column + 32 * g < p.dim) {
+        *reinterpret_cast<uint4*>(out + 32 * g) = packed;
       }
     }
   }
@@ -458,7 +506,7 @@ __device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, void
 template <typename C>
 __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const Schedule& s,
                                             float (&sum)[C::kSums], const Positions<C>& positions,
-                                            const int (&patch)[2], int patches, int first_column,
+                                            const int (&patch)[2], int first_column,
                                             const float2* affine, const float2* norm,
                                             float2* statistics, Barriers barriers,
                                             uint32_t parity) {
@@ -480,7 +528,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
   if constexpr (C::kNormed) {
     float2 mean_rstd[2];
     share_statistics<C>(p, s, sum, statistics, barriers, parity, mean_rstd);
-    if (p.total) store_tokens<C>(p, p.total, sum, patch, patches, column);
+    if (p.total) store_tokens<C>(p, s, p.total, sum, patch, column);
 #pragma unroll
     for (int i = 0; i < C::kSums / 4; ++i) {
       const int place = 32 * (i / 4) + 8 * q + 2 * (i % 4);
@@ -494,7 +542,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
       }
     }
   }
-  store_tokens<C>(p, p.out, sum, patch, patches, column);
+  store_tokens<C>(p, s, p.out, sum, patch, column);
 }
 
 // ---- The kernel --------------------------------------------------------------------------------
@@ -505,7 +553,6 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
                                             int first_column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
-  const int patches = p.batch * p.grid_y * p.grid_x;
   const uint32_t ring = shared_address(shared + C::kPixels) + group * C::kRingBytes;
   const uint64_t weights = plain_descriptor(shared_address(shared), C::kWeightStride);
   const auto* affine = reinterpret_cast<const float2*>(shared + C::kAffine);
@@ -522,20 +569,18 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
   if (first && group > 0) barrier_wait(barriers.turn(), 0);
   float sum[C::kSums];
   for (int tile = worker + group * s.clusters; tile < s.tiles; tile += kGroups * s.clusters) {
-    const Tile t = tile_at<C>(p, tile, patches);
-    Operands<C> operands;
+    const Tile t = tile_at<C>(s, tile);
     int patch[2];
+    uint32_t address[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       patch[h] = t.first_patch + C::patch_of(warp, h, lane / 4);
-      const int there = min(patch[h], t.last_patch);
-      const int grid_row = there / p.grid_x, x = there - grid_row * p.grid_x;
-      const int segment = grid_row - t.first_row;
-      const int place = segment == 0
-                            ? t.shift + (x - t.first_x) * C::kRowBytes
-                            : t.first_bytes + (segment - 1) * t.row_bytes + x * C::kRowBytes;
-      operands.patch[h] =
-          ring + place + lane % 4 * C::kVector * static_cast<int>(sizeof(typename C::Pixel));
+      // Neighbours stay neighbours at the end.
+      const int there = min(patch[h], t.last_patch - (C::kPatch == 14 ? 1 - h : 0));
+      const int row = s.width.divide(there), x = there - row * s.width.divisor;
+      const int behind = row - t.first_row - 1;
+      address[h] = ring + (behind < 0 ? t.shift + (x - t.first_x) * C::kRowBytes
+                                      : t.first_bytes + behind * t.row_bytes + x * C::kRowBytes);
     }
 #pragma unroll
     for (float& x : sum) x = 0.0f;
@@ -545,18 +590,18 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
 #pragma unroll 1
     for (int body = 0; body < kWhole; ++body) {
       // On their way while the last products run.
-      if (body + 1 == kWhole) positions.load(p, patch, patches, first_column + 8 * (lane % 4));
-      multiply<C, 2 * kStageRows>(sum, operands, b, barriers, full, slot);
+      if (body + 1 == kWhole) positions.load(p, s, patch, first_column + 8 * (lane % 4));
+      multiply<C, 2 * kStageRows>(sum, address, b, barriers, full, slot);
       if (first && body == kWhole / kGroups) {
         first = false;
         if (threadIdx.x % 128 == 0 && group + 1 < kGroups) barrier_arrive(next_turn);
       }
     }
     if constexpr (kRest > 0) {
-      multiply<C, kRest>(sum, operands, b, barriers, full, slot);
+      multiply<C, kRest>(sum, address, b, barriers, full, slot);
     }
     mma_wait<0>();
-    finish_tile<C>(p, s, sum, positions, patch, patches, first_column, affine, norm,
+    finish_tile<C>(p, s, sum, positions, patch, first_column, affine, norm,
                    statistics + norm_parity * kMaxCluster * kTile, barriers, norm_parity);
     norm_parity ^= 1;
   }

@@ -15,7 +15,7 @@ constexpr int kMaxDevices = 64;
 
 struct Plan {
   int64_t cost;  // of the busiest block, in columns times tiles
-  Schedule schedule;
+  Schedule schedule{1, 1, 1, 0, 0, Divisor(1), Divisor(1)};
 };
 
 // How many clusters of this size the GPU holds at once; 0 where the kernel can't run.
@@ -49,7 +49,8 @@ int most_clusters(int cluster, int& count) {
 template <typename C>
 int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
   const int blocks = ceil_div(p.dim, C::kColumns);
-  const int tiles = ceil_div(p.batch * p.grid_y * p.grid_x, kTile);
+  const int rows = p.batch * p.grid_y, width = C::width(p.grid_x);
+  const int tiles = ceil_div(rows * width, kTile);
   // The statistics of a row come from one cluster, with no column outside the row.
   if (C::kNormed && (p.dim % C::kColumns || blocks > kMaxCluster)) return 0;
   const int cluster = C::kNormed ? blocks : 1;
@@ -59,7 +60,10 @@ int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
   const int clusters = std::min(most / (blocks / cluster), tiles);
   if (clusters == 0) return 0;
   const int64_t cost = int64_t{ceil_div(tiles, clusters)} * C::kColumns;
-  if (cost < plan.cost) plan = {cost, {cluster, blocks / cluster, clusters, tiles}};
+  if (cost < plan.cost) {
+    plan = {cost,
+            {cluster, blocks / cluster, clusters, tiles, rows, Divisor(width), Divisor(p.grid_y)}};
+  }
   return 0;
 }
 
@@ -76,7 +80,7 @@ template <int kPatch, typename Pixel, typename Token, bool kNormed>
 int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
   using Narrow = Config<kPatch, 96, Pixel, Token, kNormed>;
   using Wide = Config<kPatch, 128, Pixel, Token, kNormed>;
-  Plan plan{INT64_MAX, {}};
+  Plan plan{INT64_MAX};
   int code = improve<Narrow>(p, plan);
   if (code) return code;
   if constexpr (Wide::kSlots > (kNormed ? 0 : 1)) {
@@ -102,8 +106,8 @@ int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
 // Whether the rows of a tile's patches fit the room that a stage has.
 int check_pitch(const VlmkPatchEmbedParams& p) {
   const int row = p.patch * (p.pixel_type == VLMK_UINT8 ? 1 : 2);
-  const int segments = 1 + ceil_div(kTile - 1, p.grid_x);
-  const int64_t padding = int64_t{15} + segments * (round_up_16(p.grid_x * row) - p.grid_x * row);
+  const int width = (p.grid_x + 1) & ~1, segments = 1 + ceil_div(kTile - 1, width);
+  const int64_t padding = int64_t{15} + segments * (round_up_16(width * row) - width * row);
   VLMK_CHECK(row % 16 == 0 || padding <= kPadding, "%d patches side by side: too few", p.grid_x);
   return 0;
 }
@@ -117,7 +121,7 @@ int check(const VlmkPatchEmbedParams& p) {
   VLMK_CHECK(p.batch >= 0 && p.grid_y > 0 && p.grid_x > 0 && p.num_prefix >= 0,
              "batch %d, grid %d x %d, %d prefix tokens", p.batch, p.grid_y, p.grid_x, p.num_prefix);
   const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
-  VLMK_CHECK(p.batch * tokens < INT_MAX - kTile, "more than 2^31 tokens");
+  VLMK_CHECK(2 * p.batch * tokens < INT_MAX - kTile, "more than 2^30 tokens");
   VLMK_CHECK(p.dim > 0 && p.dim % 8 == 0, "dim %d: a multiple of 8", p.dim);
   const bool wide = p.patch == 14 && p.dim % 128 == 0 && p.dim / 128 <= kMaxCluster;
   const bool narrow = p.dim % 96 == 0 && p.dim / 96 <= kMaxCluster;
