@@ -93,7 +93,9 @@ struct Config {
   // Shared memory: weights, what doesn't grow, and as many slots of pixels as fit beside them.
   static constexpr int kAffine = 2 * kSteps * kWeightStride;
   static constexpr int kBarriers = kAffine + kColumns * 8;
-  static constexpr int kNorm = kBarriers + kGroups * kBarrierBytes;
+  static constexpr int kRowTable = kBarriers + kGroups * kBarrierBytes;
+  static constexpr int kTabulated = ceil_div(kRows, 2 * kStageRows) * 2 * kStageRows;
+  static constexpr int kNorm = kRowTable + kTabulated * 8;
   static constexpr int kStatistics = kNorm + (kNormed ? kColumns * 8 : 0);
   static constexpr int kPixels =
       kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0);

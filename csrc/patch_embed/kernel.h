@@ -68,15 +68,23 @@ struct Barriers {
   __device__ uint32_t turn() const { return statistics() + 8; }
 };
 
-// The parity of the next wait for each half, one bit each.
-struct Parities {
-  uint32_t bits;
-  __device__ uint32_t next(int slot, int half) {
-    const uint32_t parity = bits >> (2 * slot + half) & 1;
-    bits ^= 1u << (2 * slot + half);
-    return parity;
+// The next slot of a ring, and the parity of the wait for it.
+template <typename C>
+struct Ring {
+  int slot = 0;
+  uint32_t parity;
+  __device__ explicit Ring(uint32_t first_parity) : parity(first_parity) {}
+  __device__ __forceinline__ void advance() {
+    const bool last = slot + 1 == C::kSlots;
+    slot = last ? 0 : slot + 1;
+    parity ^= last;
   }
 };
+
+// Known to be the same in all threads of a warp, so that what follows from it costs no registers.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 // ---- Weights -----------------------------------------------------------------------------------
 
@@ -232,18 +240,24 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
 
 // ---- Pixels ------------------------------------------------------------------------------------
 
+// Where the rows of pixels of a patch begin, in bytes behind its first.
+template <typename C>
+__device__ __forceinline__ void tabulate_rows(const VlmkPatchEmbedParams& p, int64_t* rows) {
+  const int row = static_cast<int>(threadIdx.x);
+  if (row >= C::kTabulated) return;  // some more than there are, for whole slots
+  rows[row] = (row / C::kPatch * p.pixel_stride_c + row % C::kPatch * p.pixel_stride_y) *
+              static_cast<int>(sizeof(typename C::Pixel));
+}
+
 // One warp feeds one warpgroup. It copies 16 bytes at a time, the same places of every row of
 // pixels.
 template <typename C>
 __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, int group,
-                            uint32_t ring, Barriers barriers) {
+                            uint32_t pixels, const int64_t* rows, Barriers barriers) {
   constexpr int kPieces = ceil_div(C::kRoom / 16, 32);
-  constexpr int kPixelBytes = sizeof(typename C::Pixel);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
-  const int64_t plane = p.pixel_stride_c * kPixelBytes, line = p.pixel_stride_y * kPixelBytes;
-  Parities empty{~0u};
-  int slot = 0;
+  Ring<C> ring(1);
   for (int tile = worker + group * s.clusters; tile < s.tiles; tile += kGroups * s.clusters) {
     const Tile t = tile_at<C>(s, tile);
     const int last_begin = (t.first_row + t.segments - 1) * s.width.divisor;
@@ -251,7 +265,7 @@ __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, in
     const int bytes = t.segments == 1 ? t.first_bytes
                                       : t.first_bytes + (t.segments - 2) * t.row_bytes + last_bytes;
     const char* sources[kPieces];
-    uint32_t copied = 0;
+    bool copied[kPieces];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int place = (lane + 32 * i) * 16;
@@ -261,32 +275,35 @@ __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, in
         behind -= segment_bytes, inside = behind, segment_bytes = t.row_bytes, ++row;
       }
       // What rows have been widened by is not there.
-      if (place < bytes && inside < round_up_16(p.grid_x * C::kRowBytes)) copied |= 1u << i;
+      copied[i] = place < bytes && inside < round_up_16(p.grid_x * C::kRowBytes);
       const int b = s.grid_y.divide(row), gy = row - b * s.grid_y.divisor;
       sources[i] = static_cast<const char*>(p.pixels) + inside +
-                   (b * p.pixel_stride_b + gy * p.pixel_stride_gy) * kPixelBytes;
+                   (b * p.pixel_stride_b + gy * p.pixel_stride_gy) *
+                       static_cast<int>(sizeof(typename C::Pixel));
+      asm volatile("" : "+l"(sources[i]));  // nvcc would add it up for every copy
     }
-    int y = 0;
 #pragma unroll 1
-    for (int first = 0; first < C::kRows; first += kStageRows) {
-      const int half = first / kStageRows % 2;
-      const uint32_t stage = ring + slot * C::kSlotBytes + half * C::kStageBytes + lane * 16;
-      barrier_wait(barriers.empty(slot, half), empty.next(slot, half));
+    for (int first = 0; first < C::kRows; first += 2 * kStageRows) {
 #pragma unroll
-      for (int j = 0; j < kStageRows; ++j) {
-        if (C::kRows % kStageRows == j && first + j == C::kRows) break;
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t stage =
+            pixels + ring.slot * C::kSlotBytes + half * C::kStageBytes + lane * 16;
+        const int row = first + half * kStageRows;
+        int64_t offsets[kStageRows];
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          if (copied >> i & 1) copy_async(stage + j * C::kPitch + i * 512, sources[i]);
+        for (int j = 0; j < kStageRows; ++j) offsets[j] = rows[row + j];
+        barrier_wait(barriers.empty(ring.slot, half), ring.parity);
+#pragma unroll
+        for (int j = 0; j < kStageRows; ++j) {
+          if (C::kRows % (2 * kStageRows) && row + j >= C::kRows) break;
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i) {
+            if (copied[i]) copy_async(stage + j * C::kPitch + i * 512, sources[i] + offsets[j]);
+          }
         }
-        // From row to row one addition: this warp has no time for more.
-        y = y + 1 == C::kPatch ? 0 : y + 1;
-        const int64_t next = y == 0 ? plane - (C::kPatch - 1) * line : line;
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) sources[i] += next;
+        barrier_arrive_after_copies(barriers.full(ring.slot, half));
       }
-      barrier_arrive_after_copies(barriers.full(slot, half));
-      if (half == 1 || first + kStageRows >= C::kRows) slot = slot + 1 == C::kSlots ? 0 : slot + 1;
+      ring.advance();
     }
   }
 }
@@ -326,9 +343,11 @@ struct Pixels {
       return index % 2 ? C::template widen<0x4342>(words[index / 2])
                        : C::template widen<0x4140>(words[index / 2]);
     } else {
-      // A register of its own: ptxas lets no product wait for a load while others run.
+      // A register of its own: where a load fills a product's operand, ptxas waits for the products
+      // before. It would see through a plain copy.
       uint32_t copy;
-      asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(words[index]));
+      const uint32_t zero = threadIdx.x >> 20;
+      asm volatile("xor.b32 %0, %1, %2;" : "=r"(copy) : "r"(words[index]), "r"(zero));
       return copy;
     }
   }
@@ -338,8 +357,7 @@ struct Pixels {
 // thread's two patches in the first slot. One product runs while the next one's operand is formed.
 template <typename C, int kBodyRows>
 __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t (&patch)[2],
-                                         uint64_t& b, Barriers barriers, Parities& full,
-                                         int& slot) {
+                                         uint64_t& b, Barriers barriers, Ring<C>& ring) {
   constexpr int kQuads = C::kPatch / 2;  // of half a slot
   constexpr bool kTwo = kBodyRows > kStageRows;
   constexpr int kSteps = ceil_div(kBodyRows * C::kPatch, 16);
@@ -347,15 +365,15 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
   // Of two rows, lanes q and q + 2 take the beginning and the end of the same one.
   const uint32_t own =
       kBodyRows > 2 ? q * C::kPitch : q % 2 * C::kPitch + q / 2 * 8 * sizeof(typename C::Pixel);
-  const uint32_t offset = slot * C::kSlotBytes + own;
+  const uint32_t offset = ring.slot * C::kSlotBytes + own;
   Pixels<C> halves[2];
   uint32_t a[2][4];
   const auto load = [&](int half) {
-    barrier_wait(barriers.full(slot, half), full.next(slot, half));
+    barrier_wait(barriers.full(ring.slot, half), ring.parity);
     const uint32_t there = offset + half * C::kStageBytes;
-    halves[half].load(patch[0] + there, patch[1] + there);
+    if (kTwo || half == 0) halves[half].load(patch[0] + there, patch[1] + there);
     __syncwarp();
-    if (lane == 0) barrier_arrive(barriers.empty(slot, half));
+    if (lane == 0) barrier_arrive(barriers.empty(ring.slot, half));
   };
   const auto form = [&](uint32_t (&operand)[4], int step) {
 #pragma unroll
@@ -375,12 +393,12 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
     mma<typename C::Operand, C::kColumns>(sum, a[step & 1], b, true);
     mma_commit();
     b += 2 * C::kWeightStride >> 4;
-    if (kTwo && step == 0) load(1);
+    if (step == 0) load(1);
     if (step + 1 == kSteps) break;
     mma_wait<1>();
     form(a[(step + 1) & 1], step + 1);
   }
-  slot = slot + 1 == C::kSlots ? 0 : slot + 1;
+  ring.advance();
 }
 
 // ---- Tokens ------------------------------------------------------------------------------------
@@ -553,7 +571,7 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
                                             int first_column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
-  const uint32_t ring = shared_address(shared + C::kPixels) + group * C::kRingBytes;
+  const uint32_t pixels = shared_address(shared + C::kPixels) + group * C::kRingBytes;
   const uint64_t weights = plain_descriptor(shared_address(shared), C::kWeightStride);
   const auto* affine = reinterpret_cast<const float2*>(shared + C::kAffine);
   const auto* norm = reinterpret_cast<const float2*>(shared + C::kNorm);
@@ -561,8 +579,7 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
       reinterpret_cast<float2*>(shared + C::kStatistics) + group * 2 * kMaxCluster * kTile;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
   const uint32_t next_turn = barriers.turn() + kBarrierBytes;
-  Parities full{0};
-  int slot = 0;
+  Ring<C> ring(0);
   uint32_t norm_parity = 0;
   // Warpgroups that began together would also store together, and the tensor cores would wait.
   bool first = s.tiles > 2 * kGroups * s.clusters;
@@ -579,8 +596,8 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
       const int there = min(patch[h], t.last_patch - (C::kPatch == 14 ? 1 - h : 0));
       const int row = s.width.divide(there), x = there - row * s.width.divisor;
       const int behind = row - t.first_row - 1;
-      address[h] = ring + (behind < 0 ? t.shift + (x - t.first_x) * C::kRowBytes
-                                      : t.first_bytes + behind * t.row_bytes + x * C::kRowBytes);
+      address[h] = pixels + (behind < 0 ? t.shift + (x - t.first_x) * C::kRowBytes
+                                        : t.first_bytes + behind * t.row_bytes + x * C::kRowBytes);
     }
 #pragma unroll
     for (float& x : sum) x = 0.0f;
@@ -591,14 +608,14 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     for (int body = 0; body < kWhole; ++body) {
       // On their way while the last products run.
       if (body + 1 == kWhole) positions.load(p, s, patch, first_column + 8 * (lane % 4));
-      multiply<C, 2 * kStageRows>(sum, address, b, barriers, full, slot);
+      multiply<C, 2 * kStageRows>(sum, address, b, barriers, ring);
       if (first && body == kWhole / kGroups) {
         first = false;
         if (threadIdx.x % 128 == 0 && group + 1 < kGroups) barrier_arrive(next_turn);
       }
     }
     if constexpr (kRest > 0) {
-      multiply<C, kRest>(sum, address, b, barriers, full, slot);
+      multiply<C, kRest>(sum, address, b, barriers, ring);
     }
     mma_wait<0>();
     finish_tile<C>(p, s, sum, positions, patch, first_column, affine, norm,
@@ -612,7 +629,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     patch_embed_kernel(const __grid_constant__ VlmkPatchEmbedParams p,
                        const __grid_constant__ Schedule s) {
   extern __shared__ __align__(128) char shared[];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = warp_index();
   const int column_group = static_cast<int>(blockIdx.x) / s.cluster % s.column_groups;
   const int first_column =
       (column_group * s.cluster + static_cast<int>(cluster_rank())) * C::kColumns;
@@ -631,6 +648,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     fence_barrier_init();
   }
+  tabulate_rows<C>(p, reinterpret_cast<int64_t*>(shared + C::kRowTable));
   load_weights<C>(p, first_column, shared, reinterpret_cast<float2*>(shared + C::kAffine));
   if constexpr (C::kNormed) {
     using Token = typename C::Token;
@@ -650,6 +668,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group = warp - 4 * kGroups;
     if (group < kGroups) {
       copy_pixels<C>(p, s, group, shared_address(shared + C::kPixels) + group * C::kRingBytes,
+                     reinterpret_cast<const int64_t*>(shared + C::kRowTable),
                      {all.base + group * kBarrierBytes});
     } else {
       const int tokens_per_image = p.grid_y * p.grid_x + p.num_prefix;
