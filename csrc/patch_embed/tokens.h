@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+// From sums to tokens: bias and position, the LayerNorm with statistics that the blocks of a
+// cluster share, and the stores. Prefix tokens, which have no pixels, are made here too.
+#pragma once
+
+#include <cstdint>
+
+#include "common/hopper.h"
+#include "patch_embed/config.h"
+#include "patch_embed/tiles.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace patch_embed {
+
+// The thread's columns of the positions of its two tokens: 8 in every 32.
+template <typename C>
+struct Positions {
+  uint4 columns[2][C::kColumns / 32];
+
+  __device__ __forceinline__ void load(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                       const int (&patch)[2], int column) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Place place(p, s, patch[h]);
+      const auto* pos =
+          static_cast<const typename C::Token*>(p.pos) + place.image * p.pos_stride_b +
+          (place.patch + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + column;
+#pragma unroll
+      for (int g = 0; g < C::kColumns / 32; ++g) {
+        const bool add = p.pos && place.there && column + 32 * g < p.dim;
+        columns[h][g] =
+            add ? __ldg(reinterpret_cast<const uint4*>(pos + 32 * g)) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+};
+
+// Mean and summed squares of the deviations from it, of a row's columns in this block: four lanes
+// hold them.
+template <typename C>
+__device__ __forceinline__ float2 row_statistics(const float (&sum)[C::kSums], int h) {
+  float total = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kSums / 4; ++i) total += sum[4 * i + 2 * h] + sum[4 * i + 2 * h + 1];
+  total += __shfl_xor_sync(~0u, total, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  const float mean = total / C::kColumns;
+#pragma unroll
+  for (int i = 0; i < C::kSums / 4; ++i) {
+    const float x = sum[4 * i + 2 * h] - mean, y = sum[4 * i + 2 * h + 1] - mean;
+    squares += x * x + y * y;
+  }
+  squares += __shfl_xor_sync(~0u, squares, 1);
+  squares += __shfl_xor_sync(~0u, squares, 2);
+  return make_float2(mean, squares);
+}
+
+// Mean and 1 / standard deviation of a row from the parts of all blocks, of which each of the four
+// lanes takes two; exact for a large mean too.
+template <typename C>
+__device__ __forceinline__ float2 combine(const float2* parts, int cluster, float eps) {
+  static_assert(kMaxCluster == 8);
+  const int q = static_cast<int>(threadIdx.x) % 4;
+  const float2 none = make_float2(0.0f, 0.0f);
+  const float2 x = q < cluster ? parts[q * kTile] : none;
+  const float2 y = q + 4 < cluster ? parts[(q + 4) * kTile] : none;
+  float mean = x.x + y.x;
+  mean += __shfl_xor_sync(~0u, mean, 1);
+  mean += __shfl_xor_sync(~0u, mean, 2);
+  mean /= cluster;
+  float squares = 0.0f;
+  if (q < cluster) squares += x.y + C::kColumns * (x.x - mean) * (x.x - mean);
+  if (q + 4 < cluster) squares += y.y + C::kColumns * (y.x - mean) * (y.x - mean);
+  squares += __shfl_xor_sync(~0u, squares, 1);
+  squares += __shfl_xor_sync(~0u, squares, 2);
+  return make_float2(mean, rsqrtf(squares / (cluster * C::kColumns) + eps));
+}
+
+// The statistics of the thread's two rows. Blocks exchange theirs, 64 rows in one copy for each
+// other block: 8 bytes at a time would take longer than the products.
+template <typename C>
+__device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                                 const float (&sum)[C::kSums], float2* parts,
+                                                 Barriers barriers, uint32_t parity,
+                                                 float2 (&mean_rstd)[2]) {
+  const int thread = static_cast<int>(threadIdx.x) % 128,
+            group = static_cast<int>(threadIdx.x) / 128;
+  const int rank = static_cast<int>(cluster_rank());
+  const int slot = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float2 part = row_statistics<C>(sum, h);
+    if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = part;
+  }
+  fence_async_proxy();
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  if (thread == 0) barrier_expect(barriers.statistics(), (s.cluster - 1) * kTile * 8);
+  if (thread < s.cluster && thread != rank) {
+    const uint32_t here = shared_address(parts + rank * kTile);
+    copy_to_block(in_block(here, thread), here, kTile * 8, in_block(barriers.statistics(), thread));
+  }
+  barrier_wait(barriers.statistics(), parity);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) mean_rstd[h] = combine<C>(parts + slot + 8 * h, s.cluster, p.eps);
+}
+
+// The thread's columns of its two tokens, where there are such patches and columns.
+template <typename C>
+__device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                             void* tokens, const float (&sum)[C::kSums],
+                                             const int (&patch)[2], int first_column) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const Place place(p, s, patch[h]);
+    const int64_t row =
+        int64_t{place.image} * (p.grid_y * p.grid_x + p.num_prefix) + p.num_prefix + place.patch;
+    auto* out = static_cast<typename C::Token*>(tokens) + row * p.dim + first_column;
+#pragma unroll
+    for (int g = 0; g < C::kColumns / 32; ++g) {
+      uint4 packed;
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const int i = (4 * g + u) * 4 + 2 * h;
+        (&packed.x)[u] = to_bits(C::to_tokens(sum[i], sum[i + 1]));
+      }
+      if (place.there && first_column + 32 * g < p.dim) {
+        *reinterpret_cast<uint4*>(out + 32 * g) = packed;
+      }
+    }
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                            float (&sum)[C::kSums], const Positions<C>& positions,
+                                            const int (&patch)[2], int first_column,
+                                            const float2* affine, const float2* norm,
+                                            float2* statistics, Barriers barriers,
+                                            uint32_t parity) {
+  const int q = static_cast<int>(threadIdx.x) % 4;
+  const int column = first_column + 8 * q;
+#pragma unroll
+  for (int i = 0; i < C::kSums / 4; ++i) {
+    const int g = i / 4, u = i % 4;
+    const float4 scale_bias = *reinterpret_cast<const float4*>(affine + 32 * g + 8 * q + 2 * u);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 position = C::to_floats(C::from_bits((&positions.columns[h][g].x)[u]));
+      float& x = sum[4 * i + 2 * h];
+      float& y = sum[4 * i + 2 * h + 1];
+      x = x * scale_bias.x + (scale_bias.y + position.x);
+      y = y * scale_bias.z + (scale_bias.w + position.y);
+    }
+  }
+  if constexpr (C::kNormed) {
+    float2 mean_rstd[2];
+    share_statistics<C>(p, s, sum, statistics, barriers, parity, mean_rstd);
+    if (p.total) store_tokens<C>(p, s, p.total, sum, patch, column);
+#pragma unroll
+    for (int i = 0; i < C::kSums / 4; ++i) {
+      const int place = 32 * (i / 4) + 8 * q + 2 * (i % 4);
+      const float4 weight_bias = *reinterpret_cast<const float4*>(norm + place);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = sum[4 * i + 2 * h];
+        float& y = sum[4 * i + 2 * h + 1];
+        x = (x - mean_rstd[h].x) * mean_rstd[h].y * weight_bias.x + weight_bias.y;
+        y = (y - mean_rstd[h].x) * mean_rstd[h].y * weight_bias.z + weight_bias.w;
+      }
+    }
+  }
+  store_tokens<C>(p, s, p.out, sum, patch, column);
+}
+
+// One warp: one prefix token of one image.
+template <typename C>
+__device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_per_image) {
+  using Token = typename C::Token;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t b = row / p.num_prefix;
+  const int i = row % p.num_prefix;
+  const Token* prefix = static_cast<const Token*>(p.prefix) + int64_t{i} * p.dim;
+  const Token* pos =
+      p.pos_on_prefix ? static_cast<const Token*>(p.pos) + b * p.pos_stride_b + i * p.pos_stride_n
+                      : nullptr;
+  const int64_t out = (b * tokens_per_image + i) * p.dim;
+  const auto token = [&](int d) {
+    return C::to_float(prefix[d]) + (pos ? C::to_float(pos[d]) : 0.0f);
+  };
+  float mean = 0.0f, rstd = 1.0f;
+  if constexpr (C::kNormed) {
+    float sum = 0.0f, squares = 0.0f;
+    for (int d = lane; d < p.dim; d += 32) sum += token(d);
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    mean = sum / p.dim;
+    for (int d = lane; d < p.dim; d += 32) squares += (token(d) - mean) * (token(d) - mean);
+    for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+    rstd = rsqrtf(squares / p.dim + p.eps);
+  }
+  for (int d = lane; d < p.dim; d += 32) {
+    float x = token(d);
+    if (p.total) static_cast<Token*>(p.total)[out + d] = C::to_token(x);
+    if constexpr (C::kNormed) {
+      x = (x - mean) * rstd * C::to_float(static_cast<const Token*>(p.norm_weight)[d]);
+      if (p.norm_bias) x += C::to_float(static_cast<const Token*>(p.norm_bias)[d]);
+    }
+    static_cast<Token*>(p.out)[out + d] = C::to_token(x);
+  }
+}
+
+}  // namespace patch_embed
+}  // namespace vlmk
