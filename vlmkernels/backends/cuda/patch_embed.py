@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, in one kernel."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,59 @@ _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
 
 
-def _params(
+@functools.lru_cache(maxsize=1024)
+def _prepared(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    pixel_dtype: torch.dtype,
+    dim: int,
+    dtype: torch.dtype,
+    num_prefix: int,
+    pos_shape: tuple[int, ...] | None,
+    pos_strides: tuple[int, ...] | None,
+    norm: bool,
+    eps: float,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> PatchEmbedParams | str:
+    """All but the pointers, or why the kernel doesn't take them. A model asks for the same again and again."""
+    batch, frames, grid_y, grid_x, channels, frames_of_patch, height, width = shape
+    stride_b, _, stride_gy, stride_gx, stride_c, _, stride_y, stride_x = strides
+    if dtype not in (torch.float16, torch.bfloat16) or pixel_dtype not in (torch.uint8, dtype):
+        return f"it takes uint8 or 16-bit pixels and 16-bit weights, these are {pixel_dtype} and {dtype}"
+    if frames != 1 or frames_of_patch != 1 or channels != 3 or height != width:
+        return "it takes square patches of images of three channels"
+    if stride_x != 1 or (grid_x > 1 and stride_gx != width):
+        return "it takes rows of pixels that are contiguous"
+    if pos_strides is not None and pos_strides[-1] != 1:
+        return "it takes rows of positions that are contiguous"
+    params = PatchEmbedParams(
+        norm_weight=1 if norm else None,  # for the check: whether there is one
+        pixel_stride_b=stride_b if batch > 1 else 0,
+        pixel_stride_gy=stride_gy if grid_y > 1 else 0,
+        pixel_stride_c=stride_c,
+        pixel_stride_y=stride_y,
+        batch=batch,
+        grid_y=grid_y,
+        grid_x=grid_x,
+        patch=width,
+        dim=dim,
+        num_prefix=num_prefix,
+        pixel_type=TYPES[pixel_dtype],
+        token_type=TYPES[dtype],
+        eps=eps,
+    )
+    if pos_shape is not None and pos_strides is not None:
+        params.pos_stride_b = pos_strides[0] if len(pos_shape) == 3 else 0
+        params.pos_stride_n = pos_strides[-2]
+        params.pos_on_prefix = num_prefix > 0 and pos_shape[-2] == num_prefix + grid_y * grid_x
+    if mean is not None and std is not None:
+        params.pixel_scale = tuple(1 / (255 * s) for s in std)
+        params.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+    return _check.why_not(params) or params
+
+
+def _prepare(
     patches: Tensor,
     weight: Tensor,
     prefix_tokens: Tensor | None,
@@ -21,36 +75,21 @@ def _params(
     eps: float,
     mean: list[float] | None,
     std: list[float] | None,
-) -> PatchEmbedParams:
-    """All but the pointers."""
-    batch, _, grid_y, grid_x, _, _, patch, _ = patches.shape
-    stride_b, _, stride_gy, _, stride_c, _, stride_y, _ = patches.stride()
-    num_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    params = PatchEmbedParams(
-        pixel_stride_b=stride_b if batch > 1 else 0,
-        pixel_stride_gy=stride_gy if grid_y > 1 else 0,
-        pixel_stride_c=stride_c,
-        pixel_stride_y=stride_y,
-        batch=batch,
-        grid_y=grid_y,
-        grid_x=grid_x,
-        patch=patch,
-        dim=weight.shape[0],
-        num_prefix=num_prefix,
-        pixel_type=TYPES[patches.dtype],
-        token_type=TYPES[weight.dtype],
-        eps=eps,
+) -> PatchEmbedParams | str:
+    return _prepared(
+        patches.shape,
+        patches.stride(),
+        patches.dtype,
+        weight.shape[0],
+        weight.dtype,
+        0 if prefix_tokens is None else prefix_tokens.shape[0],
+        None if pos_embed is None else pos_embed.shape,
+        None if pos_embed is None else pos_embed.stride(),
+        norm_weight is not None,
+        eps,
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
     )
-    if pos_embed is not None:
-        params.pos_stride_b = pos_embed.stride(0) if pos_embed.dim() == 3 else 0
-        params.pos_stride_n = pos_embed.stride(-2)
-        params.pos_on_prefix = num_prefix > 0 and pos_embed.shape[-2] == num_prefix + grid_y * grid_x
-    if norm_weight is not None:
-        params.norm_weight = norm_weight.data_ptr()
-    if mean is not None and std is not None:
-        params.pixel_scale = tuple(1 / (255 * s) for s in std)
-        params.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
-    return params
 
 
 def why_not_patch_embed_fwd(
@@ -66,16 +105,10 @@ def why_not_patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> str | None:
-    _, frames, _, grid_x, channels, frames_of_patch, height, width = patches.shape
-    if weight.dtype not in (torch.float16, torch.bfloat16) or patches.dtype not in (torch.uint8, weight.dtype):
-        return f"it takes uint8 or 16-bit pixels and 16-bit weights, these are {patches.dtype} and {weight.dtype}"
-    if frames != 1 or frames_of_patch != 1 or channels != 3 or height != width:
-        return "it takes square patches of images of three channels"
-    if patches.stride(7) != 1 or (grid_x > 1 and patches.stride(3) != width):
-        return "it takes rows of pixels that are contiguous"
-    if patches.data_ptr() % 16 or (pos_embed is not None and (pos_embed.data_ptr() % 16 or pos_embed.stride(-1) != 1)):
-        return "pixels and positions must begin at multiples of 16 bytes"
-    return _check.why_not(_params(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std))
+    if patches.data_ptr() % 16 or weight.data_ptr() % 16 or (pos_embed is not None and pos_embed.data_ptr() % 16):
+        return "pixels, weight and positions must begin at multiples of 16 bytes"
+    prepared = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
+    return prepared if isinstance(prepared, str) else None
 
 
 def patch_embed_fwd(
@@ -91,21 +124,27 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
-    params = _params(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
+    prepared = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
+    assert not isinstance(prepared, str)  # why_not_patch_embed_fwd was asked
+    params = PatchEmbedParams.from_buffer_copy(prepared)
     out = weight.new_empty(params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim)
-    total = torch.empty_like(out) if keep_total else weight.new_empty(0)
-    params.pixels, params.out = patches.data_ptr(), out.data_ptr()
-    # Kept in a list until the launch: a copy's memory must not be given away before.
-    vectors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias, prefix_tokens, norm_bias)]
-    params.weight, params.bias, params.prefix, params.norm_bias = (None if t is None else t.data_ptr() for t in vectors)
-    params.pos = None if pos_embed is None else pos_embed.data_ptr()
-    if norm_weight is not None:
-        norm_weight = norm_weight.contiguous()
-        params.norm_weight = norm_weight.data_ptr()
-    if keep_total and norm_weight is not None:
-        params.total = total.data_ptr()
+    total = torch.empty_like(out) if keep_total and norm_weight is not None else None
+    # Kept in names until the launch: a copy's memory must not be given away before.
+    weight, bias, prefix_tokens = weight.contiguous(), _contiguous(bias), _contiguous(prefix_tokens)
+    norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
+    params.pixels, params.weight, params.out = patches.data_ptr(), weight.data_ptr(), out.data_ptr()
+    params.bias, params.prefix, params.pos = _address(bias), _address(prefix_tokens), _address(pos_embed)
+    params.norm_weight, params.norm_bias, params.total = _address(norm_weight), _address(norm_bias), _address(total)
     if out.numel():
         _patch_embed(params, weight.device)
-        if keep_total and norm_weight is None:
-            total.copy_(out)
+    if total is None:
+        total = out.clone() if keep_total else weight.new_empty(0)
     return out, total
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
