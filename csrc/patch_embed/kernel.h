@@ -4,9 +4,10 @@
 //
 // A block keeps its columns of the weight in shared memory for good, with the normalisation of the
 // pixels folded in. Three warpgroups share it; each takes 64 patches at a time through all of K, on
-// its own: while one stores its tokens, the others keep the tensor cores busy. A fourth one copies
-// rows of pixels, as they lie in memory, to shared memory; operands are read from there into
-// registers. With a LayerNorm, the blocks of a cluster hold all columns and add up its statistics.
+// its own: while one stores its tokens, the others keep the tensor cores busy. Of a fourth one, a
+// warp for each of them copies rows of pixels, as they lie in memory, to shared memory, from where
+// operands are read into registers; its last warp makes the prefix tokens. With a LayerNorm, the
+// blocks of a cluster hold all columns and add up its statistics.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +76,7 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
   constexpr int kQuads = C::kPatch / 2;  // of half a slot
   constexpr bool kTwo = kBodyRows > kStageRows;
   constexpr int kSteps = ceil_div(kBodyRows * C::kPatch, 16);
-  const int lane = static_cast<int>(threadIdx.x) % 32, q = lane % 4;
+  const int lane = lane_index(), q = lane % 4;
   // Of two rows, lanes q and q + 2 take the beginning and the end of the same one.
   const uint32_t own =
       kBodyRows > 2 ? q * C::kPitch : q % 2 * C::kPitch + q / 2 * 8 * sizeof(typename C::Pixel);
@@ -119,8 +120,8 @@ template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
                                             char* shared, int group, Barriers barriers,
                                             int first_column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+  const int lane = lane_index();
+  const int warp = group_thread() / 32;
   const uint32_t pixels = shared_address(shared + C::kPixels) + group * C::kRingBytes;
   const uint64_t weights = plain_descriptor(shared_address(shared), C::kWeightStride);
   const auto* affine = reinterpret_cast<const float2*>(shared + C::kAffine);
@@ -161,7 +162,7 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
       multiply<C, 2 * kStageRows>(sum, address, b, barriers, ring);
       if (first && body == kWhole / kGroups) {
         first = false;
-        if (threadIdx.x % 128 == 0 && group + 1 < kGroups) barrier_arrive(next_turn);
+        if (group_thread() == 0 && group + 1 < kGroups) barrier_arrive(next_turn);
       }
     }
     if constexpr (kRest > 0) {

@@ -44,8 +44,7 @@ int most_clusters(int cluster, int& count) {
   return 0;
 }
 
-// The cluster size with which the busiest block is done first; cost stays as it is if none fits.
-// What this variant costs; cost stays as it is if it doesn't fit or isn't better.
+// Makes this variant's plan the plan, if it fits and costs less.
 template <typename C>
 int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
   const int blocks = ceil_div(p.dim, C::kColumns);

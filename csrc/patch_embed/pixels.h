@@ -29,7 +29,7 @@ template <typename C>
 __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, int group,
                             uint32_t pixels, const int64_t* rows, Barriers barriers) {
   constexpr int kPieces = ceil_div(C::kRoom / 16, 32);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = lane_index();
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
   Ring<C> ring(1);
   for (int tile = worker + group * s.clusters; tile < s.tiles; tile += kGroups * s.clusters) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ float2 row_statistics(const float (&sum)[C::kSums], i
 template <typename C>
 __device__ __forceinline__ float2 combine(const float2* parts, int cluster, float eps) {
   static_assert(kMaxCluster == 8);
-  const int q = static_cast<int>(threadIdx.x) % 4;
+  const int q = lane_index() % 4;
   const float2 none = make_float2(0.0f, 0.0f);
   const float2 x = q < cluster ? parts[q * kTile] : none;
   const float2 y = q + 4 < cluster ? parts[(q + 4) * kTile] : none;
@@ -84,8 +84,7 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
                                                  const float (&sum)[C::kSums], float2* parts,
                                                  Barriers barriers, uint32_t parity,
                                                  float2 (&mean_rstd)[2]) {
-  const int thread = static_cast<int>(threadIdx.x) % 128,
-            group = static_cast<int>(threadIdx.x) / 128;
+  const int thread = group_thread(), group = static_cast<int>(threadIdx.x / 128);
   const int rank = static_cast<int>(cluster_rank());
   const int slot = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
@@ -138,7 +137,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
                                             const float2* affine, const float2* norm,
                                             float2* statistics, Barriers barriers,
                                             uint32_t parity) {
-  const int q = static_cast<int>(threadIdx.x) % 4;
+  const int q = lane_index() % 4;
   const int column = first_column + 8 * q;
 #pragma unroll
   for (int i = 0; i < C::kSums / 4; ++i) {
@@ -177,7 +176,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
 template <typename C>
 __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_per_image) {
   using Token = typename C::Token;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = lane_index();
   const int64_t b = row / p.num_prefix;
   const int i = row % p.num_prefix;
   const Token* prefix = static_cast<const Token*>(p.prefix) + int64_t{i} * p.dim;

@@ -9,6 +9,7 @@
 
 #include "common/launch.h"
 #include "patch_embed/config.h"
+#include "patch_embed/tiles.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
@@ -110,8 +111,8 @@ struct WeightColumn {
 template <typename C>
 __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int first_column,
                                              char* weights, float2* affine) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int n = static_cast<int>(threadIdx.x) / 32;
+  const int lane = lane_index();
+  int n = static_cast<int>(threadIdx.x / 32);
   WeightColumn<C> next;
   next.load(p, first_column + n, lane);
 #pragma unroll 1
