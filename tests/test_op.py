@@ -336,7 +336,10 @@ def test_runs_on_the_device_of_its_tensors(backends: Callable[..., None], monkey
     module = toy_backend("torch")
     module.toy_fwd = lambda x, scale: launched.append(current[-1])
     backends(module)
-    with FakeTensorMode():
+    with FakeTensorMode(), monkeypatch.context() as without_gpu:
+        without_gpu.setattr(
+            torch.cuda, "is_available", lambda: False
+        )  # fake tensors touch the GPU that they name, if there is one
         first, second = (torch.empty(3, device=f"cuda:{index}") for index in (0, 1))
     for x in (first, torch.ones(3), second, first):
         Op.select.__wrapped__(_op.OPS["toy_fwd"], "", x, 1.0)(x, 1.0)

@@ -479,7 +479,7 @@ def test_triton_pads_with_zeros(device: torch.device) -> None:
     assert compare(matrix[:, :588], view.reshape(4, 588).double() / 127.5 - 1, "gemm")
 
 
-@pytest.mark.backends(FWD, exclude=("reference", "torch"))
+@pytest.mark.backends(FWD, exclude=("reference", "torch", "cuda"))
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_triton_without_tma(name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
@@ -490,7 +490,7 @@ def test_triton_without_tma(name: str, backend: str, device: torch.device, monke
     assert compare(embed(flavour, tensors, backend=backend), stock(flavour, double(tensors)), "gemm")
 
 
-@pytest.mark.backends(FWD, exclude=("reference", "torch"))
+@pytest.mark.backends(FWD, exclude=("reference", "torch", "cuda"))
 @pytest.mark.parametrize("config", ["TMA_CONFIGS", "CP_ASYNC_CONFIGS"])
 def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile that the launcher can pick, with a width and rows that it doesn't divide, and several tiles for one program."""
@@ -533,7 +533,7 @@ def test_cuda_graph(uint8: bool, backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.backends(FWD, exclude=("reference",))
+@pytest.mark.backends(FWD, exclude=("reference", "cuda"))
 @pytest.mark.parametrize("where", ["images", "channels", "lines", "rows"])
 def test_offsets_beyond_31_bits(where: str, backend: str, device: torch.device) -> None:
     """Pixels that lie more than 2^31 elements after the first: 4 GiB of memory, most of it never read."""

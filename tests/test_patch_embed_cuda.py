@@ -177,10 +177,10 @@ def test_graph_follows_its_inputs(device: torch.device) -> None:
 
 
 def test_offsets_past_32_bits(device: torch.device) -> None:
-    flavour = Flavour((2, 3, 28, 32), (14, 14), 4, dim=64)
+    flavour = Flavour((2, 3, 28, 112), (14, 14), 16, dim=64)
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
     far = torch.zeros(2**32 + 2**16, dtype=torch.uint8, device=device)
-    pixels = far.as_strided(flavour.pixels, (2**32, 28 * 32, 32, 1))
+    pixels = far.as_strided(flavour.pixels, (2**32, 28 * 112, 112, 1))
     pixels.copy_(tensors["pixels"])
     assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), stock(flavour, double(tensors)), "gemm")
 
@@ -193,7 +193,8 @@ def test_no_images(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"pixels": (2, 3, 28, 40)}, "a stride of pixels of 40 elements: multiples of 16 bytes"),
+        ({"pixels": (2, 3, 28, 120)}, "a stride of pixels of 120 elements: multiples of 16 bytes"),
+        ({"pixels": (2, 3, 28, 32)}, "2 patches side by side: too few"),
         ({"dtype": torch.float32}, "it takes uint8 or 16-bit pixels and 16-bit weights"),
         ({"dim": 12}, "dim 12: a multiple of 8"),
         ({"patch": (7, 7)}, "patch 7: 14 or 16"),
@@ -205,7 +206,7 @@ def test_refusals(change: dict, reason: str, device: torch.device) -> None:
     change = dict(change)
     dtype = change.pop("dtype", torch.bfloat16)
     channels = change.get("channels", 3)
-    flavour = replace(Flavour((2, channels, 28, 48), (14, 14), 6, dim=64, pos="none"), **change)
+    flavour = replace(Flavour((2, channels, 28, 112), (14, 14), 16, dim=64, pos="none"), **change)
     tensors = flavour.inputs(dtype, device, uint8=channels == 3)
     with pytest.raises(BackendError, match=reason):
         embed(flavour, tensors, backend="cuda")
