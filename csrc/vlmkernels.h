@@ -66,9 +66,10 @@ VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
 
 /* Images of 3 channels in patches of 14 x 14 or 16 x 16 pixels. Token n of image b, behind the
  * image's num_prefix prefix tokens:
- *   total = sum_k pixel[k] weight[k] + bias + pos,   out = LayerNorm(total) if norm_weight, else
- * total. Each pointer of pixels, weight, pos, out and total is a multiple of 16 bytes, dim one of
- * 8, and the strides of pixels are multiples of 16 bytes. */
+ *   total = sum_k pixel[k] weight[k] + bias + pos
+ *   out = norm_weight ? LayerNorm(total) : total
+ * The pointers pixels, weight, pos, out and total and the strides of pixels are multiples of 16
+ * bytes; dim and the strides of pos are multiples of 8. */
 typedef struct {
   const void* pixels; /* patch (b, gy, gx): columns gx * patch and on, contiguous */
   const void* weight; /* [dim, 3 * patch * patch] contiguous, in token_type like all that follow */

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of sm_90a that CUDA C++ has no name for: barriers in shared memory, bulk copies,
-// clusters. Addresses in shared memory are 32 bits wide, as the instructions take them.
+// The instructions of sm_90a that CUDA C++ has no name for: barriers in shared memory, asynchronous
+// copies, clusters. Addresses in shared memory are 32 bits wide, as the instructions take them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,7 +31,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// What this thread stored to shared memory becomes visible to the tensor cores and the copy engine.
+// What this thread stored to shared memory becomes visible to the tensor cores and to bulk copies.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -40,11 +40,12 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the other blocks and to the copy engine.
+// Makes initialised barriers visible to the other blocks and to copies.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// An arrival, and so many bytes to come before the phase is over.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -81,7 +82,7 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint4& x) {
                : "memory");
 }
 
-// 16 bytes, past L1.
+// 16 bytes from global memory, past L1.
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
                : "memory");
@@ -92,8 +93,8 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// From this block's shared memory to another's, in multiples of 16 bytes, which are counted at a
-// barrier there.
+// A bulk copy from this block's shared memory to another's, in multiples of 16 bytes, which are
+// counted at a barrier there.
 __device__ __forceinline__ void copy_to_block(uint32_t destination, uint32_t source, uint32_t bytes,
                                               uint32_t barrier) {
   asm volatile(

@@ -38,7 +38,7 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
 
 #define VLMK_MMA_96(type)                                                                \
   asm volatile(                                                                          \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %53, 0;\n"                                   \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                     \
       "wgmma.mma_async.sync.aligned.m64n96k16.f32." type "." type                        \
       " {"                                                                               \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
@@ -46,11 +46,11 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"   \
       "}, {%48, %49, %50, %51}, %52, add, 1, 1, 0;\n}"                                   \
       : VLMK_FLOATS16(sum, 0), VLMK_FLOATS16(sum, 16), VLMK_FLOATS16(sum, 32)            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 #define VLMK_MMA_128(type)                                                               \
   asm volatile(                                                                          \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                   \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                     \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
       " {"                                                                               \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
@@ -60,13 +60,12 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
       "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"                                   \
       : VLMK_FLOATS16(sum, 0), VLMK_FLOATS16(sum, 16), VLMK_FLOATS16(sum, 32),           \
         VLMK_FLOATS16(sum, 48)                                                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
-// sum = a b^T, added to what `sum` holds if `add`. Asynchronous: `sum` and `a` stay untouched until
-// mma_wait.
+// sum += a b^T. Asynchronous: neither `sum` nor `a` may be touched before mma_wait.
 template <typename T, int kColumns>
-__device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
-                                    bool add) {
+__device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (&a)[4],
+                                    uint64_t b) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
   static_assert(kColumns == 96 || kColumns == 128);

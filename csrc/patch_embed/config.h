@@ -122,8 +122,6 @@ struct Config {
   __device__ static float2 to_floats(__half2 x) { return __half22float2(x); }
   __device__ static float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
   __device__ static Pair from_bits(uint32_t x) { return *reinterpret_cast<Pair*>(&x); }
-  __device__ static uint32_t to_bits(Pair x) { return patch_embed::to_bits(x); }
-  __device__ static Pair zero_pair() { return from_bits(0); }
   __device__ static Token to_token(float x) {
     if constexpr (std::is_same_v<Token, __half>) {
       return __float2half_rn(x);
@@ -145,7 +143,7 @@ struct Config {
   __device__ static uint32_t widen(uint32_t word) {
     const uint32_t bits = __byte_perm(word, 0x64, kBytes);
     const __half2 x = *reinterpret_cast<const __half2*>(&bits);
-    return patch_embed::to_bits(__hsub2(x, __half2half2(__ushort_as_half(0x6480))));
+    return to_bits(__hsub2(x, __half2half2(__ushort_as_half(0x6480))));
   }
 };
 

@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     mma_fence();
-    mma<typename C::Operand, C::kColumns>(sum, a[step & 1], b, true);
+    mma<typename C::Operand, C::kColumns>(sum, a[step & 1], b);
     mma_commit();
     b += 2 * C::kWeightStride >> 4;
     if (step == 0) load(1);
@@ -116,6 +116,7 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
   ring.advance();
 }
 
+// All tiles of one warpgroup.
 template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
                                             char* shared, int group, Barriers barriers,
@@ -126,6 +127,7 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
   const uint64_t weights = plain_descriptor(shared_address(shared), C::kWeightStride);
   const auto* affine = reinterpret_cast<const float2*>(shared + C::kAffine);
   const auto* norm = reinterpret_cast<const float2*>(shared + C::kNorm);
+  // Of two tiles: another block may be one ahead.
   auto* statistics =
       reinterpret_cast<float2*>(shared + C::kStatistics) + group * 2 * kMaxCluster * kTile;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;

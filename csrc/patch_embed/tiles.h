@@ -52,7 +52,8 @@ struct Place {
   }
 };
 
-// The barriers of one warpgroup. A slot of its ring of pixels has two halves of 4 rows of pixels.
+// The barriers of one warpgroup: pixels are in half a slot of its ring, or no longer needed there;
+// the other blocks' statistics are here; the warpgroup before it is on its way.
 struct Barriers {
   uint32_t base;
   __device__ uint32_t full(int slot, int half) const { return base + (2 * slot + half) * 16; }
