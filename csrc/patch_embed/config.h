@@ -21,7 +21,7 @@ constexpr int kThreads = (kGroups + 1) * 128;
 constexpr int kStageRows = 4;  // rows of pixels of each patch in half a slot
 constexpr int kMaxSlots = 3;   // of the ring of pixels of each warpgroup
 constexpr int kMaxCluster = 8;
-constexpr int kBarrierBytes = (4 * kMaxSlots + 2) * 8;  // of each warpgroup
+constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, whole 16 bytes
 constexpr int kPadding = 112;            // bytes of a row in a stage that segments may leave unused
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
 constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;

@@ -127,13 +127,14 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
   const uint64_t weights = plain_descriptor(shared_address(shared), C::kWeightStride);
   const auto* affine = reinterpret_cast<const float2*>(shared + C::kAffine);
   const auto* norm = reinterpret_cast<const float2*>(shared + C::kNorm);
-  // Of two tiles: another block may be one ahead.
+  // Of two tiles, each with its barrier: a block that has all others' may be one ahead of a block
+  // that doesn't have them yet.
   auto* statistics =
       reinterpret_cast<float2*>(shared + C::kStatistics) + group * 2 * kMaxCluster * kTile;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
   const uint32_t next_turn = barriers.turn() + kBarrierBytes;
   Ring<C> ring(0);
-  uint32_t norm_parity = 0;
+  uint32_t done = 0;
   // Warpgroups that began together would also store together, and the tensor cores would wait.
   bool first = s.tiles > 2 * kGroups * s.clusters;
   if (first && group > 0) barrier_wait(barriers.turn(), 0);
@@ -172,8 +173,9 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     }
     mma_wait<0>();
     finish_tile<C>(p, s, sum, positions, patch, first_column, affine, norm,
-                   statistics + norm_parity * kMaxCluster * kTile, barriers, norm_parity);
-    norm_parity ^= 1;
+                   statistics + (done & 1) * kMaxCluster * kTile, barriers.statistics(done & 1),
+                   done >> 1 & 1);
+    ++done;
   }
 }
 
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       barrier_init(barriers.turn(), 1);
-      barrier_init(barriers.statistics(), 1);
+      for (int set = 0; set < 2; ++set) barrier_init(barriers.statistics(set), 1);
     }
     fence_barrier_init();
   }

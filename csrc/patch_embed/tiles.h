@@ -58,8 +58,8 @@ struct Barriers {
   uint32_t base;
   __device__ uint32_t full(int slot, int half) const { return base + (2 * slot + half) * 16; }
   __device__ uint32_t empty(int slot, int half) const { return full(slot, half) + 8; }
-  __device__ uint32_t statistics() const { return base + 4 * kMaxSlots * 8; }
-  __device__ uint32_t turn() const { return statistics() + 8; }
+  __device__ uint32_t statistics(int set) const { return base + (4 * kMaxSlots + set) * 8; }
+  __device__ uint32_t turn() const { return statistics(2); }
 };
 
 // The next slot of a ring, and the parity of the wait for it.

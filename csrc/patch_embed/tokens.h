@@ -82,7 +82,7 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
 template <typename C>
 __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, const Schedule& s,
                                                  const float (&sum)[C::kSums], float2* parts,
-                                                 Barriers barriers, uint32_t parity,
+                                                 uint32_t barrier, uint32_t parity,
                                                  float2 (&mean_rstd)[2]) {
   const int thread = group_thread(), group = static_cast<int>(threadIdx.x / 128);
   const int rank = static_cast<int>(cluster_rank());
@@ -94,12 +94,12 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
   }
   fence_async_proxy();
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-  if (thread == 0) barrier_expect(barriers.statistics(), (s.cluster - 1) * kTile * 8);
+  if (thread == 0) barrier_expect(barrier, (s.cluster - 1) * kTile * 8);
   if (thread < s.cluster && thread != rank) {
     const uint32_t here = shared_address(parts + rank * kTile);
-    copy_to_block(in_block(here, thread), here, kTile * 8, in_block(barriers.statistics(), thread));
+    copy_to_block(in_block(here, thread), here, kTile * 8, in_block(barrier, thread));
   }
-  barrier_wait(barriers.statistics(), parity);
+  barrier_wait(barrier, parity);
 #pragma unroll
   for (int h = 0; h < 2; ++h) mean_rstd[h] = combine<C>(parts + slot + 8 * h, s.cluster, p.eps);
 }
@@ -135,8 +135,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
                                             float (&sum)[C::kSums], const Positions<C>& positions,
                                             const int (&patch)[2], int first_column,
                                             const float2* affine, const float2* norm,
-                                            float2* statistics, Barriers barriers,
-                                            uint32_t parity) {
+                                            float2* statistics, uint32_t barrier, uint32_t parity) {
   const int q = lane_index() % 4;
   const int column = first_column + 8 * q;
 #pragma unroll
@@ -154,7 +153,7 @@ __device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const
   }
   if constexpr (C::kNormed) {
     float2 mean_rstd[2];
-    share_statistics<C>(p, s, sum, statistics, barriers, parity, mean_rstd);
+    share_statistics<C>(p, s, sum, statistics, barrier, parity, mean_rstd);
     if (p.total) store_tokens<C>(p, s, p.total, sum, patch, column);
 #pragma unroll
     for (int i = 0; i < C::kSums / 4; ++i) {
