@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/launch.h"
+#include "vlmkernels.h"
 
 namespace vlmk {
 namespace patch_embed {
@@ -25,6 +26,8 @@ constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, wh
 constexpr int kPadding = 112;            // bytes of a row in a stage that segments may leave unused
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
 constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+
+__host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
 
 // Division by a number that the host knows, for 0 <= n < 2^31: a tenth of a division's cycles.
 struct Divisor {
@@ -146,6 +149,10 @@ struct Config {
     return to_bits(__hsub2(x, __half2half2(__ushort_as_half(0x6480))));
   }
 };
+
+// The launches, each in a file of its own: uint8.cu and float16.cu.
+int embed_uint8(const VlmkPatchEmbedParams& p, void* stream);
+int embed_float16(const VlmkPatchEmbedParams& p, void* stream);
 
 }  // namespace patch_embed
 }  // namespace vlmk

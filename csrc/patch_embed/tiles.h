@@ -21,8 +21,6 @@ struct Tile {
   int first_bytes, row_bytes;   // copied for the first segment, and for a whole row of patches
 };
 
-__host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
-
 template <typename C>
 __device__ __forceinline__ Tile tile_at(const Schedule& s, int tile) {
   const int width = s.width.divisor;

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which variant of the kernel runs, and how tiles are dealt out.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+
+#include "common/launch.h"
+#include "patch_embed/kernel.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace patch_embed {
+
+constexpr int kMaxDevices = 64;
+
+struct Plan {
+  int64_t cost;  // of the busiest block, in columns times tiles
+  Schedule schedule{1, 1, 1, 0, 0, Divisor(1), Divisor(1)};
+};
+
+// How many clusters of this size the GPU holds at once; 0 where the kernel can't run.
+template <typename C>
+int most_clusters(int cluster, int& count) {
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];  // one more than the count
+  int device = 0;
+  VLMK_CUDA(cudaGetDevice(&device));
+  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  std::atomic<int>& cached = known[device][cluster];
+  count = cached.load(std::memory_order_relaxed) - 1;
+  if (count >= 0) return 0;
+  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 C::kSharedBytes));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = C::kSharedBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_kernel<C>, &config));
+  cached.store(count + 1, std::memory_order_relaxed);
+  return 0;
+}
+
+// Makes this variant's plan the plan, if it fits and costs less.
+template <typename C>
+int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
+  const int blocks = ceil_div(p.dim, C::kColumns);
+  const int rows = p.batch * p.grid_y, width = C::width(p.grid_x);
+  const int tiles = ceil_div(rows * width, kTile);
+  // The statistics of a row come from one cluster, with no column outside the row.
+  if (C::kNormed && (p.dim % C::kColumns || blocks > kMaxCluster)) return 0;
+  const int cluster = C::kNormed ? blocks : 1;
+  int most = 0;
+  const int code = most_clusters<C>(cluster, most);
+  if (code) return code;
+  const int clusters = std::min(most / (blocks / cluster), tiles);
+  if (clusters == 0) return 0;
+  const int64_t cost = int64_t{ceil_div(tiles, clusters)} * C::kColumns;
+  if (cost < plan.cost) {
+    plan = {cost,
+            {cluster, blocks / cluster, clusters, tiles, rows, Divisor(width), Divisor(p.grid_y)}};
+  }
+  return 0;
+}
+
+template <typename C>
+int run(const VlmkPatchEmbedParams& p, const Schedule& s, void* stream) {
+  return launch_clusters("patch_embed_kernel", patch_embed_kernel<C>,
+                         dim3(s.cluster * s.column_groups * s.clusters), dim3(kThreads), s.cluster,
+                         C::kSharedBytes, stream, p, s);
+}
+
+// With 96 or 128 columns in a block, whichever is done first. 128 leave less room for pixels:
+// without two slots of them they are taken only where a norm needs them.
+template <int kPatch, typename Pixel, typename Token, bool kNormed>
+int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
+  using Narrow = Config<kPatch, 96, Pixel, Token, kNormed>;
+  using Wide = Config<kPatch, 128, Pixel, Token, kNormed>;
+  Plan plan{INT64_MAX};
+  int code = improve<Narrow>(p, plan);
+  if (code) return code;
+  if constexpr (Wide::kSlots > (kNormed ? 0 : 1)) {
+    const int64_t narrow = plan.cost;
+    code = improve<Wide>(p, plan);
+    if (code) return code;
+    if (plan.cost < narrow) return run<Wide>(p, plan.schedule, stream);
+  }
+  VLMK_CHECK(plan.cost < INT64_MAX, "no tile fits dim %d on this GPU", p.dim);
+  return run<Narrow>(p, plan.schedule, stream);
+}
+
+template <typename Pixel, typename Token>
+int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
+  if (p.patch == 14) {
+    return p.norm_weight ? dispatch<14, Pixel, Token, true>(p, stream)
+                         : dispatch<14, Pixel, Token, false>(p, stream);
+  }
+  return p.norm_weight ? dispatch<16, Pixel, Token, true>(p, stream)
+                       : dispatch<16, Pixel, Token, false>(p, stream);
+}
+
+}  // namespace patch_embed
+}  // namespace vlmk
