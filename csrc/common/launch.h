@@ -16,22 +16,31 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// How a kernel is launched, in clusters of so many blocks. It points into itself.
+struct LaunchConfig {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  LaunchConfig(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
 // A failing cudaLaunchKernelEx also sets the runtime's last error, which the next call would find:
 // it is taken away here.
 template <typename... Params, typename... Args>
 int launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
                     unsigned cluster, size_t shared_bytes, void* stream, Args&&... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  const cudaError_t code = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  const LaunchConfig launch(grid, block, cluster, shared_bytes, stream);
+  const cudaError_t code = cudaLaunchKernelEx(&launch.config, kernel, std::forward<Args>(args)...);
   if (code == cudaSuccess) return 0;
   cudaGetLastError();
   return fail(code, "%s<<<(%u, %u, %u), (%u, %u, %u), %zu bytes>>>: %s", name, grid.x, grid.y,

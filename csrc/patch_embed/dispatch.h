@@ -32,16 +32,8 @@ int most_clusters(int cluster, int& count) {
   if (count >= 0) return 0;
   VLMK_CUDA(cudaFuncSetAttribute(patch_embed_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  C::kSharedBytes));
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = C::kSharedBytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_kernel<C>, &config));
+  const LaunchConfig launch(dim3(cluster), dim3(kThreads), cluster, C::kSharedBytes, nullptr);
+  VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_kernel<C>, &launch.config));
   cached.store(count + 1, std::memory_order_relaxed);
   return 0;
 }

@@ -36,6 +36,12 @@ struct Positions {
   }
 };
 
+// The sum over the four lanes that hold a row.
+__device__ __forceinline__ float sum_of_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 // Mean and summed squares of the deviations from it, of a row's columns in this block: four lanes
 // hold them.
 template <typename C>
@@ -43,16 +49,14 @@ __device__ __forceinline__ float2 row_statistics(const float (&sum)[C::kSums], i
   float total = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < C::kSums / 4; ++i) total += sum[4 * i + 2 * h] + sum[4 * i + 2 * h + 1];
-  total += __shfl_xor_sync(~0u, total, 1);
-  total += __shfl_xor_sync(~0u, total, 2);
+  total = sum_of_four(total);
   const float mean = total / C::kColumns;
 #pragma unroll
   for (int i = 0; i < C::kSums / 4; ++i) {
     const float x = sum[4 * i + 2 * h] - mean, y = sum[4 * i + 2 * h + 1] - mean;
     squares += x * x + y * y;
   }
-  squares += __shfl_xor_sync(~0u, squares, 1);
-  squares += __shfl_xor_sync(~0u, squares, 2);
+  squares = sum_of_four(squares);
   return make_float2(mean, squares);
 }
 
@@ -66,14 +70,12 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
   const float2 x = q < cluster ? parts[q * kTile] : none;
   const float2 y = q + 4 < cluster ? parts[(q + 4) * kTile] : none;
   float mean = x.x + y.x;
-  mean += __shfl_xor_sync(~0u, mean, 1);
-  mean += __shfl_xor_sync(~0u, mean, 2);
+  mean = sum_of_four(mean);
   mean /= cluster;
   float squares = 0.0f;
   if (q < cluster) squares += x.y + C::kColumns * (x.x - mean) * (x.x - mean);
   if (q + 4 < cluster) squares += y.y + C::kColumns * (y.x - mean) * (y.x - mean);
-  squares += __shfl_xor_sync(~0u, squares, 1);
-  squares += __shfl_xor_sync(~0u, squares, 2);
+  squares = sum_of_four(squares);
   return make_float2(mean, rsqrtf(squares / (cluster * C::kColumns) + eps));
 }
 
