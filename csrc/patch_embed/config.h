@@ -16,16 +16,14 @@ namespace vlmk {
 namespace patch_embed {
 
 constexpr int kChannels = 3;
-constexpr int kTile = 64;   // patches that a warpgroup takes at a time
-constexpr int kGroups = 3;  // warpgroups that multiply
-constexpr int kThreads = (kGroups + 1) * 128;
+constexpr int kTile = 64;      // patches that a warpgroup takes at a time
 constexpr int kStageRows = 4;  // rows of pixels of each patch in half a slot
 constexpr int kMaxSlots = 3;   // of the ring of pixels of each warpgroup
 constexpr int kMaxCluster = 8;
 constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, whole 16 bytes
 constexpr int kPadding = 112;            // bytes of a row in a stage that segments may leave unused
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
-constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+constexpr int kProducerRegisters = 56;
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
 
@@ -68,9 +66,10 @@ template <int kPatch_, int kColumns_, typename Pixel_, typename Token_, bool kNo
 struct Config {
   using Pixel = Pixel_;
   using Token = Token_;
-  // uint8 is multiplied as fp16, which holds 0..255 exactly and the folded weight to 11 bits.
+  // uint8 is multiplied as it is. The folded weight is a whole number of 16 bits, each half of
+  // which is a column of bytes.
   static constexpr bool kFold = std::is_same_v<Pixel, uint8_t>;
-  using Operand = std::conditional_t<kFold, __half, Token>;
+  using Sum = std::conditional_t<kFold, int32_t, float>;
   using Pair = std::conditional_t<std::is_same_v<Token, __half>, __half2, __nv_bfloat162>;
 
   static constexpr bool kNormed = kNormed_;
@@ -78,9 +77,22 @@ struct Config {
   static constexpr int kColumns = kColumns_;  // of the output, in each block
   static constexpr int kRows = kChannels * kPatch;
   static constexpr int kDepth = kRows * kPatch;
-  static constexpr int kSteps = ceil_div(kDepth, 16);
-  static constexpr int kSums = kColumns / 2;  // of each thread
+  static constexpr int kTotals = kColumns / 2;  // of each thread
+  static constexpr int kSums = kFold ? 2 * kTotals : kTotals;
   static_assert(kPatch == 14 || kPatch == 16);
+
+  // Warpgroups that multiply: as many as there are registers for.
+  static constexpr int kGroups = kFold ? 2 : 3;
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kConsumerRegisters = kFold ? 224 : 152;
+
+  // The weight lies in bricks of 8 columns by 16 bytes along k, which a product takes two at a time
+  // along k: a lane's operand is one word of each. Bricks that follow each other along k start in
+  // different banks: the stores of a weight row don't collide.
+  static constexpr int kWeights = kFold ? 1 : 2;                       // bytes of each
+  static constexpr int kBricks = 2 * ceil_div(kDepth * kWeights, 32);  // along k
+  static constexpr int kBrickColumns = kFold ? 2 * kColumns : kColumns;
+  static constexpr int kWeightStride = kBrickColumns * 16 + 16;
 
   // Bytes. A row of pixels of all patches of a tile has room for segments that don't begin and end
   // at multiples of 16. Lane q of four reads row q: rows begin in banks such that all lanes' reads
@@ -89,17 +101,14 @@ struct Config {
   static constexpr int kRoom = kTile * kRowBytes + (kPatch == 14 ? kPadding : 0);
   static constexpr int kPitch = ceil_div(kRoom, 128) * 128 + (kRowBytes == 32 ? 16 : 32);
   static constexpr int kStageBytes = kStageRows * kPitch;
-  // Bricks of 8 columns that follow each other along k start in different banks: the stores of a
-  // weight row don't collide.
-  static constexpr int kWeightStride = kColumns * 16 + 16;
 
   // Shared memory: weights, what doesn't grow, and as many slots of pixels as fit beside them.
-  static constexpr int kAffine = 2 * kSteps * kWeightStride;
+  static constexpr int kAffine = kBricks * kWeightStride;
   static constexpr int kBarriers = kAffine + kColumns * 8;
   static constexpr int kRowTable = kBarriers + kGroups * kBarrierBytes;
   static constexpr int kTabulated = ceil_div(kRows, 2 * kStageRows) * 2 * kStageRows;
   static constexpr int kNorm = kRowTable + kTabulated * 8;
-  static constexpr int kStatistics = kNorm + (kNormed ? kColumns * 8 : 0);
+  static constexpr int kStatistics = kNorm + (kNormed ? kColumns * 4 : 0);
   static constexpr int kPixels =
       kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0);
   static constexpr int kSlotBytes = 2 * kStageBytes;
@@ -138,15 +147,6 @@ struct Config {
     } else {
       return __floats2bfloat162_rn(x, y);
     }
-  }
-
-  // Two bytes of `word` as fp16, less 128: 0x6400 + x is 1024 + x. Around 0 the rounding of the
-  // folded weight weighs as little as that of a normalised pixel would.
-  template <int kBytes>
-  __device__ static uint32_t widen(uint32_t word) {
-    const uint32_t bits = __byte_perm(word, 0x64, kBytes);
-    const __half2 x = *reinterpret_cast<const __half2*>(&bits);
-    return to_bits(__hsub2(x, __half2half2(__ushort_as_half(0x6480))));
   }
 };
 

@@ -32,7 +32,7 @@ int most_clusters(int cluster, int& count) {
   if (count >= 0) return 0;
   VLMK_CUDA(cudaFuncSetAttribute(patch_embed_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  C::kSharedBytes));
-  const LaunchConfig launch(dim3(cluster), dim3(kThreads), cluster, C::kSharedBytes, nullptr);
+  const LaunchConfig launch(dim3(cluster), dim3(C::kThreads), cluster, C::kSharedBytes, nullptr);
   VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_kernel<C>, &launch.config));
   cached.store(count + 1, std::memory_order_relaxed);
   return 0;
@@ -63,8 +63,8 @@ int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
 template <typename C>
 int run(const VlmkPatchEmbedParams& p, const Schedule& s, void* stream) {
   return launch_clusters("patch_embed_kernel", patch_embed_kernel<C>,
-                         dim3(s.cluster * s.column_groups * s.clusters), dim3(kThreads), s.cluster,
-                         C::kSharedBytes, stream, p, s);
+                         dim3(s.cluster * s.column_groups * s.clusters), dim3(C::kThreads),
+                         s.cluster, C::kSharedBytes, stream, p, s);
 }
 
 // With 96 or 128 columns in a block, whichever is done first. 128 leave less room for pixels:

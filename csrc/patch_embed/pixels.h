@@ -32,7 +32,7 @@ __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, in
   const int lane = lane_index();
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
   Ring<C> ring(1);
-  for (int tile = worker + group * s.clusters; tile < s.tiles; tile += kGroups * s.clusters) {
+  for (int tile = worker + group * s.clusters; tile < s.tiles; tile += C::kGroups * s.clusters) {
     const Tile t = tile_at<C>(s, tile);
     const int last_begin = (t.first_row + t.segments - 1) * s.width.divisor;
     const int last_bytes = round_up_16((t.last_patch - last_begin + 1) * C::kRowBytes);

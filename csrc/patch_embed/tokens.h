@@ -45,15 +45,14 @@ __device__ __forceinline__ float sum_of_four(float x) {
 // Mean and summed squares of the deviations from it, of a row's columns in this block: four lanes
 // hold them.
 template <typename C>
-__device__ __forceinline__ float2 row_statistics(const float (&sum)[C::kSums], int h) {
-  float total = 0.0f, squares = 0.0f;
+__device__ __forceinline__ float2 row_statistics(const float (&total)[C::kTotals], int h) {
+  float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < C::kSums / 4; ++i) total += sum[4 * i + 2 * h] + sum[4 * i + 2 * h + 1];
-  total = sum_of_four(total);
-  const float mean = total / C::kColumns;
+  for (int i = 0; i < C::kTotals / 4; ++i) sum += total[4 * i + 2 * h] + total[4 * i + 2 * h + 1];
+  const float mean = sum_of_four(sum) / C::kColumns;
 #pragma unroll
-  for (int i = 0; i < C::kSums / 4; ++i) {
-    const float x = sum[4 * i + 2 * h] - mean, y = sum[4 * i + 2 * h + 1] - mean;
+  for (int i = 0; i < C::kTotals / 4; ++i) {
+    const float x = total[4 * i + 2 * h] - mean, y = total[4 * i + 2 * h + 1] - mean;
     squares += x * x + y * y;
   }
   squares = sum_of_four(squares);
@@ -83,7 +82,7 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
 // other block: 8 bytes at a time would take longer than the products.
 template <typename C>
 __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                                 const float (&sum)[C::kSums], float2* parts,
+                                                 const float (&total)[C::kTotals], float2* parts,
                                                  uint32_t barrier, uint32_t parity,
                                                  float2 (&mean_rstd)[2]) {
   const int thread = group_thread(), group = static_cast<int>(threadIdx.x / 128);
@@ -91,7 +90,7 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
   const int slot = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float2 part = row_statistics<C>(sum, h);
+    const float2 part = row_statistics<C>(total, h);
     if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = part;
   }
   fence_async_proxy();
@@ -109,7 +108,7 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
 // The thread's columns of its two tokens, where there are such patches and columns.
 template <typename C>
 __device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                             void* tokens, const float (&sum)[C::kSums],
+                                             void* tokens, const float (&total)[C::kTotals],
                                              const int (&patch)[2], int first_column) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -123,7 +122,7 @@ __device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, cons
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const int i = (4 * g + u) * 4 + 2 * h;
-        (&packed.x)[u] = to_bits(C::to_tokens(sum[i], sum[i + 1]));
+        (&packed.x)[u] = to_bits(C::to_tokens(total[i], total[i + 1]));
       }
       if (place.there && first_column + 32 * g < p.dim) {
         *reinterpret_cast<uint4*>(out + 32 * g) = packed;
@@ -132,45 +131,64 @@ __device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, cons
   }
 }
 
+// Four neighbouring channels of a table in shared memory.
+__device__ __forceinline__ float4 four_of(const float* table, int channel) {
+  return *reinterpret_cast<const float4*>(table + channel);
+}
+
+// What the sums of the thread's products come to, with the bias and the positions. The tables begin
+// at the thread's first channel.
 template <typename C>
-__device__ __forceinline__ void finish_tile(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                            float (&sum)[C::kSums], const Positions<C>& positions,
-                                            const int (&patch)[2], int first_column,
-                                            const float2* affine, const float2* norm,
-                                            float2* statistics, uint32_t barrier, uint32_t parity) {
-  const int q = lane_index() % 4;
-  const int column = first_column + 8 * q;
+__device__ __forceinline__ void add_up(float (&total)[C::kTotals],
+                                       const typename C::Sum (&sum)[C::kSums],
+                                       const Positions<C>& positions, const float* scales,
+                                       const float* biases) {
 #pragma unroll
-  for (int i = 0; i < C::kSums / 4; ++i) {
-    const int g = i / 4, u = i % 4;
-    const float4 scale_bias = *reinterpret_cast<const float4*>(affine + 32 * g + 8 * q + 2 * u);
+  for (int i = 0; i < C::kTotals / 4; i += 2) {
+    const int channel = 32 * (i / 4) + 2 * (i % 4);
+    const float4 bias = four_of(biases, channel);
+    const float4 scale = C::kFold ? four_of(scales, channel) : make_float4(1, 1, 1, 1);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 position = C::to_floats(C::from_bits((&positions.columns[h][g].x)[u]));
-      float& x = sum[4 * i + 2 * h];
-      float& y = sum[4 * i + 2 * h + 1];
-      x = x * scale_bias.x + (scale_bias.y + position.x);
-      y = y * scale_bias.z + (scale_bias.w + position.y);
-    }
-  }
-  if constexpr (C::kNormed) {
-    float2 mean_rstd[2];
-    share_statistics<C>(p, s, sum, statistics, barrier, parity, mean_rstd);
-    if (p.total) store_tokens<C>(p, s, p.total, sum, patch, column);
-#pragma unroll
-    for (int i = 0; i < C::kSums / 4; ++i) {
-      const int place = 32 * (i / 4) + 8 * q + 2 * (i % 4);
-      const float4 weight_bias = *reinterpret_cast<const float4*>(norm + place);
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float& x = sum[4 * i + 2 * h];
-        float& y = sum[4 * i + 2 * h + 1];
-        x = (x - mean_rstd[h].x) * mean_rstd[h].y * weight_bias.x + weight_bias.y;
-        y = (y - mean_rstd[h].x) * mean_rstd[h].y * weight_bias.z + weight_bias.w;
+        const int index = 4 * (i + j / 2) + 2 * h + j % 2;
+        const float2 position =
+            C::to_floats(C::from_bits((&positions.columns[h][i / 4].x)[i % 4 + j / 2]));
+        const float added = (&bias.x)[j] + (j % 2 ? position.y : position.x);
+        if constexpr (C::kFold) {
+          const int whole = sum[index] * 256 + sum[index + C::kTotals];
+          total[index] = static_cast<float>(whole) * (&scale.x)[j] + added;
+        } else {
+          total[index] = sum[index] + added;
+        }
       }
     }
   }
-  store_tokens<C>(p, s, p.out, sum, patch, column);
+}
+
+// LayerNorm of the thread's columns of its two tokens, with tables that begin there too.
+template <typename C>
+__device__ __forceinline__ void normalise(float (&total)[C::kTotals], const float2 (&mean_rstd)[2],
+                                          const typename C::Token* weights,
+                                          const typename C::Token* biases) {
+#pragma unroll
+  for (int g = 0; g < C::kColumns / 32; ++g) {
+    const uint4 weight = *reinterpret_cast<const uint4*>(weights + 32 * g);
+    const uint4 bias = *reinterpret_cast<const uint4*>(biases + 32 * g);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const float2 w = C::to_floats(C::from_bits((&weight.x)[u]));
+      const float2 b = C::to_floats(C::from_bits((&bias.x)[u]));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = total[(4 * g + u) * 4 + 2 * h];
+        float& y = total[(4 * g + u) * 4 + 2 * h + 1];
+        x = (x - mean_rstd[h].x) * mean_rstd[h].y * w.x + b.x;
+        y = (y - mean_rstd[h].x) * mean_rstd[h].y * w.y + b.y;
+      }
+    }
+  }
 }
 
 // One warp: one prefix token of one image.

@@ -3,8 +3,6 @@
 // in, and they are laid out as wgmma reads them, k in the order in which lanes hold the pixels.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "common/launch.h"
@@ -15,33 +13,46 @@
 namespace vlmk {
 namespace patch_embed {
 
-// Where weight (column n, k) lies in bytes. Columns are dealt out so that a thread's sums are 8
-// neighbouring channels of a token. k is dealt out so that lane q of four has rows q, q + 4, ... of
-// the patch's pixels; of the last two rows of 14, two lanes share each.
+// Where the weights k and k + 1 of a column lie, k being even: in which brick, and where in the 16
+// bytes that a column has there. Lane q of four has rows q, q + 4, ... of a patch's pixels and word
+// q of each brick. Of the last two rows of 14, two lanes share each.
 template <typename C>
-__device__ __forceinline__ int weight_offset(int n, int k) {
-  const int column = (n & ~31) | (n & 6) << 2 | (n >> 2 & 6) | (n & 1);
+__device__ __forceinline__ int2 place_along_k(int k) {
+  constexpr int kWhole = C::kRows / 8 * 8;  // rows in whole slots
   const int row = k / C::kPatch, x = k % C::kPatch;
-  int quad = row / 4 * (C::kPatch / 2) + x / 2, lane = row % 4;
-  if constexpr (C::kRows % 4 == 2) {
-    if (row >= C::kRows - 2) quad = C::kRows / 4 * (C::kPatch / 2) + x / 2 % 4, lane += x / 8 * 2;
-    if (k >= C::kDepth)
-      quad = 2 * C::kSteps - 1, lane = k / 2 % 4;  // zeros in the places left over
+  if constexpr (!C::kFold) {
+    if (k >= C::kDepth) return make_int2(C::kBricks - 1, k / 2 % 4 * 4);  // a zero, left over
+    if (row < kWhole || C::kPatch == 16) {
+      return make_int2(row / 4 * (C::kPatch / 2) + x / 2, row % 4 * 4);
+    }
+    return make_int2(kWhole * C::kPatch / 8 + x / 2 % 4, (row % 4 + x / 8 * 2) * 4);
+  } else if constexpr (C::kPatch == 16) {
+    return make_int2(row / 4 * 4 + x / 4, row % 4 * 4 + x % 4);
+  } else {
+    if (k >= C::kDepth) {
+      const int left = (k - C::kDepth) / 2;
+      return left < 2 ? make_int2(C::kBricks - 2, left * 4 + 10)
+                      : make_int2(C::kBricks - 1, left * 2 - 4);
+    }
+    if (row >= kWhole)
+      return make_int2(kWhole * 14 / 16 + x % 8 / 4, (row % 4 + x / 8 * 2) * 4 + x % 4);
+    // Rows q and q + 4 are three words each, and their last two pixels share one between them.
+    const int second = row / 4 % 2;
+    if (x >= 12) return make_int2(row / 8 * 7 + 3, row % 4 * 4 + second * 2);
+    return make_int2(row / 8 * 7 + second * 4 + x / 4, row % 4 * 4 + x % 4);
   }
-  return quad * C::kWeightStride + column * 16 + (2 * lane + (k & 1)) * 2;
 }
 
-// A power of two that brings the largest of a row's folded weights to 2^14: fp16 then holds the
-// row's smaller ones too.
-__device__ __forceinline__ float row_scale(float largest) {
-  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);
-  return __uint_as_float(static_cast<uint32_t>(min(max(268 - exponent, 1), 253)) << 23);
+// Where column n lies in a brick, in bytes. Columns are dealt out so that a thread's sums are 8
+// neighbouring channels of a token.
+__device__ __forceinline__ int place_of_column(int n) {
+  return ((n & ~31) | (n & 6) << 2 | (n >> 2 & 6) | (n & 1)) * 16;
 }
 
 // One column of the weight, dealt out to a warp: 4 neighbouring weights at a time.
 template <typename C>
 struct WeightColumn {
-  static constexpr int kFours = C::kSteps * 4;  // with zeros behind the last
+  static constexpr int kFours = C::kBricks * 4 / C::kWeights;  // with zeros behind the last
   static constexpr int kEach = ceil_div(kFours, 32);
   uint2 fours[kEach];
   float bias;
@@ -58,59 +69,88 @@ struct WeightColumn {
                             : 0.0f;
   }
 
-  // pixel * scale + shift is folded into the weight and the bias; pixels are multiplied less 128.
-  __device__ __forceinline__ float fold(const VlmkPatchEmbedParams& p, int lane) {
-    float scale = 1.0f;
-    if constexpr (C::kFold) {
-      float largest = 0.0f, shift = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int channel = channel_of(lane + 32 * i);
-        const float to_weight = p.pixel_scale[channel];
-        const float2 x = C::to_floats(C::from_bits(fours[i].x));
-        const float2 y = C::to_floats(C::from_bits(fours[i].y));
-        const float larger = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(y.x), fabsf(y.y)));
-        largest = fmaxf(largest, larger * fabsf(to_weight));
-        shift += (x.x + x.y + y.x + y.y) * (p.pixel_shift[channel] + 128.0f * to_weight);
-      }
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-        shift += __shfl_xor_sync(~0u, shift, lanes);
-      }
-      bias += shift;
-      scale = row_scale(largest);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const float factor = p.pixel_scale[channel_of(lane + 32 * i)] * scale;
-        const float2 x = C::to_floats(C::from_bits(fours[i].x));
-        const float2 y = C::to_floats(C::from_bits(fours[i].y));
-        fours[i].x = to_bits(__floats2half2_rn(x.x * factor, x.y * factor));
-        fours[i].y = to_bits(__floats2half2_rn(y.x * factor, y.y * factor));
-      }
-    }
-    return scale;
-  }
-
   __device__ __forceinline__ void store(char* weights, int n, int lane) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int k = 4 * (lane + 32 * i);
-      if (k >= 16 * C::kSteps) break;
-      *reinterpret_cast<uint32_t*>(weights + weight_offset<C>(n, k)) = fours[i].x;
-      *reinterpret_cast<uint32_t*>(weights + weight_offset<C>(n, k + 2)) = fours[i].y;
+      if (k >= 4 * kFours) break;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int2 place = place_along_k<C>(k + 2 * pair);
+        *reinterpret_cast<uint32_t*>(weights + place.x * C::kWeightStride + place_of_column(n) +
+                                     place.y) = (&fours[i].x)[pair];
+      }
     }
   }
 
-  __device__ static int channel_of(int four) {
-    return min(four / (C::kPatch * C::kPatch / 4), kChannels - 1);
+  // For uint8: pixel * scale + shift is folded into the weight and the bias, and the weight becomes
+  // a whole number of 16 bits, the upper and the lower byte in columns of their own. Returns by
+  // what the sums are to be multiplied.
+  __device__ __forceinline__ float fold_and_store(const VlmkPatchEmbedParams& p, char* weights,
+                                                  int n, int lane) {
+    float largest = 0.0f, magnitude = 0.0f, shift = 0.0f;
+    float folded[kEach][4];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int channel = min((lane + 32 * i) / (C::kPatch * C::kPatch / 4), kChannels - 1);
+      const float to_weight = p.pixel_scale[channel], to_bias = p.pixel_shift[channel];
+      const float2 x = C::to_floats(C::from_bits(fours[i].x));
+      const float2 y = C::to_floats(C::from_bits(fours[i].y));
+      const float four[4] = {x.x, x.y, y.x, y.y};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        folded[i][j] = four[j] * to_weight;
+        shift += four[j] * to_bias;
+        magnitude += fabsf(folded[i][j]);
+        largest = fmaxf(largest, fabsf(folded[i][j]));
+      }
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+      magnitude += __shfl_xor_sync(~0u, magnitude, lanes);
+      shift += __shfl_xor_sync(~0u, shift, lanes);
+    }
+    // Both bytes fit, and so does the sum over pixels of up to 255 in 31 bits. Where all is zero,
+    // any factor will do.
+    const float factor = fminf(fminf(32512.0f / largest, 8.4e6f / magnitude), 1e37f);
+    float lost = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int k = 4 * (lane + 32 * i);
+      if (k >= 4 * kFours) break;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        int upper = 0, lower = 0;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float exact = folded[i][2 * pair + j] * factor;
+          const int whole = __float2int_rn(exact);
+          lost += exact - static_cast<float>(whole);
+          upper |= ((whole + 128) >> 8 & 255) << 8 * j;
+          lower |= (whole & 255) << 8 * j;
+        }
+        const int2 place = place_along_k<C>(k + 2 * pair);
+        char* there = weights + place.x * C::kWeightStride + place_of_column(n) + place.y;
+        *reinterpret_cast<uint16_t*>(there) = static_cast<uint16_t>(upper);
+        *reinterpret_cast<uint16_t*>(there + C::kColumns * 16) = static_cast<uint16_t>(lower);
+      }
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) lost += __shfl_xor_sync(~0u, lost, lanes);
+    // What rounding took from the weight counts as if every pixel were 128: what is left of its
+    // error weighs as little as around a normalised pixel of 0.
+    bias += shift + 128.0f * lost / factor;
+    // Not a number where a weight is not finite: magnitude shows it.
+    return 1.0f / factor + (magnitude - magnitude);
   }
 };
 
-// The block's columns of the weight, by all warps; the next column is on its way meanwhile.
+// The block's columns of the weight, by all warps; the next column is on its way meanwhile. Beside
+// them, for each column: the sums' factor for uint8, and the bias.
 template <typename C>
 __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int first_column,
-                                             char* weights, float2* affine) {
+                                             char* weights, float* scales, float* biases) {
   const int lane = lane_index();
   int n = static_cast<int>(threadIdx.x / 32);
   WeightColumn<C> next;
@@ -118,12 +158,28 @@ __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int 
 #pragma unroll 1
   while (n < C::kColumns) {
     WeightColumn<C> column = next;
-    const int after = n + kThreads / 32;
+    const int after = n + C::kThreads / 32;
     if (after < C::kColumns) next.load(p, first_column + after, lane);
-    const float scale = column.fold(p, lane);
-    column.store(weights, n, lane);
-    if (lane == 0) affine[n] = make_float2(1.0f / scale, column.bias);
+    if constexpr (C::kFold) {
+      const float scale = column.fold_and_store(p, weights, n, lane);
+      if (lane == 0) scales[n] = scale;
+    } else {
+      column.store(weights, n, lane);
+    }
+    if (lane == 0) biases[n] = column.bias;
     n = after;
+  }
+}
+
+// The block's columns of the norm's weight, and behind them those of its bias.
+template <typename C>
+__device__ __forceinline__ void load_norm(const VlmkPatchEmbedParams& p, int first_column,
+                                          typename C::Token* norm) {
+  using Token = typename C::Token;
+  for (int n = static_cast<int>(threadIdx.x); n < C::kColumns; n += C::kThreads) {
+    norm[n] = static_cast<const Token*>(p.norm_weight)[first_column + n];
+    norm[C::kColumns + n] =
+        p.norm_bias ? static_cast<const Token*>(p.norm_bias)[first_column + n] : C::to_token(0.0f);
   }
 }
 
