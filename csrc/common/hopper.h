@@ -82,6 +82,25 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint4& x) {
                : "memory");
 }
 
+// 16 bytes from global memory, or zeros. ptxas moves loads to where they are used first, but not
+// those that have an order among others.
+__device__ __forceinline__ uint4 load_here(const void* source, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@there ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(source), "r"(static_cast<int>(there)));
+  return x;
+}
+
 // 16 bytes from global memory, past L1.
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
@@ -101,6 +120,20 @@ __device__ __forceinline__ void copy_to_block(uint32_t destination, uint32_t sou
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
       "[%3];" ::"r"(destination),
       "r"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// A place that ptxas moves nothing across: a loop that ends at once. `never` is false, but not in a
+// way that the compiler could know.
+__device__ __forceinline__ void stay_behind(bool never) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "again:\n"
+      "setp.ne.b32 never, %0, 0;\n"
+      "@never nanosleep.u32 1;\n"
+      "@never bra again;\n"
+      "}" ::"r"(static_cast<int>(never))
       : "memory");
 }
 

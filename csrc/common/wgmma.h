@@ -51,7 +51,7 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define VLMK_REGISTERS_64 \
   VLMK_REGISTERS_48       \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define VLMK_REGISTERS_96                                                            \
   VLMK_REGISTERS_64                                                                  \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
@@ -98,16 +98,16 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (
   }
 }
 
-// The same for A of 64 x 32 bytes without a sign and B of bytes with one; exact.
+// The same for bytes, A of 64 x 32 of them; exact.
 template <int kColumns>
 __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t (&a)[4],
                                     uint64_t b, bool add) {
   static_assert(kColumns == 192 || kColumns == 256);
   if constexpr (kColumns == 192) {
-    VLMK_MMA("m64n192k32", "s32.u8.s8", VLMK_REGISTERS_96, VLMK_96("+r", sum),
+    VLMK_MMA("m64n192k32", "s32.s8.s8", VLMK_REGISTERS_96, VLMK_96("+r", sum),
              "{%96, %97, %98, %99}, %100, add;\n}", "%101");
   } else {
-    VLMK_MMA("m64n256k32", "s32.u8.s8", VLMK_REGISTERS_128, VLMK_128("+r", sum),
+    VLMK_MMA("m64n256k32", "s32.s8.s8", VLMK_REGISTERS_128, VLMK_128("+r", sum),
              "{%128, %129, %130, %131}, %132, add;\n}", "%133");
   }
 }

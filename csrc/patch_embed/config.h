@@ -18,12 +18,11 @@ namespace patch_embed {
 constexpr int kChannels = 3;
 constexpr int kTile = 64;      // patches that a warpgroup takes at a time
 constexpr int kStageRows = 4;  // rows of pixels of each patch in half a slot
-constexpr int kMaxSlots = 3;   // of the ring of pixels of each warpgroup
+constexpr int kMaxSlots = 6;   // of the ring of pixels of each warpgroup
 constexpr int kMaxCluster = 8;
 constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, whole 16 bytes
 constexpr int kPadding = 112;            // bytes of a row in a stage that segments may leave unused
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
-constexpr int kProducerRegisters = 56;
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
 
@@ -66,8 +65,8 @@ template <int kPatch_, int kColumns_, typename Pixel_, typename Token_, bool kNo
 struct Config {
   using Pixel = Pixel_;
   using Token = Token_;
-  // uint8 is multiplied as it is. The folded weight is a whole number of 16 bits, each half of
-  // which is a column of bytes.
+  // uint8 is multiplied as it is, less 128. The folded weight is a whole number of 16 bits, each
+  // half of which is a column of bytes.
   static constexpr bool kFold = std::is_same_v<Pixel, uint8_t>;
   using Sum = std::conditional_t<kFold, int32_t, float>;
   using Pair = std::conditional_t<std::is_same_v<Token, __half>, __half2, __nv_bfloat162>;
@@ -84,7 +83,11 @@ struct Config {
   // Warpgroups that multiply: as many as there are registers for.
   static constexpr int kGroups = kFold ? 2 : 3;
   static constexpr int kThreads = (kGroups + 1) * 128;
-  static constexpr int kConsumerRegisters = kFold ? 224 : 152;
+  // Warps that copy pixels for each of them. One that issues every copy of 16 bytes would take
+  // longer than the products.
+  static constexpr int kFeeders = kFold ? 2 : 1;
+  static constexpr int kConsumerRegisters = kFold ? 232 : 152;
+  static constexpr int kProducerRegisters = kFold ? 40 : 56;
 
   // The weight lies in bricks of 8 columns by 16 bytes along k, which a product takes two at a time
   // along k: a lane's operand is one word of each. Bricks that follow each other along k start in
@@ -106,8 +109,7 @@ struct Config {
   static constexpr int kAffine = kBricks * kWeightStride;
   static constexpr int kBarriers = kAffine + kColumns * 8;
   static constexpr int kRowTable = kBarriers + kGroups * kBarrierBytes;
-  static constexpr int kTabulated = ceil_div(kRows, 2 * kStageRows) * 2 * kStageRows;
-  static constexpr int kNorm = kRowTable + kTabulated * 8;
+  static constexpr int kNorm = kRowTable + kRows * 8;
   static constexpr int kStatistics = kNorm + (kNormed ? kColumns * 4 : 0);
   static constexpr int kPixels =
       kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0);

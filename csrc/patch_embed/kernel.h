@@ -74,15 +74,15 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     const auto ending = [&] { positions.load(p, s, patch, column); };
     multiply<C>(sum, address, weights, barriers, ring, begun, ending);
 
+    // ptxas would unpack the positions, and so wait for them, before the last products.
+    stay_behind(p.batch < 0);
     float total[C::kTotals];
     add_up<C>(total, sum, positions, scales + column_here, biases + column_here);
     if constexpr (C::kNormed) {
-      float2 mean_rstd[2];
-      share_statistics<C>(p, s, total, statistics + (done & 1) * kMaxCluster * kTile,
-                          barriers.statistics(done & 1), done >> 1 & 1, mean_rstd);
-      if (p.total) store_tokens<C>(p, s, p.total, total, patch, column);
-      normalise<C>(total, mean_rstd, norm_weights + column_here,
-                   norm_weights + C::kColumns + column_here);
+      normalise<C>(p, s, total, patch, column, norm_weights + column_here,
+                   norm_weights + C::kColumns + column_here,
+                   statistics + (done & 1) * kMaxCluster * kTile, barriers.statistics(done & 1),
+                   done >> 1 & 1);
     }
     store_tokens<C>(p, s, p.out, total, patch, column);
     ++done;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const Barriers barriers{all.base + group * kBarrierBytes};
       for (int slot = 0; slot < C::kSlots; ++slot) {
         for (int half = 0; half < 2; ++half) {
-          barrier_init(barriers.full(slot, half), 32);
+          barrier_init(barriers.full(slot, half), 32 * C::kFeeders);
           barrier_init(barriers.empty(slot, half), 4);
         }
       }
@@ -122,18 +122,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   cluster_sync();
 
   if (warp >= 4 * C::kGroups) {
-    shrink_registers<kProducerRegisters>();
-    const int group = warp - 4 * C::kGroups;
+    shrink_registers<C::kProducerRegisters>();
+    const int feeder = warp - 4 * C::kGroups, group = feeder / C::kFeeders;
     if (group < C::kGroups) {
-      copy_pixels<C>(p, s, group, shared_address(shared + C::kPixels) + group * C::kRingBytes,
+      copy_pixels<C>(p, s, group, feeder % C::kFeeders,
+                     shared_address(shared + C::kPixels) + group * C::kRingBytes,
                      reinterpret_cast<const int64_t*>(shared + C::kRowTable),
                      {all.base + group * kBarrierBytes});
-    } else {
-      const int tokens_per_image = p.grid_y * p.grid_x + p.num_prefix;
-      for (int row = static_cast<int>(blockIdx.x); row < p.batch * p.num_prefix;
-           row += static_cast<int>(gridDim.x)) {
-        prefix_token<C>(p, row, tokens_per_image);
-      }
+    }
+    // One warp has nothing else to do, or all have done their part before the last tiles are.
+    const int tokens_per_image = p.grid_y * p.grid_x + p.num_prefix;
+    for (int row = static_cast<int>(blockIdx.x) * 4 + feeder; row < p.batch * p.num_prefix;
+         row += static_cast<int>(gridDim.x) * 4) {
+      prefix_token<C>(p, row, tokens_per_image);
     }
   } else {
     grow_registers<C::kConsumerRegisters>();

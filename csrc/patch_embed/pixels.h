@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.h"
 #include "common/launch.h"
@@ -18,17 +19,18 @@ namespace patch_embed {
 template <typename C>
 __device__ __forceinline__ void tabulate_rows(const VlmkPatchEmbedParams& p, int64_t* rows) {
   const int row = static_cast<int>(threadIdx.x);
-  if (row >= C::kTabulated) return;  // some more than there are, for whole slots
+  if (row >= C::kRows) return;
   rows[row] = (row / C::kPatch * p.pixel_stride_c + row % C::kPatch * p.pixel_stride_y) *
               static_cast<int>(sizeof(typename C::Pixel));
 }
 
-// One warp feeds one warpgroup. It copies 16 bytes at a time, the same places of every row of
-// pixels.
+// A warp's share of what one warpgroup multiplies: both halves of each slot, or the one of its own.
+// It copies 16 bytes at a time, the same places of every row of pixels.
 template <typename C>
-__device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, int group,
+__device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, int group, int feeder,
                             uint32_t pixels, const int64_t* rows, Barriers barriers) {
   constexpr int kPieces = ceil_div(C::kRoom / 16, 32);
+  constexpr int kWhole = C::kRows / (2 * kStageRows) * 2 * kStageRows;  // rows in whole slots
   const int lane = lane_index();
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
   Ring<C> ring(1);
@@ -56,27 +58,33 @@ __device__ void copy_pixels(const VlmkPatchEmbedParams& p, const Schedule& s, in
                        static_cast<int>(sizeof(typename C::Pixel));
       asm volatile("" : "+l"(sources[i]));  // nvcc would add it up for every copy
     }
-#pragma unroll 1
-    for (int first = 0; first < C::kRows; first += 2 * kStageRows) {
+    const auto copy_rows = [&](int first, int half, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      if (C::kFeeders == 2 && half != feeder) return;
+      const uint32_t stage = pixels + ring.slot * C::kSlotBytes + half * C::kStageBytes + lane * 16;
+      int64_t offsets[kStageRows];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t stage =
-            pixels + ring.slot * C::kSlotBytes + half * C::kStageBytes + lane * 16;
-        const int row = first + half * kStageRows;
-        int64_t offsets[kStageRows];
+      for (int j = 0; j < kCount; ++j) offsets[j] = rows[first + half * kStageRows + j];
+      barrier_wait(barriers.empty(ring.slot, half / C::kFeeders), ring.parity);
 #pragma unroll
-        for (int j = 0; j < kStageRows; ++j) offsets[j] = rows[row + j];
-        barrier_wait(barriers.empty(ring.slot, half), ring.parity);
+      for (int j = 0; j < kCount; ++j) {
 #pragma unroll
-        for (int j = 0; j < kStageRows; ++j) {
-          if (C::kRows % (2 * kStageRows) && row + j >= C::kRows) break;
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i) {
-            if (copied[i]) copy_async(stage + j * C::kPitch + i * 512, sources[i] + offsets[j]);
-          }
+        for (int i = 0; i < kPieces; ++i) {
+          if (copied[i]) copy_async(stage + j * C::kPitch + i * 512, sources[i] + offsets[j]);
         }
-        barrier_arrive_after_copies(barriers.full(ring.slot, half));
       }
+      barrier_arrive_after_copies(barriers.full(ring.slot, half / C::kFeeders));
+    };
+    using Stage = std::integral_constant<int, kStageRows>;
+#pragma unroll 1
+    for (int first = 0; first < kWhole; first += 2 * kStageRows) {
+      copy_rows(first, 0, Stage());
+      copy_rows(first, 1, Stage());
+      ring.advance();
+    }
+    if constexpr (C::kRows > kWhole) {
+      copy_rows(kWhole, 0, std::integral_constant<int, C::kRows - kWhole>());
+      copy_rows(kWhole, 1, std::integral_constant<int, 0>());
       ring.advance();
     }
   }

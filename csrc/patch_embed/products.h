@@ -16,12 +16,11 @@
 namespace vlmk {
 namespace patch_embed {
 
-// A register of its own: where a load fills a product's operand, ptxas waits for the products
-// before. It would see through a plain copy.
-__device__ __forceinline__ uint32_t copied(uint32_t word) {
+// The word with some bits flipped, in a register of its own: where a load fills a product's
+// operand, ptxas waits for the products before. It would see through a plain copy.
+__device__ __forceinline__ uint32_t flipped(uint32_t word, uint32_t bits) {
   uint32_t copy;
-  const uint32_t zero = threadIdx.x >> 20;
-  asm volatile("xor.b32 %0, %1, %2;" : "=r"(copy) : "r"(word), "r"(zero));
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(copy) : "r"(word), "r"(bits));
   return copy;
 }
 
@@ -51,16 +50,10 @@ struct Pixels {
   }
 };
 
-// Waits for half of the ring's slot, reads a thread's pixels of it, and gives it back.
+// Where half of the ring's slot lies, behind the first slot's begin.
 template <typename C>
-__device__ __forceinline__ void take(Pixels<C>& pixels, const uint32_t (&patch)[2], uint32_t row,
-                                     int half, bool there, const Barriers& barriers,
-                                     const Ring<C>& ring) {
-  barrier_wait(barriers.full(ring.slot, half), ring.parity);
-  const uint32_t offset = ring.slot * C::kSlotBytes + half * C::kStageBytes + row;
-  if (there) pixels.load(patch[0] + offset, patch[1] + offset);
-  __syncwarp();
-  if (lane_index() == 0) barrier_arrive(barriers.empty(ring.slot, half));
+__device__ __forceinline__ uint32_t stage_of(const Ring<C>& ring, int half) {
+  return ring.slot * C::kSlotBytes + half * C::kStageBytes;
 }
 
 // Where a lane's row of four begins. Of two rows, lanes q and q + 2 take the beginning and the end
@@ -81,19 +74,26 @@ __device__ __forceinline__ void multiply_slot(float (&sum)[C::kSums], const uint
   constexpr int kPairs = C::kPatch / 2;  // of a row
   constexpr int kSteps = ceil_div(kBodyRows * C::kPatch, 16);
   const int q = lane_index() % 4;
-  const uint32_t row = own_row<C>(kBodyRows);
+  const uint32_t row = own_row<C>(kBodyRows), none = threadIdx.x >> 20;
   Pixels<C> halves[2];
   uint32_t a[2][4];
   const auto form = [&](uint32_t (&operand)[4], int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int pair = 2 * step + i / 2;
-      operand[i] = copied(halves[pair / kPairs].words[i % 2 * kPairs + pair % kPairs]);
+      operand[i] = flipped(halves[pair / kPairs].words[i % 2 * kPairs + pair % kPairs], none);
       // Beyond the last pixel lie other patches': 0 times their NaN would be NaN.
       if (kBodyRows == 2 && pair == 3 && q >= 2) operand[i] = 0;
     }
   };
-  take(halves[0], patch, row, 0, true, barriers, ring);
+  const auto take = [&](int half) {
+    barrier_wait(barriers.full(ring.slot, half), ring.parity);
+    const uint32_t there = stage_of(ring, half) + row;
+    if (kBodyRows > kStageRows || half == 0) halves[half].load(patch[0] + there, patch[1] + there);
+    __syncwarp();
+    if (lane_index() == 0) barrier_arrive(barriers.empty(ring.slot, half));
+  };
+  take(0);
   mma_wait<0>();
   form(a[0], 0);
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ __forceinline__ void multiply_slot(float (&sum)[C::kSums], const uint
     mma<typename C::Token, C::kBrickColumns>(sum, a[step & 1], b, true);
     mma_commit();
     b += 2 * C::kWeightStride >> 4;
-    if (step == 0) take(halves[1], patch, row, 1, kBodyRows > kStageRows, barriers, ring);
+    if (step == 0) take(1);
     if (step + 1 == kSteps) break;
     mma_wait<1>();
     form(a[(step + 1) & 1], step + 1);
@@ -137,74 +137,86 @@ __device__ __forceinline__ void for_each(F f, std::integer_sequence<int, kIndice
   (f(std::integral_constant<int, kIndices>()), ...);
 }
 
-// The operands of uint8 pixels: four to a register, in the order of place_along_k.
+// The operands of uint8 pixels less 128: four to a register, in the order of place_along_k.
 template <typename C>
 struct Bytes {
   uint32_t a[2][C::kBricks];
 
-  // How many of them there are once so many halves of slots are read.
-  __host__ __device__ static constexpr int formed(int halves) {
-    if (C::kPatch == 16) return 4 * halves;
-    return halves * kStageRows < C::kRows ? halves / 2 * 7 + halves % 2 * 3
-                                          : C::kBricks - halves % 2;
+  // How many of them there are once so many slots are read.
+  __host__ __device__ static constexpr int formed(int slots) {
+    const int rows = slots * 2 * kStageRows;
+    return rows < C::kRows ? rows * C::kPatch / 16 : C::kBricks;
   }
 
-  // Those of half a slot; `last` are the pixels of the half before.
-  template <int kHalf>
-  __device__ __forceinline__ void form(const Pixels<C>& pixels, const Pixels<C>& last) {
-    constexpr int kFirst = formed(kHalf), kRowsLeft = C::kRows - kHalf * kStageRows;
-    const uint32_t (&w)[Pixels<C>::kWords] = pixels.words;
+  // Those of a slot.
+  template <int kSlot>
+  __device__ __forceinline__ void form(const Pixels<C> (&halves)[2]) {
+    constexpr int kFirst = formed(kSlot);
+    constexpr bool kRest = C::kRows < (kSlot + 1) * 2 * kStageRows;  // two rows, shared by lanes
+    uint32_t w[2][Pixels<C>::kWords];
+#pragma unroll
+    for (int half = 0; half < (kRest ? 1 : 2); ++half) {
+#pragma unroll
+      for (int i = 0; i < Pixels<C>::kWords; ++i)
+        w[half][i] = flipped(halves[half].words[i], 0x80808080);
+    }
     if constexpr (C::kPatch == 16) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[0][kFirst + i] = copied(w[i]);
-        a[1][kFirst + i] = copied(w[4 + i]);
+      for (int i = 0; i < 8; ++i) {
+        a[0][kFirst + i] = w[i / 4][i % 4];
+        a[1][kFirst + i] = w[i / 4][4 + i % 4];
       }
-    } else if constexpr (kRowsLeft <= 0) {  // the weight is 0 here
-      a[0][kFirst] = a[1][kFirst] = 0;
     } else {
-      constexpr int kSecond = kHalf % 2;
 #pragma unroll
-      for (int i = 0; i < (kRowsLeft < kStageRows ? 2 : 3); ++i) {
-        a[0][kFirst + kSecond + i] = copied(w[i]);
-        a[1][kFirst + kSecond + i] = __byte_perm(w[3 + i], w[4 + i], 0x5432);
+      for (int i = 0; i < (kRest ? 2 : 7); ++i) {
+        if (i == 3) continue;
+        const uint32_t (&row)[Pixels<C>::kWords] = w[i / 4];
+        a[0][kFirst + i] = row[i % 4];
+        a[1][kFirst + i] = __byte_perm(row[3 + i % 4], row[4 + i % 4], 0x5432);
       }
-      if constexpr (kSecond) {  // the last two pixels of both rows
-        a[0][kFirst] = __byte_perm(last.words[3], w[3], 0x5410);
-        a[1][kFirst] = __byte_perm(last.words[6], w[6], 0x7632);
+      if constexpr (kRest) {
+        a[0][kFirst + 2] = a[1][kFirst + 2] = 0;  // the weight is 0 too
+      } else {                                    // the last two pixels of both rows
+        a[0][kFirst + 3] = __byte_perm(w[0][3], w[1][3], 0x5410);
+        a[1][kFirst + 3] = __byte_perm(w[0][6], w[1][6], 0x7632);
       }
     }
   }
 };
 
-// All products of a tile of uint8 pixels. The products of half a slot run while the next half is
-// read.
+// All products of a tile of uint8 pixels. The products of one slot run while the next is read.
 template <typename C, typename Begun, typename Ending>
 __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t b, const Barriers& barriers, Ring<C>& ring,
                                          Begun begun, Ending ending) {
-  constexpr int kHalves = 2 * ceil_div(C::kRows, 2 * kStageRows);
+  constexpr int kSlotsOfTile = ceil_div(C::kRows, 2 * kStageRows);
   Bytes<C> bytes;
   Pixels<C> halves[2];
-  const auto multiply_half = [&](auto constant) {
-    constexpr int kHalf = decltype(constant)::value, kRowsLeft = C::kRows - kHalf * kStageRows;
-    constexpr int kFirst = Bytes<C>::formed(kHalf) / 2, kEnd = Bytes<C>::formed(kHalf + 1) / 2;
-    take(halves[kHalf % 2], patch, own_row<C>(kRowsLeft), kHalf % 2, kRowsLeft > 0, barriers, ring);
-    if (kHalf % 2) ring.advance();
+  const auto multiply_slot = [&](auto constant) {
+    constexpr int kSlot = decltype(constant)::value, kRowsLeft = C::kRows - kSlot * 2 * kStageRows;
+    barrier_wait(barriers.full(ring.slot, 0), ring.parity);
+#pragma unroll
+    for (int half = 0; half < (kRowsLeft > kStageRows ? 2 : 1); ++half) {
+      const uint32_t there = stage_of(ring, half) + own_row<C>(kRowsLeft);
+      halves[half].load(patch[0] + there, patch[1] + there);
+    }
+    __syncwarp();
+    if (lane_index() == 0) barrier_arrive(barriers.empty(ring.slot, 0));
+    ring.advance();
     mma_wait<1>();
-    bytes.template form<kHalf>(halves[kHalf % 2], halves[1 - kHalf % 2]);
+    bytes.template form<kSlot>(halves);
     mma_fence();
 #pragma unroll
-    for (int step = kFirst; step < kEnd; ++step) {
+    for (int step = Bytes<C>::formed(kSlot) / 2; step < Bytes<C>::formed(kSlot + 1) / 2; ++step) {
       const uint32_t a[4] = {bytes.a[0][2 * step], bytes.a[1][2 * step], bytes.a[0][2 * step + 1],
                              bytes.a[1][2 * step + 1]};
       mma<C::kBrickColumns>(sum, a, b + step * (2 * C::kWeightStride >> 4), step > 0);
     }
     mma_commit();
-    if (kHalf == kHalves / C::kGroups) begun();
-    if (kHalf == kHalves - 4) ending();
+    if (kSlot == kSlotsOfTile / C::kGroups) begun();
+    if (kSlot == kSlotsOfTile - 3) ending();
   };
-  for_each(multiply_half, std::make_integer_sequence<int, kHalves>());
+  for_each(multiply_slot, std::make_integer_sequence<int, kSlotsOfTile>());
   mma_wait<0>();
 }
 

@@ -50,8 +50,9 @@ struct Place {
   }
 };
 
-// The barriers of one warpgroup: pixels are in half a slot of its ring, or no longer needed there;
-// the other blocks' statistics are here; the warpgroup before it is on its way.
+// The barriers of one warpgroup: pixels are in half a slot of its ring, or no longer needed there
+// (the first half's stand for the whole slot where it is multiplied at once); the other blocks'
+// statistics are here; the warpgroup before it is on its way.
 struct Barriers {
   uint32_t base;
   __device__ uint32_t full(int slot, int half) const { return base + (2 * slot + half) * 16; }

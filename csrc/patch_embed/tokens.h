@@ -29,8 +29,7 @@ struct Positions {
 #pragma unroll
       for (int g = 0; g < C::kColumns / 32; ++g) {
         const bool add = p.pos && place.there && column + 32 * g < p.dim;
-        columns[h][g] =
-            add ? __ldg(reinterpret_cast<const uint4*>(pos + 32 * g)) : make_uint4(0, 0, 0, 0);
+        columns[h][g] = load_here(pos + 32 * g, add);
       }
     }
   }
@@ -42,21 +41,22 @@ __device__ __forceinline__ float sum_of_four(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Mean and summed squares of the deviations from it, of a row's columns in this block: four lanes
-// hold them.
+// Takes the mean of a row's columns in this block, which four lanes hold, from each of them.
+// Returns the mean and the summed squares of what is left.
 template <typename C>
-__device__ __forceinline__ float2 row_statistics(const float (&total)[C::kTotals], int h) {
+__device__ __forceinline__ float2 centre(float (&total)[C::kTotals], int h) {
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < C::kTotals / 4; ++i) sum += total[4 * i + 2 * h] + total[4 * i + 2 * h + 1];
   const float mean = sum_of_four(sum) / C::kColumns;
 #pragma unroll
   for (int i = 0; i < C::kTotals / 4; ++i) {
-    const float x = total[4 * i + 2 * h] - mean, y = total[4 * i + 2 * h + 1] - mean;
+    float& x = total[4 * i + 2 * h];
+    float& y = total[4 * i + 2 * h + 1];
+    x -= mean, y -= mean;
     squares += x * x + y * y;
   }
-  squares = sum_of_four(squares);
-  return make_float2(mean, squares);
+  return make_float2(mean, sum_of_four(squares));
 }
 
 // Mean and 1 / standard deviation of a row from the parts of all blocks, of which each of the four
@@ -78,11 +78,12 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
   return make_float2(mean, rsqrtf(squares / (cluster * C::kColumns) + eps));
 }
 
-// The statistics of the thread's two rows. Blocks exchange theirs, 64 rows in one copy for each
-// other block: 8 bytes at a time would take longer than the products.
+// Mean and 1 / standard deviation of the thread's two rows. Blocks exchange the statistics of their
+// parts, 64 rows in one copy for each other block: 8 bytes at a time would take longer than the
+// products.
 template <typename C>
 __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                                 const float (&total)[C::kTotals], float2* parts,
+                                                 const float2 (&own)[2], float2* parts,
                                                  uint32_t barrier, uint32_t parity,
                                                  float2 (&mean_rstd)[2]) {
   const int thread = group_thread(), group = static_cast<int>(threadIdx.x / 128);
@@ -90,8 +91,7 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
   const int slot = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float2 part = row_statistics<C>(total, h);
-    if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = part;
+    if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = own[h];
   }
   fence_async_proxy();
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -169,9 +169,22 @@ __device__ __forceinline__ void add_up(float (&total)[C::kTotals],
 
 // LayerNorm of the thread's columns of its two tokens, with tables that begin there too.
 template <typename C>
-__device__ __forceinline__ void normalise(float (&total)[C::kTotals], const float2 (&mean_rstd)[2],
-                                          const typename C::Token* weights,
-                                          const typename C::Token* biases) {
+__device__ __forceinline__ void normalise(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                          float (&total)[C::kTotals], const int (&patch)[2],
+                                          int column, const typename C::Token* weights,
+                                          const typename C::Token* biases, float2* parts,
+                                          uint32_t barrier, uint32_t parity) {
+  const float2 own[2] = {centre<C>(total, 0), centre<C>(total, 1)};
+  if (p.total) {
+    float uncentred[C::kTotals];
+#pragma unroll
+    for (int i = 0; i < C::kTotals; ++i) uncentred[i] = total[i] + own[i / 2 % 2].x;
+    store_tokens<C>(p, s, p.total, uncentred, patch, column);
+  }
+  float2 mean_rstd[2];
+  share_statistics<C>(p, s, own, parts, barrier, parity, mean_rstd);
+  const float shift[2] = {(own[0].x - mean_rstd[0].x) * mean_rstd[0].y,
+                          (own[1].x - mean_rstd[1].x) * mean_rstd[1].y};
 #pragma unroll
   for (int g = 0; g < C::kColumns / 32; ++g) {
     const uint4 weight = *reinterpret_cast<const uint4*>(weights + 32 * g);
@@ -184,8 +197,8 @@ __device__ __forceinline__ void normalise(float (&total)[C::kTotals], const floa
       for (int h = 0; h < 2; ++h) {
         float& x = total[(4 * g + u) * 4 + 2 * h];
         float& y = total[(4 * g + u) * 4 + 2 * h + 1];
-        x = (x - mean_rstd[h].x) * mean_rstd[h].y * w.x + b.x;
-        y = (y - mean_rstd[h].x) * mean_rstd[h].y * w.y + b.y;
+        x = (x * mean_rstd[h].y + shift[h]) * w.x + b.x;
+        y = (y * mean_rstd[h].y + shift[h]) * w.y + b.y;
       }
     }
   }
@@ -203,28 +216,40 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
       p.pos_on_prefix ? static_cast<const Token*>(p.pos) + b * p.pos_stride_b + i * p.pos_stride_n
                       : nullptr;
   const int64_t out = (b * tokens_per_image + i) * p.dim;
-  const auto token = [&](int d) {
-    return C::to_float(prefix[d]) + (pos ? C::to_float(pos[d]) : 0.0f);
+  // Channels that are read before any is used: one after the other would take longer than a tile.
+  constexpr int kAhead = 8;
+  const auto for_each_channel = [&](auto use) {
+    for (int first = lane; first < p.dim; first += 32 * kAhead) {
+      float x[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int d = first + 32 * j;
+        x[j] = d < p.dim ? C::to_float(prefix[d]) + (pos ? C::to_float(pos[d]) : 0.0f) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + 32 * j < p.dim) use(first + 32 * j, x[j]);
+      }
+    }
   };
   float mean = 0.0f, rstd = 1.0f;
   if constexpr (C::kNormed) {
     float sum = 0.0f, squares = 0.0f;
-    for (int d = lane; d < p.dim; d += 32) sum += token(d);
+    for_each_channel([&](int, float x) { sum += x; });
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     mean = sum / p.dim;
-    for (int d = lane; d < p.dim; d += 32) squares += (token(d) - mean) * (token(d) - mean);
+    for_each_channel([&](int, float x) { squares += (x - mean) * (x - mean); });
     for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
     rstd = rsqrtf(squares / p.dim + p.eps);
   }
-  for (int d = lane; d < p.dim; d += 32) {
-    float x = token(d);
+  for_each_channel([&](int d, float x) {
     if (p.total) static_cast<Token*>(p.total)[out + d] = C::to_token(x);
     if constexpr (C::kNormed) {
       x = (x - mean) * rstd * C::to_float(static_cast<const Token*>(p.norm_weight)[d]);
       if (p.norm_bias) x += C::to_float(static_cast<const Token*>(p.norm_bias)[d]);
     }
     static_cast<Token*>(p.out)[out + d] = C::to_token(x);
-  }
+  });
 }
 
 }  // namespace patch_embed

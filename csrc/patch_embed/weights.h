@@ -57,6 +57,21 @@ struct WeightColumn {
   uint2 fours[kEach];
   float bias;
 
+  // Where each two of the lane's weights lie, in column 0: in bytes.
+  struct Places {
+    int bytes[kEach][2];
+    __device__ explicit Places(int lane) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const int2 place = place_along_k<C>(4 * (lane + 32 * i) + 2 * pair);
+          bytes[i][pair] = place.x * C::kWeightStride + place.y;
+        }
+      }
+    }
+  };
+
   __device__ __forceinline__ void load(const VlmkPatchEmbedParams& p, int column, int lane) {
     const auto* source = static_cast<const uint2*>(p.weight) + int64_t{column} * (C::kDepth / 4);
     const bool inside = column < p.dim;
@@ -69,40 +84,33 @@ struct WeightColumn {
                             : 0.0f;
   }
 
-  __device__ __forceinline__ void store(char* weights, int n, int lane) const {
+  __device__ __forceinline__ void store(char* there, const Places& places, int lane) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int k = 4 * (lane + 32 * i);
-      if (k >= 4 * kFours) break;
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int2 place = place_along_k<C>(k + 2 * pair);
-        *reinterpret_cast<uint32_t*>(weights + place.x * C::kWeightStride + place_of_column(n) +
-                                     place.y) = (&fours[i].x)[pair];
-      }
+      if (lane + 32 * i >= kFours) break;
+      *reinterpret_cast<uint32_t*>(there + places.bytes[i][0]) = fours[i].x;
+      *reinterpret_cast<uint32_t*>(there + places.bytes[i][1]) = fours[i].y;
     }
   }
 
   // For uint8: pixel * scale + shift is folded into the weight and the bias, and the weight becomes
   // a whole number of 16 bits, the upper and the lower byte in columns of their own. Returns by
   // what the sums are to be multiplied.
-  __device__ __forceinline__ float fold_and_store(const VlmkPatchEmbedParams& p, char* weights,
-                                                  int n, int lane) {
+  __device__ __forceinline__ float fold_and_store(const VlmkPatchEmbedParams& p, char* there,
+                                                  const Places& places, int lane) {
     float largest = 0.0f, magnitude = 0.0f, shift = 0.0f;
-    float folded[kEach][4];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int channel = min((lane + 32 * i) / (C::kPatch * C::kPatch / 4), kChannels - 1);
-      const float to_weight = p.pixel_scale[channel], to_bias = p.pixel_shift[channel];
+      const int channel = channel_of(lane + 32 * i);
+      const float to_weight = p.pixel_scale[channel];
+      const float to_bias = p.pixel_shift[channel] + 128.0f * to_weight;
       const float2 x = C::to_floats(C::from_bits(fours[i].x));
       const float2 y = C::to_floats(C::from_bits(fours[i].y));
-      const float four[4] = {x.x, x.y, y.x, y.y};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        folded[i][j] = four[j] * to_weight;
-        shift += four[j] * to_bias;
-        magnitude += fabsf(folded[i][j]);
-        largest = fmaxf(largest, fabsf(folded[i][j]));
+      for (float w : {x.x, x.y, y.x, y.y}) {
+        const float folded = fabsf(w * to_weight);
+        shift += w * to_bias;
+        magnitude += folded;
+        largest = fmaxf(largest, folded);
       }
     }
 #pragma unroll
@@ -111,38 +119,34 @@ struct WeightColumn {
       magnitude += __shfl_xor_sync(~0u, magnitude, lanes);
       shift += __shfl_xor_sync(~0u, shift, lanes);
     }
-    // Both bytes fit, and so does the sum over pixels of up to 255 in 31 bits. Where all is zero,
+    bias += shift;
+    // Both bytes fit, and so does the sum over pixels of up to 128 in 31 bits. Where all is zero,
     // any factor will do.
-    const float factor = fminf(fminf(32512.0f / largest, 8.4e6f / magnitude), 1e37f);
-    float lost = 0.0f;
+    const float factor = fminf(fminf(32512.0f / largest, 1.67e7f / magnitude), 1e37f);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int k = 4 * (lane + 32 * i);
-      if (k >= 4 * kFours) break;
+      if (lane + 32 * i >= kFours) break;
+      const float to_whole = p.pixel_scale[channel_of(lane + 32 * i)] * factor;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        int upper = 0, lower = 0;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float exact = folded[i][2 * pair + j] * factor;
-          const int whole = __float2int_rn(exact);
-          lost += exact - static_cast<float>(whole);
-          upper |= ((whole + 128) >> 8 & 255) << 8 * j;
-          lower |= (whole & 255) << 8 * j;
-        }
-        const int2 place = place_along_k<C>(k + 2 * pair);
-        char* there = weights + place.x * C::kWeightStride + place_of_column(n) + place.y;
-        *reinterpret_cast<uint16_t*>(there) = static_cast<uint16_t>(upper);
-        *reinterpret_cast<uint16_t*>(there + C::kColumns * 16) = static_cast<uint16_t>(lower);
+        const float2 w = C::to_floats(C::from_bits((&fours[i].x)[pair]));
+        const uint32_t x = round_to_bits(w.x * to_whole), y = round_to_bits(w.y * to_whole);
+        char* place = there + places.bytes[i][pair];
+        *reinterpret_cast<uint16_t*>(place) =
+            static_cast<uint16_t>(__byte_perm(x + 128, y + 128, 0x51));
+        *reinterpret_cast<uint16_t*>(place + C::kColumns * 16) =
+            static_cast<uint16_t>(__byte_perm(x, y, 0x40));
       }
     }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) lost += __shfl_xor_sync(~0u, lost, lanes);
-    // What rounding took from the weight counts as if every pixel were 128: what is left of its
-    // error weighs as little as around a normalised pixel of 0.
-    bias += shift + 128.0f * lost / factor;
     // Not a number where a weight is not finite: magnitude shows it.
     return 1.0f / factor + (magnitude - magnitude);
+  }
+
+  // The nearest whole number in the lower bits: from 2^23 on, floats are whole.
+  __device__ static uint32_t round_to_bits(float x) { return __float_as_uint(x + 12582912.0f); }
+
+  __device__ static int channel_of(int four) {
+    return min(four / (C::kPatch * C::kPatch / 4), kChannels - 1);
   }
 };
 
@@ -152,6 +156,7 @@ template <typename C>
 __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int first_column,
                                              char* weights, float* scales, float* biases) {
   const int lane = lane_index();
+  const typename WeightColumn<C>::Places places(lane);
   int n = static_cast<int>(threadIdx.x / 32);
   WeightColumn<C> next;
   next.load(p, first_column + n, lane);
@@ -160,11 +165,12 @@ __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int 
     WeightColumn<C> column = next;
     const int after = n + C::kThreads / 32;
     if (after < C::kColumns) next.load(p, first_column + after, lane);
+    char* there = weights + place_of_column(n);
     if constexpr (C::kFold) {
-      const float scale = column.fold_and_store(p, weights, n, lane);
+      const float scale = column.fold_and_store(p, there, places, lane);
       if (lane == 0) scales[n] = scale;
     } else {
-      column.store(weights, n, lane);
+      column.store(there, places, lane);
     }
     if (lane == 0) biases[n] = column.bias;
     n = after;
