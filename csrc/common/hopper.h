@@ -82,9 +82,8 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint4& x) {
                : "memory");
 }
 
-// 16 bytes from global memory, or zeros. ptxas moves loads to where they are used first, but not
-// those that have an order among others.
-__device__ __forceinline__ uint4 load_here(const void* source, bool there) {
+// 16 bytes from global memory that nobody writes meanwhile, or zeros.
+__device__ __forceinline__ uint4 load_global(const void* source, bool there) {
   uint4 x;
   asm volatile(
       "{\n"
@@ -94,7 +93,7 @@ __device__ __forceinline__ uint4 load_here(const void* source, bool there) {
       "mov.u32 %1, 0;\n"
       "mov.u32 %2, 0;\n"
       "mov.u32 %3, 0;\n"
-      "@there ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@there ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
       "}"
       : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
       : "l"(source), "r"(static_cast<int>(there)));

@@ -86,8 +86,8 @@ struct Config {
   // Warps that copy pixels for each of them. One that issues every copy of 16 bytes would take
   // longer than the products.
   static constexpr int kFeeders = kFold ? 2 : 1;
-  static constexpr int kConsumerRegisters = kFold ? 232 : 152;
-  static constexpr int kProducerRegisters = kFold ? 40 : 56;
+  static constexpr int kConsumerRegisters = kFold ? 224 : 152;
+  static constexpr int kProducerRegisters = 56;
 
   // The weight lies in bricks of 8 columns by 16 bytes along k, which a product takes two at a time
   // along k: a lane's operand is one word of each. Bricks that follow each other along k start in

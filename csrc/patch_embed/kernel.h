@@ -71,10 +71,14 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
       first = false;
     };
     // On their way while the last products run.
-    const auto ending = [&] { positions.load(p, s, patch, column); };
+    const auto ending = [&] {
+      positions.load(p, s, patch, column);
+      stay_behind(p.batch < 0);
+    };
     multiply<C>(sum, address, weights, barriers, ring, begun, ending);
 
-    // ptxas would unpack the positions, and so wait for them, before the last products.
+    // ptxas would unpack the positions, and so wait for them, before the last products, and load
+    // them not much earlier.
     stay_behind(p.batch < 0);
     float total[C::kTotals];
     add_up<C>(total, sum, positions, scales + column_here, biases + column_here);
@@ -130,10 +134,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                      reinterpret_cast<const int64_t*>(shared + C::kRowTable),
                      {all.base + group * kBarrierBytes});
     }
-    // One warp has nothing else to do, or all have done their part before the last tiles are.
+    // The last warp has nothing else to do, or has done its part before the last tiles are.
     const int tokens_per_image = p.grid_y * p.grid_x + p.num_prefix;
-    for (int row = static_cast<int>(blockIdx.x) * 4 + feeder; row < p.batch * p.num_prefix;
-         row += static_cast<int>(gridDim.x) * 4) {
+    const int blocks = static_cast<int>(gridDim.x);
+    for (int row = static_cast<int>(blockIdx.x) + (3 - feeder) * blocks;
+         row < p.batch * p.num_prefix; row += 4 * blocks) {
       prefix_token<C>(p, row, tokens_per_image);
     }
   } else {

@@ -184,7 +184,7 @@ struct Bytes {
   }
 };
 
-// All products of a tile of uint8 pixels. The products of one slot run while the next is read.
+// All products of a tile of uint8 pixels.
 template <typename C, typename Begun, typename Ending>
 __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t b, const Barriers& barriers, Ring<C>& ring,
@@ -192,19 +192,23 @@ __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_
   constexpr int kSlotsOfTile = ceil_div(C::kRows, 2 * kStageRows);
   Bytes<C> bytes;
   Pixels<C> halves[2];
-  const auto multiply_slot = [&](auto constant) {
-    constexpr int kSlot = decltype(constant)::value, kRowsLeft = C::kRows - kSlot * 2 * kStageRows;
+  const auto load_slot = [&](int rows) {
     barrier_wait(barriers.full(ring.slot, 0), ring.parity);
 #pragma unroll
-    for (int half = 0; half < (kRowsLeft > kStageRows ? 2 : 1); ++half) {
-      const uint32_t there = stage_of(ring, half) + own_row<C>(kRowsLeft);
+    for (int half = 0; half < (rows > kStageRows ? 2 : 1); ++half) {
+      const uint32_t there = stage_of(ring, half) + own_row<C>(rows);
       halves[half].load(patch[0] + there, patch[1] + there);
     }
     __syncwarp();
     if (lane_index() == 0) barrier_arrive(barriers.empty(ring.slot, 0));
     ring.advance();
-    mma_wait<1>();
+  };
+  const auto multiply_slot = [&](auto constant) {
+    constexpr int kSlot = decltype(constant)::value,
+                  kRowsBehind = C::kRows - (kSlot + 1) * 2 * kStageRows;
     bytes.template form<kSlot>(halves);
+    // A product is issued once the one before has its operand: the next pixels arrive meanwhile.
+    if (kRowsBehind > 0) load_slot(kRowsBehind);
     mma_fence();
 #pragma unroll
     for (int step = Bytes<C>::formed(kSlot) / 2; step < Bytes<C>::formed(kSlot + 1) / 2; ++step) {
@@ -213,9 +217,11 @@ __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_
       mma<C::kBrickColumns>(sum, a, b + step * (2 * C::kWeightStride >> 4), step > 0);
     }
     mma_commit();
+    mma_wait<1>();
     if (kSlot == kSlotsOfTile / C::kGroups) begun();
     if (kSlot == kSlotsOfTile - 3) ending();
   };
+  load_slot(C::kRows);
   for_each(multiply_slot, std::make_integer_sequence<int, kSlotsOfTile>());
   mma_wait<0>();
 }

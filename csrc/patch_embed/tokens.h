@@ -29,7 +29,7 @@ struct Positions {
 #pragma unroll
       for (int g = 0; g < C::kColumns / 32; ++g) {
         const bool add = p.pos && place.there && column + 32 * g < p.dim;
-        columns[h][g] = load_here(pos + 32 * g, add);
+        columns[h][g] = load_global(pos + 32 * g, add);
       }
     }
   }
@@ -216,39 +216,51 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
       p.pos_on_prefix ? static_cast<const Token*>(p.pos) + b * p.pos_stride_b + i * p.pos_stride_n
                       : nullptr;
   const int64_t out = (b * tokens_per_image + i) * p.dim;
-  // Channels that are read before any is used: one after the other would take longer than a tile.
-  constexpr int kAhead = 8;
-  const auto for_each_channel = [&](auto use) {
-    for (int first = lane; first < p.dim; first += 32 * kAhead) {
-      float x[kAhead];
+  const auto for_each_8 = [&](auto use) {
+#pragma unroll 2
+    for (int d = 8 * lane; d < p.dim; d += 256) {
+      const uint4 token = load_global(prefix + d, true), position = load_global(pos + d, pos);
+      float x[8];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int d = first + 32 * j;
-        x[j] = d < p.dim ? C::to_float(prefix[d]) + (pos ? C::to_float(pos[d]) : 0.0f) : 0.0f;
+      for (int j = 0; j < 4; ++j) {
+        const float2 a = C::to_floats(C::from_bits((&token.x)[j]));
+        const float2 c = C::to_floats(C::from_bits((&position.x)[j]));
+        x[2 * j] = a.x + c.x, x[2 * j + 1] = a.y + c.y;
       }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (first + 32 * j < p.dim) use(first + 32 * j, x[j]);
-      }
+      use(d, x);
     }
+  };
+  const auto store = [&](void* tokens, int d, const float (&x)[8]) {
+    uint4 packed;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) (&packed.x)[j] = to_bits(C::to_tokens(x[2 * j], x[2 * j + 1]));
+    *reinterpret_cast<uint4*>(static_cast<Token*>(tokens) + out + d) = packed;
   };
   float mean = 0.0f, rstd = 1.0f;
   if constexpr (C::kNormed) {
     float sum = 0.0f, squares = 0.0f;
-    for_each_channel([&](int, float x) { sum += x; });
+    for_each_8([&](int, const float (&x)[8]) {
+      for (float y : x) sum += y;
+    });
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     mean = sum / p.dim;
-    for_each_channel([&](int, float x) { squares += (x - mean) * (x - mean); });
+    for_each_8([&](int, const float (&x)[8]) {
+      for (float y : x) squares += (y - mean) * (y - mean);
+    });
     for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
     rstd = rsqrtf(squares / p.dim + p.eps);
   }
-  for_each_channel([&](int d, float x) {
-    if (p.total) static_cast<Token*>(p.total)[out + d] = C::to_token(x);
+  for_each_8([&](int d, float (&x)[8]) {
+    if (p.total) store(p.total, d, x);
     if constexpr (C::kNormed) {
-      x = (x - mean) * rstd * C::to_float(static_cast<const Token*>(p.norm_weight)[d]);
-      if (p.norm_bias) x += C::to_float(static_cast<const Token*>(p.norm_bias)[d]);
+      const auto* weight = static_cast<const Token*>(p.norm_weight) + d;
+      const auto* bias = static_cast<const Token*>(p.norm_bias) + d;
+      for (int j = 0; j < 8; ++j) {
+        x[j] = (x[j] - mean) * rstd * C::to_float(weight[j]);
+        if (p.norm_bias) x[j] += C::to_float(bias[j]);
+      }
     }
-    static_cast<Token*>(p.out)[out + d] = C::to_token(x);
+    store(p.out, d, x);
   });
 }
 
