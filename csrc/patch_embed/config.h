@@ -111,8 +111,9 @@ struct Config {
   static constexpr int kRowTable = kBarriers + kGroups * kBarrierBytes;
   static constexpr int kNorm = kRowTable + kRows * 8;
   static constexpr int kStatistics = kNorm + (kNormed ? kColumns * 4 : 0);
+  // Copies that begin in the middle of 32 bytes take half as long again.
   static constexpr int kPixels =
-      kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0);
+      ceil_div(kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0), 128) * 128;
   static constexpr int kSlotBytes = 2 * kStageBytes;
   static constexpr int kFitting = (kSharedLimit - kPixels) / (kGroups * kSlotBytes);
   static constexpr int kSlots = kFitting < kMaxSlots ? kFitting : kMaxSlots;

@@ -52,7 +52,8 @@ int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
   if (code) return code;
   const int clusters = std::min(most / (blocks / cluster), tiles);
   if (clusters == 0) return 0;
-  const int64_t cost = int64_t{ceil_div(tiles, clusters)} * C::kColumns;
+  // Pixels and stores take a tile of uint8 as long as the products of 96 more columns (H100).
+  const int64_t cost = int64_t{ceil_div(tiles, clusters)} * (C::kColumns + (C::kFold ? 96 : 0));
   if (cost < plan.cost) {
     plan = {cost,
             {cluster, blocks / cluster, clusters, tiles, rows, Divisor(width), Divisor(p.grid_y)}};

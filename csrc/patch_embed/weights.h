@@ -57,12 +57,18 @@ struct WeightColumn {
   uint2 fours[kEach];
   float bias;
 
-  // Where each two of the lane's weights lie, in column 0: in bytes.
+  // What is the same for every column: where each two of the lane's weights lie in column 0, in
+  // bytes, and the normalisation of their channel for pixels less 128.
   struct Places {
     int bytes[kEach][2];
-    __device__ explicit Places(int lane) {
+    float to_weight[kEach], to_bias[kEach];
+
+    __device__ Places(const VlmkPatchEmbedParams& p, int lane) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
+        const int channel = min((lane + 32 * i) / (C::kPatch * C::kPatch / 4), kChannels - 1);
+        to_weight[i] = p.pixel_scale[channel];
+        to_bias[i] = p.pixel_shift[channel] + 128.0f * to_weight[i];
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           const int2 place = place_along_k<C>(4 * (lane + 32 * i) + 2 * pair);
@@ -96,19 +102,15 @@ struct WeightColumn {
   // For uint8: pixel * scale + shift is folded into the weight and the bias, and the weight becomes
   // a whole number of 16 bits, the upper and the lower byte in columns of their own. Returns by
   // what the sums are to be multiplied.
-  __device__ __forceinline__ float fold_and_store(const VlmkPatchEmbedParams& p, char* there,
-                                                  const Places& places, int lane) {
+  __device__ __forceinline__ float fold_and_store(char* there, const Places& places, int lane) {
     float largest = 0.0f, magnitude = 0.0f, shift = 0.0f;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int channel = channel_of(lane + 32 * i);
-      const float to_weight = p.pixel_scale[channel];
-      const float to_bias = p.pixel_shift[channel] + 128.0f * to_weight;
       const float2 x = C::to_floats(C::from_bits(fours[i].x));
       const float2 y = C::to_floats(C::from_bits(fours[i].y));
       for (float w : {x.x, x.y, y.x, y.y}) {
-        const float folded = fabsf(w * to_weight);
-        shift += w * to_bias;
+        const float folded = fabsf(w * places.to_weight[i]);
+        shift += w * places.to_bias[i];
         magnitude += folded;
         largest = fmaxf(largest, folded);
       }
@@ -126,7 +128,7 @@ struct WeightColumn {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (lane + 32 * i >= kFours) break;
-      const float to_whole = p.pixel_scale[channel_of(lane + 32 * i)] * factor;
+      const float to_whole = places.to_weight[i] * factor;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const float2 w = C::to_floats(C::from_bits((&fours[i].x)[pair]));
@@ -144,10 +146,6 @@ struct WeightColumn {
 
   // The nearest whole number in the lower bits: from 2^23 on, floats are whole.
   __device__ static uint32_t round_to_bits(float x) { return __float_as_uint(x + 12582912.0f); }
-
-  __device__ static int channel_of(int four) {
-    return min(four / (C::kPatch * C::kPatch / 4), kChannels - 1);
-  }
 };
 
 // The block's columns of the weight, by all warps; the next column is on its way meanwhile. Beside
@@ -156,7 +154,7 @@ template <typename C>
 __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int first_column,
                                              char* weights, float* scales, float* biases) {
   const int lane = lane_index();
-  const typename WeightColumn<C>::Places places(lane);
+  const typename WeightColumn<C>::Places places(p, lane);
   int n = static_cast<int>(threadIdx.x / 32);
   WeightColumn<C> next;
   next.load(p, first_column + n, lane);
@@ -167,7 +165,7 @@ __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int 
     if (after < C::kColumns) next.load(p, first_column + after, lane);
     char* there = weights + place_of_column(n);
     if constexpr (C::kFold) {
-      const float scale = column.fold_and_store(p, there, places, lane);
+      const float scale = column.fold_and_store(there, places, lane);
       if (lane == 0) scales[n] = scale;
     } else {
       column.store(there, places, lane);
