@@ -93,7 +93,7 @@ def _alike(tensors: list[torch.Tensor]) -> Alike | None:
     """A check that others agree with ``tensors`` in all but address and values, or None if it can't be had.
 
     It is the one that torch.compile guards its graphs with: class, dispatch keys (so also the modes of the thread), dtype,
-    device, requires_grad, sizes and strides, in 0.1 microseconds a tensor. It knows no tensor twice.
+    device, requires_grad, sizes and strides, in 0.1 microseconds a tensor. It refuses to be given one tensor twice.
     """
     guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
     if guards is None:
@@ -258,7 +258,7 @@ class Op:
             settings: all else that decides about the call, the backend's name included. Equal settings must mean the same.
             tensors: all of the call, at least two, the first two not None. None of them is to have a gradient.
         """
-        if _is_compiling() or _function_modes() or _profiler_enabled():
+        if _is_compiling() or not self._plans or _function_modes() or _profiler_enabled():
             return None
         present, key = _key(settings, tensors)
         try:
@@ -278,7 +278,10 @@ class Op:
             tensors: as for ``planned``.
             args: what the op was called with, each tensor beginning where that of ``tensors`` does.
         """
-        if not unwatched(tensors):
+        if _is_compiling():
+            return
+        choices = self._choices.get((args[-1], args[0].device), ())
+        if not any(candidate.plan for candidate in choices) or not unwatched(tensors):
             return
         present, key = _key(settings, tensors)
         known = self._plans.get(key, [])
