@@ -78,19 +78,20 @@ def seed(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def unwritten_outputs_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill with NaN (integers: -1) what a backend allocates uninitialised: an element that no kernel writes fails the test."""
-    select = Op.select
+    for name in ("select", "planned"):
+        choose = getattr(Op, name)
 
-    @functools.wraps(select)
-    def select_poisoned(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
-        function = select(self, backend, *args)
+        @functools.wraps(choose)
+        def poisoned(self: Op, *args: Any, choose: Callable[..., Any] = choose) -> Callable[..., Any] | None:
+            function = choose(self, *args)
 
-        def run(*args: Any) -> Any:
-            with poisoned_empty():
-                return function(*args)
+            def run(*args: Any) -> Any:
+                with poisoned_empty():
+                    return function(*args)
 
-        return run
+            return None if function is None else run
 
-    monkeypatch.setattr(Op, "select", select_poisoned)
+        monkeypatch.setattr(Op, name, poisoned)
 
 
 EMPTY = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"))

@@ -100,6 +100,7 @@ def backends(ops: dict[str, Op], monkeypatch: pytest.MonkeyPatch) -> Callable[..
         for op in ops.values():
             monkeypatch.setattr(op, "_found", {})
             monkeypatch.setattr(op, "_choices", {})
+            monkeypatch.setattr(op, "_plans", {})
 
     return install
 

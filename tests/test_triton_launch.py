@@ -27,6 +27,7 @@ import itertools, types
 from unittest import mock
 import torch, triton, triton.language as tl
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
 from triton.runtime import JITFunction, driver
 from vlmkernels.backends.triton import _launch
 from vlmkernels.backends.triton._aot import _Driver
@@ -37,26 +38,44 @@ records, by_triton, handles = [], [], itertools.count(1)
 def plain(x):
     return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
-class Recorder:
+class Recorder(CudaLauncher):
+    # Triton's launcher, of whatever version it is, around a function that records instead of one in C.
+
     def __init__(self, src, metadata):
         self.types = list(src.signature.values())
+        names = "global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align"
+        for name in (*names, "launch_cooperative_grid", "launch_pdl"):
+            setattr(self, name, getattr(metadata, name))
+        self.num_ctas, self.gsan_enabled, self.arg_annotations, self.kernel_signature = 1, False, (), b""
+        self.launch = wrap_handle_tensordesc(self.record, dict(enumerate(self.types)), metadata.tensordesc_meta)
 
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        assert len(args) == len(self.types)
-        values = []
-        for kind, value in zip(self.types, args):
-            if kind.startswith("tensordesc"):
-                value = value.base.data_ptr(), list(value.shape), list(value.strides), value.block_shape, value.padding
+    def record(self, x, y, z, stream, function, cooperative, pdl, *rest):
+        if isinstance(rest[0], tuple):  # Triton 3.9
+            packed, metadata, enter, leave, *scratch, annotations, signature, args = rest
+        else:
+            *scratch, packed, metadata, enter, leave = rest[:6]
+            args = rest[6:]
+        assert not cooperative and not pdl and scratch == [None, None], rest
+        args, values = list(args), []
+        for kind in self.types:
+            count = 1 + 2 * (kind.count(",") + 1) if kind.startswith("tensordesc") else 1
+            value, *sizes = args[:count]
             if kind != "constexpr":
-                values.append((kind, value.data_ptr() if isinstance(value, torch.Tensor) else value))
+                values.append((kind, (*value, *sizes) if sizes else plain(value)))
+            del args[:count]
+        assert not args
         records.append((function, packed, (x, y, z), values))
         enter and enter(metadata)
+
+def tma_descriptor(address, *rest):
+    return address, repr(rest)
 
 class Gpu(_Driver):
     launcher_cls = Recorder
     utils = types.SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 232448}, unload_module=lambda module: None,
         load_binary=lambda *binary: (object(), next(handles), 64, 0, 1024),
+        fill_tma_descriptor=tma_descriptor, fill_tma_descriptor_tiled=tma_descriptor,
     )
 
 run = JITFunction.run
@@ -132,6 +151,16 @@ assert slow == ["_toy_kernel"] == seen and got == wanted
 knobs.runtime.launch_enter_hook.remove(hook)
 assert launched(lambda: launch(*tensors)) == (wanted, []) and len(seen) == 1
 
+# Memory that is allocated for every launch is Triton's business.
+launch = Launch(_toy_kernel, (5, 2), (17, 3, 2.0), BLOCK=64, FLAG=False)
+compiled = launch._launch_by_triton(tensors)
+for name in "global_scratch_size", "profile_scratch_size":
+    with mock.patch.object(compiled, "metadata", compiled.metadata._replace(**{name: 64})):
+        for _ in range(2):
+            assert launched(lambda: launch(*tensors)) == (wanted, ["_toy_kernel"]), name
+for slow in ["_toy_kernel"], []:
+    assert launched(lambda: launch(*tensors)) == (wanted, slow)
+
 # A version of Triton that isn't known, and a launch that only compiles.
 with remembering(False):
     launch = Launch(_toy_kernel, (5, 2), (17, 3, 2.0), BLOCK=64, FLAG=False)
@@ -146,7 +175,7 @@ assert len(launched(lambda: launch(*tensors))[0]) == 1
 OPERATORS = (
     RECORDER
     + """
-from vlmkernels.backends.triton import attention, patch_embed, rope
+from vlmkernels.backends.triton import attention, patch_embed, rope, tile_bounds
 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)).start()
 mock.patch.object(patch_embed, "_multiprocessors", lambda device: 132).start()
 bf16 = torch.bfloat16
@@ -179,7 +208,12 @@ def embed(images=1, side=64, patch=16, dim=64, pixels=torch.uint8, prefix=0, pos
     affine = ([mean] * 3, [1.0] * 3) if pixels == torch.uint8 else (None, None)
     return lambda: patch_embed.patch_embed_fwd(patches, *args, 1e-5, *affine, False)
 
+def bound(tokens=64, keys=64, batch=1):
+    start = torch.zeros(batch, tokens, dtype=torch.int32)
+    return lambda: tile_bounds.tile_bounds(start, start, keys)
+
 cases = {
+    bound: [{}, dict(tokens=300), dict(keys=300), dict(batch=2)],
     attend: [{}, dict(tokens=65), dict(scale=0.2), dict(ranges=1), dict(ranges=2), dict(causal=True), dict(lse=True),
              dict(packed=True), dict(heads=1), dict(batch=1), dict(dtype=torch.float16)],
     turn: [{}, dict(tokens=1), dict(kv_heads=1), dict(half=16), dict(norm="q"), dict(norm="k"), dict(norm="qk"),
@@ -200,7 +234,7 @@ for make, settings in cases.items():
     with remembering(False):
         wanted = [shape_of(launched(call)[0]) for call in calls]
     assert len({repr(launches) for launches in wanted}) == len(calls), "two cases are the same"
-    for module in attention, rope, patch_embed:
+    for module in attention, rope, patch_embed, tile_bounds:
         for function in vars(module).values():
             if hasattr(function, "cache_clear") and "launch" in function.__name__ + "_cut_launch":
                 function.cache_clear()
@@ -209,7 +243,15 @@ for make, settings in cases.items():
             got, slow = launched(call)
             assert shape_of(got) == launches, (make.__name__, options)
             assert bool(slow) == (attempt == 0), (make.__name__, options, slow)
-for function in (attention._fwd_launch, rope._fwd_launch, patch_embed._cut, patch_embed._gemm_launch, patch_embed._norm_launch):
+# A descriptor that is remembered belongs to one address.
+image = torch.zeros(1, 3, 4, 16, 4, 16, dtype=bf16).permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
+weights = [torch.zeros(64, 3, 1, 16, 16, dtype=bf16) for _ in range(2 * _launch._DESCRIPTORS)]
+for weight in weights * 2:
+    got, slow = launched(lambda: patch_embed.patch_embed_fwd(image, weight, *[None] * 5, 0.0, None, None, False))
+    assert [value[0] for kind, value in got[-1][3] if "desc" in kind][1] == weight.data_ptr()
+assert not slow
+for function in (attention._fwd_launch, rope._fwd_launch, patch_embed._cut, patch_embed._gemm_launch, patch_embed._norm_launch,
+                 tile_bounds._launches):
     assert function.cache_info().maxsize == LAUNCHES
 """
 )

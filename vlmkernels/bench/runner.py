@@ -76,20 +76,26 @@ class Options:
 def backends_used() -> Iterator[list[str]]:
     """The names of the backends that ops choose inside, in order of first use."""
     used: list[str] = []
-    select = Op.select
 
-    def recording(self: Op, backend: str, *args: Any) -> Callable[..., Any]:
-        function = select(self, backend, *args)
-        name = function.__module__.split(".")[2] if function.__module__.startswith("vlmkernels.backends.") else "?"
-        if name not in used:
-            used.append(name)
-        return function
+    def recording(choose: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Op, *args: Any) -> Any:
+            function = choose(self, *args)
+            if function is not None:
+                name = function.__module__.split(".")[2] if function.__module__.startswith("vlmkernels.backends.") else "?"
+                if name not in used:
+                    used.append(name)
+            return function
 
-    Op.select = recording  # type: ignore[method-assign]
+        return call
+
+    chosen_by = {name: getattr(Op, name) for name in ("select", "planned")}
+    for name, choose in chosen_by.items():
+        setattr(Op, name, recording(choose))
     try:
         yield used
     finally:
-        Op.select = select  # type: ignore[method-assign]
+        for name, choose in chosen_by.items():
+            setattr(Op, name, choose)
 
 
 def run(

@@ -5,6 +5,10 @@ A backend of the operator ``attention`` is the module ``vlmkernels/backends/<nam
 each registered op that it can run (``attention_fwd``, ``attention_bwd``) with the arguments of the schema less ``backend``,
 and may define ``why_not_attention_fwd(...)`` with the same arguments, which returns None or why these inputs are not for it.
 The package ``vlmkernels/backends/<name>/__init__.py`` defines ``why_not(device)``: None, or why it can't run there at all.
+
+A model makes the same call again and again. So that only the first pays for checks, views and choices, a backend may define
+``plan_attention_fwd(...)`` too, which returns a plan: a function that makes the call for tensors laid out like these. ``Op.plan``
+remembers it after the first call, and ``Op.planned`` gives it to the next.
 """
 
 import contextlib
@@ -14,7 +18,7 @@ import importlib.util
 import operator
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +43,7 @@ _SPECIAL_TENSOR = ~_key_bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "A
 _SPECIAL_THREAD = ~_key_bits("BackendSelect", "ADInplaceOrView")
 _is_compiling, _profiler_enabled = torch.compiler.is_compiling, torch._C._autograd._profiler_enabled
 _function_modes, _keys_of_thread = torch._C._len_torch_function_stack, torch._C._dispatch_tls_local_include_set
-_keys_of = torch._C._dispatch_keys
+_keys_of, _grad_enabled = torch._C._dispatch_keys, torch.is_grad_enabled
 
 
 def unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
@@ -57,8 +61,46 @@ def unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return not keys & _SPECIAL_TENSOR
 
 
-#: A backend's function for an op, and its check of the arguments where it has one.
-Candidate = tuple[Callable[..., Any], Callable[..., str | None] | None]
+class Candidate(NamedTuple):
+    """What a backend has for an op: the function, and its check of the arguments and its maker of plans where there are any."""
+
+    function: Callable[..., Any]
+    why_not: Callable[..., str | None] | None
+    plan: Callable[..., Callable[..., Any] | None] | None
+
+
+def _key(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+    """The tensors that are there, and what plans are kept under."""
+    missing = tuple([x is None for x in tensors])
+    present = [x for x in tensors if x is not None]
+    return present, (settings, missing, _grad_enabled(), tensors[0].shape, tensors[1].shape)
+
+
+def _aligned(tensors: list[torch.Tensor]) -> bool:
+    addresses = 0
+    for x in tensors:
+        addresses |= x.data_ptr()
+    return not addresses % 64
+
+
+#: What a plan may be given: tensors of these layouts, their addresses multiples of 64 bytes (as all that torch allocates is).
+Alike = Callable[..., bool]
+#: How many sets of shapes an op remembers plans for, and how many layouts of each.
+_SHAPES, _LAYOUTS = 1024, 8
+
+
+def _alike(tensors: list[torch.Tensor]) -> Alike | None:
+    """A check that others agree with ``tensors`` in all but address and values, or None if it can't be had.
+
+    It is the one that torch.compile guards its graphs with: class, dispatch keys (so also the modes of the thread), dtype,
+    device, requires_grad, sizes and strides, in 0.1 microseconds a tensor (Xeon, torch 2.13), where a key of all that takes 0.45
+    and ``unwatched`` 0.3. It refuses to be given one tensor twice.
+    """
+    guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    if guards is None:
+        return None
+    check: Alike = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check if check(*tensors) else None
 
 
 class BackendError(RuntimeError):
@@ -110,6 +152,16 @@ def _on_its_device(function: Callable[..., Any], index: int) -> Callable[..., An
     return run
 
 
+def _planned_on_its_device(make: Callable[..., Any], index: int) -> Callable[..., Any]:
+    """``make`` with its plans run by ``_on_its_device``."""
+
+    def plan(*args: Any) -> Callable[..., Any] | None:
+        made = make(*args)
+        return made and _on_its_device(made, index)
+
+    return plan
+
+
 class Op:
     """A registered op ``vlmkernels::<name>`` that picks a backend inside, so a compiled graph holds one node.
 
@@ -124,6 +176,7 @@ class Op:
         self.name = schema.partition("(")[0]
         self._found: dict[tuple[str, torch.device], Candidate | str] = {}
         self._choices: dict[tuple[str, torch.device], list[Candidate]] = {}
+        self._plans: dict[tuple[Any, ...], list[tuple[Alike, Callable[..., Any] | None]]] = {}
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vlmkernels::{self.name}", fake, lib=LIBRARY)
@@ -147,10 +200,11 @@ class Op:
         module = importlib.import_module(f"{path}.{self.stem}")
         if not hasattr(module, self.name):
             return f"it has no {self.name}"
-        function = getattr(module, self.name)
+        function, plan = getattr(module, self.name), getattr(module, f"plan_{self.name}", None)
         if device.type == "cuda" and torch.cuda.device_count() > 1:
             function = _on_its_device(function, device.index)
-        return function, getattr(module, f"why_not_{self.name}", None)
+            plan = plan and _planned_on_its_device(plan, device.index)
+        return Candidate(function, getattr(module, f"why_not_{self.name}", None), plan)
 
     def _candidate(self, backend: str, device: torch.device) -> "Candidate | str":
         """The backend's function and its check of arguments, or why there is none on ``device``; looked for once."""
@@ -164,15 +218,10 @@ class Op:
         candidate = self._candidate(backend, device)
         if isinstance(candidate, str):
             return candidate
-        check = candidate[1]
-        return check(*args) if check is not None and args else None
+        return candidate.why_not(*args) if candidate.why_not is not None and args else None
 
-    def select(self, backend: str, *args: Any) -> Callable[..., Any]:
-        """The function that runs this op on ``args``: the forced backend's, else that of the first backend that can.
-
-        Raises:
-            BackendError: the forced backend, or every backend, has a reason not to run.
-        """
+    def _choose(self, backend: str, *args: Any) -> Candidate:
+        """What runs this op on ``args``: the forced backend's, else that of the first backend that can."""
         for tensor in args:
             if isinstance(tensor, torch.Tensor):
                 break
@@ -181,16 +230,71 @@ class Op:
         if choices is None:
             found = [self._candidate(name, device) for name in ([backend] if backend else ORDER)]
             choices = self._choices[backend, device] = [candidate for candidate in found if not isinstance(candidate, str)]
-        for function, check in choices:
-            if check is None or check(*args) is None:
-                return function
+        for candidate in choices:
+            if candidate.why_not is None or candidate.why_not(*args) is None:
+                return candidate
         reasons = "; ".join(f"{name}: {self.why_not(name, device, *args)}" for name in ([backend] if backend else ORDER))
         raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {reasons}")
+
+    def select(self, backend: str, *args: Any) -> Callable[..., Any]:
+        """The function that runs this op on ``args``.
+
+        Raises:
+            BackendError: the forced backend, or every backend, has a reason not to run.
+        """
+        return self._choose(backend, *args).function
 
     def run(self, *args: Any) -> Any:
         """What a call comes to: the first backend that can, on ``args``."""
         arguments = args[:-1]
         return self.select(args[-1], *arguments)(*arguments)
+
+    def planned(self, settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The plan of an earlier call with these settings and with tensors like these, to be called with ``tensors``.
+
+        None where there is none and where somebody watches: the call then goes the long way, through every check. So what is
+        refused is never planned, and what a plan is given has been checked when it was made.
+
+        Args:
+            settings: all else that decides about the call, the backend's name included. Equal settings must mean the same.
+            tensors: all of the call, at least two, the first two not None. None of them is to have a gradient.
+        """
+        if _is_compiling() or not self._plans or _function_modes() or _profiler_enabled():
+            return None
+        present, key = _key(settings, tensors)
+        try:
+            known = self._plans.get(key, ())
+        except TypeError:  # a setting of a wrong type, or a symbolic size, has no hash
+            return None
+        for alike, plan in known:
+            if alike(*present):
+                return plan if _aligned(present) else None
+        return None
+
+    def plan(self, settings: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...], args: tuple[Any, ...]) -> None:
+        """Remember how such a call is made, after it was.
+
+        Args:
+            settings: as for ``planned``.
+            tensors: as for ``planned``.
+            args: what the op was called with, each tensor beginning where that of ``tensors`` does.
+        """
+        if _is_compiling():
+            return
+        choices = self._choices.get((args[-1], args[0].device), ())
+        if not any(candidate.plan for candidate in choices) or not unwatched(tensors):
+            return
+        present, key = _key(settings, tensors)
+        known = self._plans.get(key, [])
+        if any(alike(*present) for alike, _ in known) or not _aligned(present):
+            return
+        make = self._choose(args[-1], *args[:-1]).plan
+        alike = _alike(present) if make is not None else None
+        if make is None or alike is None:
+            return
+        if len(self._plans) >= _SHAPES:
+            self._plans.clear()
+        self._plans[key] = [(alike, make(*args[:-1])), *known[: _LAYOUTS - 1]]
 
 
 def bad_argument(name: str, got: object, wanted: str) -> ValueError:

@@ -51,28 +51,37 @@ def attention(
         ValueError: shapes, dtypes (bf16, fp16, fp32, fp64; one for all three), devices or strides that don't fit.
         BackendError: the forced backend can't run these inputs.
     """
+    start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
+    scale = scale if scale is None else float(scale)
+    settings, tensors = (causal, scale, float(softcap), return_lse, forced_backend(backend)), (q, k, v, start, stop)
+    plan = _fwd.planned(settings, tensors)
+    out, lse = _unplanned(settings, tensors, ranges) if plan is None else plan(*tensors)
+    if q.dim() == 3:
+        out = out.squeeze(0)
+        lse = lse.squeeze(0) if return_lse else lse
+    return (out, lse) if return_lse else out
+
+
+def _unplanned(settings: tuple[Any, ...], tensors: tuple[Any, ...], ranges: KeyRanges | None) -> Any:
+    """Check everything, run, and leave a plan for the next such call."""
+    causal, scale, softcap, return_lse, name = settings
+    q, k, v, start, stop = tensors
     _check(q, k, v, ranges, softcap)
-    packed = q.dim() == 3
-    if packed:
+    if q.dim() == 3:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    combined = causal and ranges is not None
     if causal and ranges is not None:
         ranges = ranges & KeyRanges.causal(q.shape[1], k.shape[1], device=q.device)
-        causal = False
-    start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
-    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else float(scale)
-    arguments = (q, k, v, start, stop, causal, scale, float(softcap))
-    out: torch.Tensor
-    lse: torch.Tensor | None
+        start, stop, causal = ranges.start, ranges.stop, False
+    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
+    arguments = (q, k, v, start, stop, causal, scale, softcap, return_lse, name)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = _Attention.apply(*arguments, return_lse, forced_backend(backend))
-        out, lse = result if return_lse else (result, None)
-    else:
-        out, lse = _fwd(*arguments, return_lse, forced_backend(backend))
-    if packed:
-        out = out.squeeze(0)
-    if lse is None or not return_lse:
-        return out
-    return out, lse.squeeze(0) if packed else lse
+        result = _Attention.apply(*arguments)
+        return result if return_lse else (result, None)
+    result = _fwd(*arguments)
+    if not combined:  # where they are, a plan would have to combine them anew
+        _fwd.plan(settings, tensors, arguments)
+    return result
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None, softcap: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmkernels.ops._op import Op, bad_argument, forced_backend, unwatched
+from vlmkernels.ops._op import Op, bad_argument, forced_backend
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = ("channels_first", "channels_last", "rows")
@@ -269,35 +269,6 @@ def _prepare(
     return patches, weight, means, stds
 
 
-#: Shape and strides of both views, and the numbers, by all that they and the checks depend on.
-_prepared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-
-def _prepare_again(
-    tensors: Tensors,
-    patch_size: int | Sequence[int],
-    layout: str,
-    columns: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> Prepared:
-    """``_prepare`` for ordinary tensors, in a third of the time: what it found for such tensors before holds again."""
-    settings = (
-        patch_size if isinstance(patch_size, int) else tuple(patch_size), layout, columns,
-        mean if mean is None else tuple(mean), std if std is None else tuple(std),
-    )  # fmt: skip
-    key = (*settings, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-    found = _prepared.get(key)
-    if found is None:
-        patches, weight, means, stds = _prepare(tensors, patch_size, layout, columns, mean, std)
-        if len(_prepared) == 1024:
-            _prepared.clear()
-        _prepared[key] = (patches.shape, patches.stride(), weight.shape, weight.stride(), means, stds)
-        return patches, weight, means, stds
-    shape, strides, weight_shape, weight_strides, means, stds = found
-    return tensors[0].as_strided(shape, strides), tensors[1].as_strided(weight_shape, weight_strides), means, stds
-
-
 def patch_embed(
     pixels: Tensor,
     weight: Tensor,
@@ -354,17 +325,28 @@ def patch_embed(
     """
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
     tensors = (pixels, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    plain = not grad and unwatched(tensors)
-    prepare = _prepare_again if plain else _prepare
-    patches, weight, means, stds = prepare(tensors, patch_size, layout, columns, mean, std)
-    args = (patches, weight, *tensors[2:], float(eps), means, stds)
-    name = forced_backend(backend)
-    out: Tensor
-    if grad:
-        out = _PatchEmbed.apply(*args, name)
-    elif plain:
-        out = _fwd.run(*args, False, name)[0]
-    else:
-        out = _fwd(*args, False, name)[0]
+    patch = patch_size if type(patch_size) is int else _patch_size(patch_size)
+    mean, std = _numbers(mean), _numbers(std)
+    settings = (patch, layout, columns, mean, std, float(eps), forced_backend(backend))
+    plan = _fwd.planned(settings, tensors)
+    out = _unplanned(settings, tensors) if plan is None else plan(*tensors)[0]
     return out[0] if layout == "rows" and pixels.dim() == 2 else out
+
+
+def _unplanned(settings: tuple[Any, ...], tensors: Tensors) -> Tensor:
+    """Check everything, run, and leave a plan for the next such call."""
+    *how, eps, name = settings
+    patches, weight, means, stds = _prepare(tensors, *how)
+    args = (patches, weight, *tensors[2:], eps, means, stds)
+    out: Tensor
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out = _PatchEmbed.apply(*args, name)
+        return out
+    out = _fwd(*args, False, name)[0]
+    _fwd.plan(settings, tensors, (*args, False, name))
+    return out
+
+
+def _numbers(values: Sequence[float] | None) -> Sequence[float] | None:
+    """``values`` as plain numbers that can be compared. A tensor is left to be refused."""
+    return values if values is None or isinstance(values, Tensor) else tuple(map(float, values))

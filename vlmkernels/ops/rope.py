@@ -36,7 +36,7 @@ Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
-Op(
+_in_place = Op(
     "rope",
     f"rope_qkv_(Tensor(a!) qkv, {_TENSORS}, int num_heads, int num_kv_heads, float eps, bool interleaved, str backend) -> ()",
     lambda *_: None,
@@ -214,6 +214,15 @@ def rope(
         ValueError: shapes, dtypes or devices do not fit together, ``D`` is odd, or a table requires grad.
         BackendError: the forced backend can't run these inputs.
     """
+    settings, tensors = (float(eps), interleaved, forced_backend(backend)), (q, k, cos, sin, q_weight, k_weight)
+    plan = _fwd.planned(settings, tensors)
+    out: tuple[torch.Tensor, torch.Tensor] = _unplanned(settings, tensors) if plan is None else plan(*tensors)
+    return out
+
+
+def _unplanned(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> Any:
+    """Check everything, run, and leave a plan for the next such call."""
+    q, k, cos, sin, q_weight, k_weight = tensors
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
     dims, lead, head_dim = len(q_shape), q_shape[:-2], q_shape[-1]
     if (dims != 4 and dims != 3) or not dtype.is_floating_point:
@@ -226,15 +235,14 @@ def rope(
         raise bad_argument("k", f"{k.dtype} on {k.device}", f"{dtype} on {device}, as q has")
     cos, sin = _tables(cos, sin, lead, head_dim, device)
     _check_weights(q_weight, k_weight, q, head_dim)
-    options = float(eps), interleaved, forced_backend(backend)
-    out: tuple[torch.Tensor, torch.Tensor]
     if _needs_grad(q, k, q_weight, k_weight):
         # torch.compile takes no tensor twice as an input of an autograd.Function.
         k = k.view_as(k) if k is q else k
         k_weight = k_weight.view_as(k_weight) if k_weight is not None and k_weight is q_weight else k_weight
-        out = _Rope.apply(q, k, cos, sin, q_weight, k_weight, *options)
-    else:
-        out = _fwd(q, k, cos, sin, q_weight, k_weight, *options)
+        return _Rope.apply(q, k, cos, sin, q_weight, k_weight, *settings)
+    arguments = (q, k, cos, sin, q_weight, k_weight, *settings)
+    out = _fwd(*arguments)
+    _fwd.plan(settings, tensors, arguments)
     return out
 
 
@@ -273,6 +281,22 @@ def rope_qkv_(
         RuntimeError: ``qkv`` is a leaf that requires grad, or a view of one, as for every in-place operation of torch.
         BackendError: the forced backend can't run these inputs.
     """
+    settings = num_heads, num_kv_heads, float(eps), interleaved, forced_backend(backend)
+    tensors = qkv, cos, sin, q_weight, k_weight
+    plan = _in_place.planned(settings, tensors)
+    if plan is None:
+        return _unplanned_qkv(settings, tensors)
+    plan(*tensors)
+    if not qkv.is_inference():  # which has no version
+        torch.autograd.graph.increment_version(qkv)
+    return qkv
+
+
+def _unplanned_qkv(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> torch.Tensor:
+    """Check everything, run, and leave a plan for the next such call."""
+    num_heads, num_kv_heads, eps, interleaved, name = settings
+    qkv: torch.Tensor
+    qkv, cos, sin, q_weight, k_weight = tensors
     heads = num_heads + 2 * num_kv_heads
     if min(num_heads, num_kv_heads) < 0 or heads == 0:
         raise bad_argument("num_heads, num_kv_heads", (num_heads, num_kv_heads), "at least one head and no negative number")
@@ -284,9 +308,10 @@ def rope_qkv_(
     head_dim = qkv.shape[-1] // heads
     cos, sin = _tables(cos, sin, qkv.shape[:-1], head_dim, qkv.device)
     _check_weights(q_weight, k_weight, qkv, head_dim)
-    name = forced_backend(backend)
     if not _needs_grad(qkv, q_weight, k_weight):
-        torch.ops.vlmkernels.rope_qkv_(qkv, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, float(eps), interleaved, name)
+        arguments = (qkv, cos, sin, q_weight, k_weight, *settings)
+        torch.ops.vlmkernels.rope_qkv_(*arguments)
+        _in_place.plan(settings, tensors, arguments)
         return qkv
     if q_weight is not None or k_weight is not None:
         what = "q_weight" if q_weight is not None else "k_weight"

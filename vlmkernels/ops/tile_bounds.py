@@ -48,12 +48,19 @@ def tile_bounds(ranges: KeyRanges, num_keys: int, *, backend: str | None = None)
         ValueError: ``num_keys`` is negative, or a length is over ``2**31 - 65``.
         BackendError: the forced backend can't run these inputs.
     """
-    start, stop = ranges.start, ranges.stop
+    start, stop = tensors = ranges.start, ranges.stop
+    settings = num_keys, forced_backend(backend)
+    plan = _op.planned(settings, tensors)
+    if plan is not None:
+        return TileBounds(*plan(*tensors))
     if not 0 <= num_keys <= MAX_LENGTH:
         raise bad_argument("num_keys", num_keys, f"0 <= num_keys <= {MAX_LENGTH}")
     if start.shape[1] > MAX_LENGTH:
         raise bad_argument("ranges.start", f"{start.shape[1]} queries", f"at most {MAX_LENGTH}")
-    return TileBounds(*torch.ops.vlmkernels.tile_bounds(start, stop, num_keys, forced_backend(backend)))
+    arguments = (*tensors, *settings)
+    bounds = TileBounds(*_op(*arguments))
+    _op.plan(settings, tensors, arguments)
+    return bounds
 
 
 def _fake(start: torch.Tensor, stop: torch.Tensor, num_keys: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,4 +69,4 @@ def _fake(start: torch.Tensor, stop: torch.Tensor, num_keys: int, backend: str) 
     return q_bounds, start.new_empty(batch, (num_keys + TILE - 1) // TILE, 4)
 
 
-Op("tile_bounds", "tile_bounds(Tensor start, Tensor stop, SymInt num_keys, str backend) -> (Tensor, Tensor)", _fake)
+_op = Op("tile_bounds", "tile_bounds(Tensor start, Tensor stop, SymInt num_keys, str backend) -> (Tensor, Tensor)", _fake)

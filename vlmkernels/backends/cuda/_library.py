@@ -112,20 +112,23 @@ class EntryPoint:
 
     @functools.cached_property
     def _function(self) -> Any:
-        # No argtypes: byref() and c_void_p need no conversion, and checking them would cost as much as the call.
+        # No argtypes: bytes, byref() and c_void_p need no conversion, and checking them would cost as much as the call.
         return getattr(_loaded(), self._name)
 
     def why_not(self, params: ctypes.Structure) -> str | None:
         """What the library says against these parameters; for an entry point ``vlmk_<op>_check(const Params*)``."""
         return _last_error(_loaded()) if self._function(ctypes.byref(params)) else None
 
-    def __call__(self, params: ctypes.Structure, device: torch.device) -> None:
+    def __call__(self, params: bytes, device: torch.device) -> None:
         """Launch on the current stream of ``device``, which must be current: every op makes it so before it calls a backend.
+
+        Args:
+            params: the structure as it lies in memory.
 
         Raises:
             RuntimeError: the entry point returned an error; the message is the library's.
         """
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
-        code = self._function(ctypes.byref(params), stream)
+        code = self._function(params, stream)
         if code:
             raise RuntimeError(f"{self._name} failed with CUDA error {code}: {_last_error(_loaded())}")

@@ -2,6 +2,8 @@
 """Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, in one kernel."""
 
 import functools
+import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from vlmkernels.backends.cuda._library import EntryPoint, PatchEmbedParams
 
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
+
+#: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
+_POINTERS = struct.Struct("9P")
 
 _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
@@ -124,27 +129,44 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
-    prepared = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
-    assert not isinstance(prepared, str)  # why_not_patch_embed_fwd was asked
-    params = PatchEmbedParams.from_buffer_copy(prepared)
-    out = weight.new_empty(params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim)
-    total = torch.empty_like(out) if keep_total and norm_weight is not None else None
     # Kept in names until the launch: a copy's memory must not be given away before.
     weight, bias, prefix_tokens = weight.contiguous(), _contiguous(bias), _contiguous(prefix_tokens)
     norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
-    params.pixels, params.weight, params.out = patches.data_ptr(), weight.data_ptr(), out.data_ptr()
-    params.bias, params.prefix, params.pos = _address(bias), _address(prefix_tokens), _address(pos_embed)
-    params.norm_weight, params.norm_bias, params.total = _address(norm_weight), _address(norm_bias), _address(total)
-    if out.numel():
-        _patch_embed(params, weight.device)
+    tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
+    plan = plan_patch_embed_fwd(*tensors, eps, mean, std, keep_total)
+    assert plan is not None  # why_not_patch_embed_fwd was asked, and all that a plan would copy is copied
+    out, total = plan(*tensors)
     if total is None:
         total = out.clone() if keep_total else weight.new_empty(0)
     return out, total
 
 
+def plan_patch_embed_fwd(
+    patches: Tensor, weight: Tensor, bias: Tensor | None, prefix_tokens: Tensor | None, pos_embed: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, mean: list[float] | None, std: list[float] | None,
+    keep_total: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # fmt: skip
+    """The plan, or None where a parameter must be copied first. It returns a total where that is another than the result."""
+    if not all(x is None or x.is_contiguous() for x in (weight, bias, prefix_tokens, norm_weight, norm_bias)):
+        return None
+    params = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
+    if isinstance(params, str):
+        return None
+    shape, device = (params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim), weight.device
+    apart, empty = keep_total and norm_weight is not None, 0 in shape
+    behind = bytes(params)[_POINTERS.size :]
+
+    def plan(pixels: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = weight.new_empty(*shape)
+        total = weight.new_empty(*shape) if apart else None
+        tensors = (pixels, weight, *others, out, total)
+        pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
+        if not empty:
+            _patch_embed(pointers + behind, device)
+        return out, total
+
+    return plan
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

@@ -5,6 +5,7 @@ The backward is in ``_attention_bwd.py``.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -37,7 +38,7 @@ from vlmkernels.backends.triton._attention_common import (
 )
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
-__all__ = ["attention_bwd", "attention_fwd", "why_not_attention_bwd", "why_not_attention_fwd"]
+__all__ = ["attention_bwd", "attention_fwd", "plan_attention_fwd", "why_not_attention_bwd", "why_not_attention_fwd"]
 
 
 @triton.jit
@@ -220,6 +221,45 @@ def _fwd_launch(
     )  # fmt: skip
 
 
+def plan_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    stop: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
+    """The plan, or None where something must be copied first. It returns no lse unless that is to be saved."""
+    q_shape, v_shape, dtype, device = q.shape, v.shape, q.dtype, q.device
+    batch, queries, heads, _ = q_shape
+    mask, row_stride = CAUSAL.value if causal else DENSE.value, 0
+    if start is not None and stop is not None:
+        if not (start.is_contiguous() and stop.is_contiguous()):
+            return None
+        mask, row_stride = RANGES.value, queries if start.shape[0] > 1 else 0
+    launch = _fwd_launch(
+        device, dtype, q_shape, v_shape, q.stride(), k.stride(), v.stride(), mask, row_stride, scale, softcap, save_lse
+    )
+    if launch is None:
+        return None
+    shape, lse_shape = (batch, queries, heads, v_shape[3]), (batch, heads, queries)
+    empty, fp32 = 0 in shape, q.new_empty(0, dtype=torch.float32)  # naming a dtype costs a microsecond
+
+    def plan(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = q.new_empty(*shape)
+        lse = fp32.new_empty(*lse_shape) if save_lse else None
+        if not empty:
+            launch(q, k, v, out, lse, start, stop)
+        return out, lse
+
+    return plan
+
+
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -231,28 +271,13 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_shape, v_shape, dtype, device = q.shape, v.shape, q.dtype, q.device
-    batch, queries, heads, _ = q_shape
-    mask, row_stride = CAUSAL.value if causal else DENSE.value, 0
     if start is not None and stop is not None:
-        mask, start, stop = RANGES.value, start.contiguous(), stop.contiguous()
-        row_stride = queries if start.shape[0] > 1 else 0
-    launch = _fwd_launch(
-        device, dtype, q_shape, v_shape, q.stride(), k.stride(), v.stride(), mask, row_stride, scale, softcap, save_lse
-    )
-    if launch is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        return attention_fwd(aligned(q), aligned(k), aligned(v), start, stop, causal, scale, softcap, save_lse)
-    out = q.new_empty(batch, queries, heads, v_shape[3])
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32) if save_lse else _fp32(device).new_empty(0)
-    if out.numel():
-        launch(q, k, v, out, lse if save_lse else None, start, stop)
-    return out, lse
-
-
-@functools.cache
-def _fp32(device: torch.device) -> torch.Tensor:
-    """To make others from: naming a dtype costs a microsecond."""
-    return torch.empty(0, dtype=torch.float32, device=device)
+        start, stop = start.contiguous(), stop.contiguous()
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    plan = plan_attention_fwd(q, k, v, start, stop, causal, scale, softcap, save_lse)
+    assert plan is not None  # all that a plan would copy is copied
+    out, lse = plan(q, k, v, start, stop)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def aot_cases() -> list[AotCase]:

@@ -8,6 +8,7 @@ position and writes each row behind its image's prefix tokens. The third is the 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -305,34 +306,37 @@ def _cut(
     return _Cut(m, k_padded, stride, launch)
 
 
-def _written(
+def _cut_of(
     x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
-) -> tuple[Tensor, _Cut]:
-    """The matrix of ``x`` and where it lies: in ``x`` if the pixels are a matrix already, else in a new tensor.
+) -> _Cut:
+    affine = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
+    return _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, *affine)
+
+
+def _written(x: Tensor, cut: _Cut, like: Tensor) -> Tensor:
+    """The matrix of ``x`` in memory: in ``x`` if that is a matrix already, else in a new tensor of the dtype of ``like``.
 
     Its rows start at multiples of 16 bytes. Where it is written, K is rounded up to a multiple of 8 by columns of zeros.
     """
-    affine = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
-    cut = _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, *affine)
     if cut.launch is None:
-        return x, cut
-    a = torch.empty((cut.m, cut.stride), dtype=dtype, device=x.device)
+        return x
+    a = like.new_empty(cut.m, cut.stride)
     if cut.m:
         cut.launch(x, a)
-    return a, cut
+    return a
 
 
 def _matrix(
     x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
 ) -> Tensor:
     """The matrix ``[M, K]`` of ``_written`` as a tensor."""
-    a, cut = _written(x, columns, dtype, mean, std)
-    return a.as_strided((cut.m, cut.k), (cut.stride, 1))
+    cut = _cut_of(x, columns, dtype, mean, std)
+    return _written(x, cut, torch.empty(0, dtype=dtype, device=x.device)).as_strided((cut.m, cut.k), (cut.stride, 1))
 
 
 @functools.lru_cache(maxsize=LAUNCHES)
 def _gemm_launch(
-    device: torch.device, dtype: torch.dtype, m: int, k: int, stride_a: int, stride_w: int, out_shape: torch.Size,
+    device: torch.device, dtype: torch.dtype, m: int, k: int, stride_a: int, stride_w: int, out_shape: tuple[int, ...],
     n_prefix: int, has_bias: bool, has_prefix: bool, pos_shape: torch.Size | None, pos_strides: tuple[int, ...],
 ) -> Launch:  # fmt: skip
     batch, n_tokens, dim = out_shape
@@ -418,28 +422,56 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype, device, shape = weight.dtype, weight.device, patches.shape
+    bias, prefix_tokens, norm_weight, norm_bias = map(_contiguous, (bias, prefix_tokens, norm_weight, norm_bias))
+    if pos_embed is not None and pos_embed.stride(-1) != 1:
+        pos_embed = pos_embed.contiguous()
+    tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
+    plan = plan_patch_embed_fwd(*tensors, eps, mean, std, keep_total)
+    assert plan is not None  # all that a plan would copy is copied
+    out, total = plan(*tensors)
+    return out, weight.new_empty(0) if total is None else total
+
+
+def plan_patch_embed_fwd(
+    patches: Tensor, weight: Tensor, bias: Tensor | None, prefix_tokens: Tensor | None, pos_embed: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, mean: list[float] | None, std: list[float] | None,
+    keep_total: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # fmt: skip
+    """The plan, or None where a parameter must be copied first. It returns no total unless that is to be kept."""
+    vectors = (bias, prefix_tokens, norm_weight, norm_bias)
+    if not all(x is None or x.is_contiguous() for x in vectors):
+        return None
+    if pos_embed is not None and pos_embed.stride(-1) != 1 and not pos_embed.is_contiguous():
+        return None
+    dtype, device, columns = weight.dtype, weight.device, _columns(patches)
     n_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    out = weight.new_empty(shape[0], n_prefix + shape[1] * shape[2] * shape[3], weight.shape[0])
-    total = torch.empty_like(out) if keep_total else out
-    if out.numel():
-        columns = _columns(patches)
-        a, (m, k, stride_a, _) = _written(patches, columns, dtype, mean, std)
-        w, (_, _, stride_w, _) = _written(weight, columns, dtype)
-        bias, prefix_tokens, norm_weight, norm_bias = map(_contiguous, (bias, prefix_tokens, norm_weight, norm_bias))
-        pos_shape, pos_strides = None, ()
-        if pos_embed is not None:
-            pos_embed = pos_embed if pos_embed.stride(-1) == 1 else pos_embed.contiguous()
-            pos_shape, pos_strides = pos_embed.shape, pos_embed.stride()
-        launch = _gemm_launch(
-            device, dtype, m, k, stride_a, stride_w, out.shape, n_prefix, bias is not None, prefix_tokens is not None,
-            pos_shape, pos_strides,
-        )  # fmt: skip
-        launch(a, w, bias, prefix_tokens, pos_embed, total)
-        if norm_weight is not None:
-            launch = _norm_launch(device, dtype, out.shape[0] * out.shape[1], out.shape[2], norm_bias is not None, eps)
-            launch(total, out, norm_weight, norm_bias)
-    return out, total if keep_total else weight.new_empty(0)
+    shape = patches.shape[0], n_prefix + patches.shape[1:4].numel(), weight.shape[0]
+    empty = 0 in shape
+    pixels_cut, weight_cut = _cut_of(patches, columns, dtype, mean, std), _cut_of(weight, columns, dtype)
+    pos = (None, ()) if pos_embed is None else (pos_embed.shape, pos_embed.stride())
+    gemm = _gemm_launch(
+        device, dtype, pixels_cut.m, pixels_cut.k, pixels_cut.stride, weight_cut.stride, shape, n_prefix, bias is not None,
+        prefix_tokens is not None, *pos,
+    )  # fmt: skip
+    norm = None
+    if norm_weight is not None:
+        norm = _norm_launch(device, dtype, shape[0] * shape[1], shape[2], norm_bias is not None, eps)
+
+    def plan(
+        patches: Tensor, weight: Tensor, bias: Tensor | None, prefix_tokens: Tensor | None, pos_embed: Tensor | None,
+        norm_weight: Tensor | None, norm_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        out = weight.new_empty(*shape)
+        total = weight.new_empty(*shape) if keep_total else out
+        if empty:
+            return out, total if keep_total else None
+        a, w = _written(patches, pixels_cut, weight), _written(weight, weight_cut, weight)
+        gemm(a, w, bias, prefix_tokens, pos_embed, total)
+        if norm is not None:
+            norm(total, out, norm_weight, norm_bias)
+        return out, total if keep_total else None
+
+    return plan
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

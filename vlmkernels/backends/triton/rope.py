@@ -7,6 +7,8 @@ from DRAM and then, for the other heads of the token, from the caches.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -236,6 +238,20 @@ def _width(head_dim: int) -> int:
     return next_power_of_2(max(head_dim // 2, 1))
 
 
+def _dense(shape: torch.Size) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
+
+
+def _plannable(cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None) -> bool:
+    """Whether tables and weights can be taken as they are: ``sin`` lies as ``cos`` does, and weights are contiguous."""
+    alike = cos.stride() == sin.stride() or (cos.is_contiguous() and sin.is_contiguous())
+    return alike and all(w is None or w.is_contiguous() for w in (q_weight, k_weight))
+
+
 def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
@@ -277,6 +293,19 @@ def _fwd_launch(
     )  # fmt: skip
 
 
+def _launch_for(
+    q: torch.Tensor, k: torch.Tensor, strides_oq: tuple[int, ...], strides_ok: tuple[int, ...], cos: torch.Tensor,
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float, interleaved: bool, inverse: bool, in_place: bool,
+) -> Launch | None:  # fmt: skip
+    """The launch for outputs of these strides, whose heads are dense rows, and ``_plannable`` tables and weights."""
+    q_dtype = None if q_weight is None else q_weight.dtype
+    k_dtype = None if k_weight is None else k_weight.dtype
+    return _fwd_launch(
+        q.device, q.dtype, cos.dtype, q_dtype, k_dtype, q.shape, k.size(-2), cos.shape,
+        q.stride(), k.stride(), strides_oq, strides_ok, cos.stride(), eps, interleaved, inverse, in_place,
+    )  # fmt: skip
+
+
 def _launch_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -292,18 +321,15 @@ def _launch_fwd(
 ) -> None:
     """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Both outputs may be the inputs."""
     cos, sin = _same_layout(cos, sin)
-    q_dtype = k_dtype = None
-    if q_weight is not None:
-        q_weight, q_dtype = q_weight.contiguous(), q_weight.dtype
-    if k_weight is not None:
-        k_weight, k_dtype = k_weight.contiguous(), k_weight.dtype
-    launch = _fwd_launch(
-        q.device, q.dtype, cos.dtype, q_dtype, k_dtype, q.shape, k.size(-2), cos.shape,
-        q.stride(), k.stride(), out_q.stride(), out_k.stride(), cos.stride(),
-        eps, interleaved, inverse, out_q is q and out_k is k,
-    )  # fmt: skip
+    q_weight, k_weight = _contiguous(q_weight), _contiguous(k_weight)
+    in_place = out_q is q and out_k is k
+    launch = _launch_for(q, k, out_q.stride(), out_k.stride(), cos, q_weight, k_weight, eps, interleaved, inverse, in_place)
     if launch is not None:
         launch(q, k, out_q, out_k, q_weight, k_weight, cos, sin)
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _norm_bwd(
@@ -365,9 +391,32 @@ def rope_fwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out_q, out_k = q.new_empty(*q.shape), k.new_empty(*k.shape)
-    _launch_fwd(q, k, out_q, out_k, cos, sin, q_weight, k_weight, eps, interleaved, False)
-    return out_q, out_k
+    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), _contiguous(q_weight), _contiguous(k_weight)
+    plan = plan_rope_fwd(q, k, cos, sin, q_weight, k_weight, eps, interleaved)
+    assert plan is not None  # all that a plan would copy is copied
+    return plan(q, k, cos, sin, q_weight, k_weight)
+
+
+def plan_rope_fwd(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None, eps: float, interleaved: bool,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:  # fmt: skip
+    """The plan, or None where something must be copied first."""
+    if not _plannable(cos, sin, q_weight, k_weight):
+        return None
+    q_shape, k_shape = q.shape, k.shape
+    dense = _dense(q_shape), _dense(k_shape)
+    launch = _launch_for(q, k, *dense, cos, q_weight, k_weight, eps, interleaved, False, False)
+
+    def plan(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: Any, k_weight: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out_q, out_k = q.new_empty(*q_shape), k.new_empty(*k_shape)
+        if launch is not None:
+            launch(q, k, out_q, out_k, q_weight, k_weight, cos, sin)
+        return out_q, out_k
+
+    return plan
 
 
 def why_not_rope_bwd(
@@ -449,8 +498,29 @@ def rope_qkv_(
     eps: float,
     interleaved: bool,
 ) -> None:
+    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), _contiguous(q_weight), _contiguous(k_weight)
+    plan = plan_rope_qkv_(qkv, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, eps, interleaved)
+    assert plan is not None  # all that a plan would copy is copied
+    plan(qkv, cos, sin, q_weight, k_weight)
+
+
+def plan_rope_qkv_(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    num_heads: int, num_kv_heads: int, eps: float, interleaved: bool,
+) -> Callable[..., None] | None:  # fmt: skip
+    """The plan, or None where something must be copied first."""
+    if not _plannable(cos, sin, q_weight, k_weight):
+        return None
     q, k, _ = _heads(qkv, num_heads, num_kv_heads)
-    _launch_fwd(q, k, q, k, cos, sin, q_weight, k_weight, eps, interleaved, False)
+    launch = _launch_for(q, k, q.stride(), k.stride(), cos, q_weight, k_weight, eps, interleaved, False, True)
+    k_size, k_strides, offset = k.shape, k.stride(), k.storage_offset() - qkv.storage_offset()
+
+    def plan(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: Any, k_weight: Any) -> None:
+        k = qkv.as_strided(k_size, k_strides, qkv.storage_offset() + offset)
+        if launch is not None:
+            launch(qkv, k, qkv, k, q_weight, k_weight, cos, sin)
+
+    return plan
 
 
 def why_not_rope_qkv_bwd(

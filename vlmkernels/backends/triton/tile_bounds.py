@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile bounds as two Triton kernels: query tiles from rows, then key tiles from query tiles."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from vlmkernels.backends.triton import cdiv
 from vlmkernels.backends.triton._aot import AotCase
+from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 TILE = 64
 _GROUP = 8  # query tiles per program of the first kernel
@@ -107,22 +111,42 @@ def why_not_tile_bounds(start: torch.Tensor, stop: torch.Tensor, num_keys: int) 
     return None if start.shape[0] <= 65535 else f"it takes at most 65535 batches, these are {start.shape[0]}"
 
 
+@functools.lru_cache(maxsize=LAUNCHES)
+def _launches(
+    device: torch.device, batch: int, num_queries: int, num_keys: int, strides: tuple[int, ...]
+) -> tuple[Launch, Launch]:
+    num_q_tiles, num_k_tiles = cdiv(num_queries, TILE), cdiv(num_keys, TILE)
+    by_query = Launch(
+        _query_tile_bounds_kernel, (cdiv(num_q_tiles, _GROUP), batch), (*strides, num_queries, num_keys, num_q_tiles),
+        TILE=TILE, GROUP=_GROUP, num_warps=4,
+    )  # fmt: skip
+    by_key = Launch(
+        _key_tile_bounds_kernel, (num_k_tiles, batch), (num_keys, num_q_tiles, num_k_tiles),
+        TILE=TILE, CHUNK=_CHUNK, num_warps=1,
+    )  # fmt: skip
+    return by_query, by_key
+
+
 def tile_bounds(start: torch.Tensor, stop: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return plan_tile_bounds(start, stop, num_keys)(start, stop)
+
+
+def plan_tile_bounds(
+    start: torch.Tensor, stop: torch.Tensor, num_keys: int
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     batch, num_queries = start.shape
-    num_q_tiles, num_k_tiles = -(-num_queries // TILE), -(-num_keys // TILE)
-    q_bounds = start.new_empty(batch, num_q_tiles, 4)
-    k_bounds = start.new_empty(batch, num_k_tiles, 4)
-    if q_bounds.numel():
-        strides = (*start.stride(), *stop.stride())
-        grid = (cdiv(num_q_tiles, _GROUP), batch)
-        _query_tile_bounds_kernel[grid](
-            start, stop, q_bounds, *strides, num_queries, num_keys, num_q_tiles, TILE=TILE, GROUP=_GROUP, num_warps=4
-        )
-    if k_bounds.numel():
-        _key_tile_bounds_kernel[(num_k_tiles, batch)](
-            q_bounds, k_bounds, num_keys, num_q_tiles, num_k_tiles, TILE=TILE, CHUNK=_CHUNK, num_warps=1
-        )
-    return q_bounds, k_bounds
+    q_shape, k_shape = (batch, cdiv(num_queries, TILE), 4), (batch, cdiv(num_keys, TILE), 4)
+    by_query, by_key = _launches(start.device, batch, num_queries, num_keys, (*start.stride(), *stop.stride()))
+
+    def plan(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q_bounds, k_bounds = start.new_empty(*q_shape), start.new_empty(*k_shape)
+        if 0 not in q_shape:
+            by_query(start, stop, q_bounds)
+        if 0 not in k_shape:
+            by_key(q_bounds, k_bounds)
+        return q_bounds, k_bounds
+
+    return plan
 
 
 def aot_cases() -> list[AotCase]:
