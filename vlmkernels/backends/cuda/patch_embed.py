@@ -129,6 +129,8 @@ def patch_embed_fwd(
     params = PatchEmbedParams.from_buffer_copy(prepared)
     out = weight.new_empty(params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim)
     total = torch.empty_like(out) if keep_total and norm_weight is not None else None
+    if patches.shape[5] != weight.shape[2]:
+        weight = weight.sum(2)  # a still image meets all frames of the weight; torch sums in fp32 and rounds once
     # Kept in names until the launch: a copy's memory must not be given away before.
     weight, bias, prefix_tokens = weight.contiguous(), _contiguous(bias), _contiguous(prefix_tokens)
     norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
