@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark: photos, towers, timing, what counts as wrong, and what a run writes."""
 
+import dataclasses
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +14,24 @@ import pytest
 import torch
 
 from vlmkernels import use_backend
-from vlmkernels.bench import MissingExtra, Unavailable, environment, need, photos, report, runner, suites, timing, towers
+from vlmkernels.bench import (
+    MissingExtra,
+    Unavailable,
+    embeddings,
+    environment,
+    need,
+    photos,
+    report,
+    runner,
+    suites,
+    timing,
+    towers,
+)
 from vlmkernels.bench.ceilings import Ceilings
+from vlmkernels.bench.patch_embed import MIXED, mixed_grids, mixed_patch_embed, rows_patch_embed, tower_patch_embed
 from vlmkernels.bench.peers import Provider
 from vlmkernels.bench.runner import Options, Row
-from vlmkernels.bench.workloads import OURS, Case, Workload, tower_attention, tower_patch_embed
+from vlmkernels.bench.workloads import OURS, Case, Workload, tower_attention
 from vlmkernels.ops._op import Op
 from vlmkernels.testing import compare
 
@@ -89,6 +104,35 @@ def test_timing_takes_turns() -> None:
     assert {order.count(name) for name in "abc"} == {len(order) // 3}
     assert {"".join(order[i : i + 3]) for i in range(0, len(order), 3)} == {"abc", "bca", "cab"}
     assert times["a"].samples == 5 and times["a"].low <= times["a"].ms <= times["a"].high
+
+
+def test_times_are_per_call() -> None:
+    """A function that makes several calls, as the replay of a CUDA graph does."""
+    (one,) = timing.device_times({"a": lambda: time.sleep(0.002)}, CPU, 0.0).values()
+    (several,) = timing.device_times({"a": lambda: time.sleep(0.002)}, CPU, 0.0, cold=False, calls=20).values()
+    assert one.ms >= 2 and 0.1 <= several.ms < one.ms / 4
+
+
+def _captured(function: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], Any]:
+    if function() is None:
+        raise RuntimeError("it waits")
+    return lambda: [function() for _ in range(calls)]
+
+
+@pytest.mark.parametrize("clock", ["replay", "graph"])
+def test_what_cannot_be_captured_says_so(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is then timed as it is, which shows; latency in a graph has no stand-in."""
+    monkeypatch.setattr(runner, "captured", _captured)
+    rows = [Row("s", "o", "w", "fwd", name, "ok", clock=clock) for name in (OURS, "peer", "waits", "wrong")]
+    rows[3].status = "wrong"
+    times = runner._times(rows, {OURS: lambda: 1, "peer": lambda: 1, "waits": lambda: None}, CPU, FAST)
+    ours, peer, waits, _ = rows
+    assert {(row.clock, row.status, row.reason) for row in (ours, peer)} == {(clock, "ok", "")}
+    assert waits.reason == "not captured in a CUDA graph: RuntimeError: it waits"
+    assert (waits.clock, waits.status) == (("device", "ok") if clock == "replay" else ("graph", "unavailable"))
+    assert set(times) == ({OURS, "peer", "waits"} if clock == "replay" else {OURS, "peer"})
+    waits.ms = 0.5
+    assert report.result(waits) == "500.0 µs (not captured)"
 
 
 def test_median_and_quartiles() -> None:
@@ -190,16 +234,89 @@ TOWERS = [
 ]
 
 
+#: What is not there on every machine, or not for every tower; the reason is in the row.
+MAY_BE_MISSING = ("hf fused", "timm conv")
+
+
+def agree(build: Callable[[torch.device], Case]) -> list[Row]:
+    """All providers compute the same: transformers' modules and functions lie within the bound that ours has."""
+    rows = _one(build, Options(budget_ms=0.0))
+    for row in rows:
+        if row.provider in MAY_BE_MISSING and row.status == "unavailable":
+            assert "does not import" in row.reason or "fusion_config" in row.reason, row
+            continue
+        assert row.status == "ok" and row.ms, row
+        assert row.error_over_floor is not None and row.bound is not None and row.error_over_floor <= row.bound, row
+    return rows
+
+
 @pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.model[1])
 def test_transformers_towers_agree_with_ours(tower: towers.Tower) -> None:
-    """All providers compute the same: transformers' modules and functions lie within the bound that ours has."""
-    cases = [tower_patch_embed(tower), tower_patch_embed(tower, uint8=True), tower_patch_embed(tower, backward=True)]
-    for build in (*cases, tower_attention(tower)):
-        rows = _one(build, Options(budget_ms=0.0))
-        assert len(rows) >= 3
-        for row in rows:
-            assert row.status == "ok", row
-            assert row.error_over_floor is not None and row.bound is not None and row.error_over_floor <= row.bound, row
+    steps = [tower_patch_embed(tower, direction=direction) for direction in ("fwd", "bwd", "fwd+bwd")]
+    for build in (*steps, tower_patch_embed(tower, uint8=True), tower_attention(tower)):
+        assert len([row for row in agree(build) if row.status == "ok"]) >= 3
+
+
+def test_a_step_has_the_gradient_of_every_parameter() -> None:
+    outputs = [tower_patch_embed(tower, direction="fwd+bwd")(CPU).outputs for tower in TOWERS]
+    vit, clip, siglip, eva = outputs
+    assert vit == eva == ("out", "dweight", "dbias", "dclass_token", "dpositions")
+    assert clip == ("out", "dweight", "dclass_token", "dpositions", "dnorm_weight", "dnorm_bias")
+    assert siglip == ("out", "dweight", "dbias", "dpositions")
+
+
+@pytest.fixture
+def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The towers that take rows, at small widths."""
+    for name, sizes in {
+        "QWEN2": {"embed_dim": 32, "num_heads": 2, "hidden_size": 32},
+        "QWEN3": {"hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 36},
+        "NAFLEX": {"hidden_size": 32, "num_attention_heads": 2, "patch_size": 4, "num_patches": 36},
+    }.items():
+        tower = getattr(towers, name)
+        monkeypatch.setattr(towers, name, dataclasses.replace(tower, config=(tower.config[0], {**tower.config[1], **sizes})))
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_qwen_rows_agree_with_ours() -> None:
+    for build in (
+        rows_patch_embed(towers.QWEN2),
+        rows_patch_embed(towers.QWEN2, still=True),
+        rows_patch_embed(towers.QWEN3, positions=True),
+    ):
+        rows = agree(build)
+        assert [row.provider for row in rows] == [OURS, "hf conv", "hf fused", "linear"]
+        assert [row.status for row in rows if row.provider != "hf fused"] == ["ok"] * 3
+
+
+@pytest.mark.usefixtures("small_rows")
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_sizes_agree_with_ours(name: str, direction: str) -> None:
+    rows = agree(mixed_patch_embed(name, direction))
+    assert [row.provider for row in rows] == [OURS, *(["hf"] if name == "SigLIP2-NaFlex" else ["hf conv", "hf fused"])]
+
+
+def test_mixed_grids_are_of_16_sizes() -> None:
+    for limit, multiple in ((512, 1), (1024, 2)):
+        grids = mixed_grids(64, limit, multiple)
+        assert len(grids) == 64 and len(set(grids)) == 16
+        assert all(0.8 * limit <= h * w <= limit and h % multiple == w % multiple == 0 for h, w in grids)
+
+
+def test_fusion_leaves_nothing_behind() -> None:
+    """transformers replaces classes by a part of their name in whatever is loaded next: a tower without a Conv3d would break."""
+    patching = pytest.importorskip("transformers.monkey_patching")
+    tower = towers.Tower(
+        "", towers.QWEN2.model, ("Qwen2VLVisionConfig", {"depth": 0, "embed_dim": 32, "num_heads": 2}), (1, 1), photos.HALF
+    )
+    model = tower.build(CPU, torch.float32)
+    fused = embeddings.fused_model(model)
+    assert torch.equal(fused.patch_embed.linear_proj.weight, model.patch_embed.proj.weight.flatten(1))
+    assert not patching.get_patch_mapping()
+    with pytest.raises(Unavailable, match="fusion_config changes nothing"):
+        embeddings.fused_model(TOWERS[0].build(CPU, torch.float32))
+    assert not patching.get_patch_mapping()
 
 
 def test_qformer_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +375,18 @@ def _report(*rows: Row) -> report.Report:
 
 
 def _group(name: str, speedup: float | None, status: str = "ok") -> list[Row]:
-    ours = Row("s", "o", name, "fwd", OURS, status, "why", ms=1.0 if status == "ok" else None, speedup=speedup, best_peer="peer")
+    ours = Row(
+        "s",
+        "o",
+        name,
+        "fwd",
+        OURS,
+        status,
+        "" if status == "ok" else "why",
+        ms=1.0 if status == "ok" else None,
+        speedup=speedup,
+        best_peer="peer",
+    )
     return [ours, Row("s", "o", name, "fwd", "peer", "ok", ms=speedup, ceiling_share=0.5, ceiling="copy")]
 
 
@@ -276,9 +404,38 @@ def test_html_is_one_file_and_shows_losses_first() -> None:
     assert "WRONG: why" in page and "4 workloads, 1 where a peer is faster, 1 wrong or failed" in page
 
 
+def test_plot_has_a_panel_for_each_clock() -> None:
+    """Shares of the ceiling, host times and latencies: a missing panel would leave the picture lower."""
+    pages = [_group("a", 2.0)]
+    heights = []
+    for clock in ("device", "host", "graph"):
+        if clock != "device":
+            rows = _group(clock, 2.0)
+            for row in rows:
+                row.clock, row.ceiling_share = clock, None
+            pages.append(rows)
+        heights.append(int.from_bytes(report.plot(_report(*[row for rows in pages for row in rows]))[20:24], "big"))
+    assert heights == sorted(set(heights))
+
+
 def test_unknown_suite() -> None:
     with pytest.raises(ValueError, match="suite: got 'nonsense', wanted one of main"):
         suites.workloads("nonsense")
+
+
+def test_overhead_workloads_are_right() -> None:
+    """They are timed on a GPU only, but compute the same anywhere, the peers too."""
+    for work in suites.workloads("overhead"):
+        case = work.build(CPU)
+        assert case.clock == "host", work.name
+        with torch.no_grad(), use_backend("reference"):  # torch has no softcap
+            for provider in (case.ours, *case.peers):
+                try:
+                    call = provider.prepare()
+                except Unavailable:
+                    assert provider is not case.ours
+                else:
+                    assert all(case.check(call())), (work.name, provider.name)
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -294,3 +451,32 @@ def test_smoke_and_overhead_on_the_gpu(device: torch.device) -> None:
     ours = [row for row in rows if row.provider == OURS]
     assert ours and {row.status for row in ours} == {"ok"}, [row for row in ours if row.status != "ok"]
     assert all(row.ms for row in ours)
+
+
+@pytest.mark.gpu
+def test_captured_calls(device: torch.device) -> None:
+    """A graph holds as many calls as it says; what waits for the GPU is refused and leaves nothing behind."""
+    x = torch.zeros(4, device=device)
+    replay = timing.captured(lambda: x.add_(1), device, calls=20)
+    before = x[0].item()
+    replay()
+    assert x[0].item() == before + 20
+    with pytest.raises(RuntimeError):
+        timing.captured(lambda: x.sum().item(), device)
+    assert torch.cuda.get_sync_debug_mode() == 0 and x.sum().item() == 4 * (before + 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("small_rows")
+def test_steps_and_latency_on_the_gpu(device: torch.device) -> None:
+    step = tower_patch_embed(TOWERS[1], direction="fwd+bwd", clock="replay")
+    latency = tower_patch_embed(TOWERS[1], uint8=True, clock="graph")
+    builds = {"step": step, "latency": latency, **{name: mixed_patch_embed(name, "fwd+bwd") for name in MIXED}}
+    work = [Workload("s", "patch_embed", name, "fwd", build) for name, build in builds.items()]
+    with use_backend(""):
+        rows, _ = runner.run(work, device, CEILINGS, Options(compile=False, budget_ms=1.0))
+    ours = {row.workload: row for row in rows if row.provider == OURS}
+    assert [(row.status, row.clock, row.reason) for row in ours.values()] == [
+        ("ok", clock, "") for clock in ("replay", "graph", "replay", "replay")
+    ]
+    assert all(row.ms for row in rows if row.status == "ok")

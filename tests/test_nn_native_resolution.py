@@ -64,6 +64,15 @@ def test_qwen3_vl() -> None:
     check_parity(PackedPatchEmbed3d(D, P, grid_size=S), Qwen3VLEmbedding(), packed, packed, randn(ROWS, 3 * 2 * P * P))
 
 
+def test_qwen3_vl_still_images() -> None:
+    """Ours gets the one frame that the processor repeats for theirs."""
+
+    def repeated(module: nn.Module, rows: Tensor) -> Tensor:
+        return packed(module, rows.view(ROWS, 3, 1, P * P).expand(-1, -1, 2, -1).reshape(ROWS, -1))
+
+    check_parity(PackedPatchEmbed3d(D, P, grid_size=S), Qwen3VLEmbedding(), packed, repeated, randn(ROWS, 3 * P * P))
+
+
 def test_timm() -> None:
     timm = pytest.importorskip("timm", reason="timm imports only beside a torchvision for this torch")
     theirs = timm.models.naflexvit.NaFlexEmbeds(

@@ -153,6 +153,16 @@ def test_packed_rows(build: Callable[[], nn.Module], bias: bool) -> None:
     check_parity(PatchEmbed3d(D, P, bias=bias), build(), embed, embed, randn(11, 3 * 2 * P * P))
 
 
+@pytest.mark.parametrize(("build", "bias"), [(qwen2, False), (qwen3, True)], ids=["qwen2-vl", "qwen3-vl"])
+def test_packed_rows_of_still_images(build: Callable[[], nn.Module], bias: bool) -> None:
+    """Ours gets the one frame that the processors repeat for theirs; the gradients reach it through the repetition."""
+
+    def repeated(module: nn.Module, rows: Tensor) -> Tensor:
+        return module(rows.view(11, 3, 1, P * P).expand(-1, -1, 2, -1).reshape(11, -1))
+
+    check_parity(PatchEmbed3d(D, P, bias=bias), build(), embed, repeated, randn(11, 3 * P * P))
+
+
 @pytest.mark.parametrize("temporal", [True, False], ids=["video", "image"])
 def test_frames_come_in_the_order_of_the_processor(temporal: bool, device: torch.device) -> None:
     """Raw uint8 frames give the tokens of the rows that Qwen-VL's processors cut them into (blocks of 2 x 2 patches)."""
@@ -167,12 +177,14 @@ def test_frames_come_in_the_order_of_the_processor(temporal: bool, device: torch
     rows = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid_t * grid_h * grid_w, 3 * 2 * P * P)
     exact = qwen2().to(device).double()
     exact.load_state_dict(ours.state_dict())
-    given = frames.transpose(0, 1).unsqueeze(0) if temporal else frames
-    assert compare(ours(given)[0], exact(rows), "gemm")
+    given = [frames.transpose(0, 1).unsqueeze(0)] if temporal else [frames, frames.unsqueeze(2)]
+    for pixels in given:
+        assert compare(ours(pixels)[0], exact(rows), "gemm")
 
 
 def test_3d_module_behaviour() -> None:
     check_module(PatchEmbed3d(D, P, bias=True, merge_size=2), embed, randn(1, 3, 2, 32, 16))
+    check_module(PatchEmbed3d(D, P, bias=True), embed, randn(9, 3 * P * P))
 
 
 def test_no_images() -> None:
@@ -194,6 +206,7 @@ def test_no_images() -> None:
         (lambda: PatchEmbed3d(D, P, merge_size=0), "merge_size"),
         (lambda: PatchEmbed3d(D, P, merge_size=2)(torch.zeros(1, 3, 2, 24, 16)), "pixels"),
         (lambda: PatchEmbed3d(D, P)(torch.zeros(1, 2, 3)), "pixels"),
+        (lambda: PatchEmbed3d(D, P)(torch.zeros(4, P * P)), "pixels"),
     ],
 )
 def test_refusals(build: Callable[[], object], name: str) -> None:

@@ -69,6 +69,17 @@ def test_training(name: str, uint8: bool, device: torch.device) -> None:
         assert compare(got, exact[what], "grad" if flavour.norm else "gemm"), what
 
 
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
+@pytest.mark.parametrize("patch", [14, 16])
+def test_still_image_in_patches_of_two_frames(patch: int, uint8: bool, device: torch.device) -> None:
+    flavour = Flavour((3, 3, 1, 8 * patch, 112), (2, patch, patch), 8 * (112 // patch), dim=1152)
+    tensors = flavour.inputs(torch.bfloat16, device, uint8)
+    exact = stock(flavour, double(tensors | {"pixels": tensors["pixels"].expand(-1, -1, 2, -1, -1)}))
+    assert compare(embed(flavour, tensors, backend="cuda"), exact, "gemm")
+    with pytest.raises(BackendError, match="square patches"):
+        embed(flavour, tensors | {"pixels": tensors["pixels"].expand(-1, -1, 2, -1, -1)}, backend="cuda")
+
+
 def test_total_is_the_sum_before_the_norm(device: torch.device) -> None:
     tensors = CLIP.inputs(torch.bfloat16, device)
     patches = tensors["pixels"].view(3, 3, 8, 14, 8, 14).permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]

@@ -133,6 +133,7 @@ def _patch_embed_cases(small: bool) -> Iterator[Case]:
     yield _patch_embed_case("uint8 NHWC", 14, 28, dim, uint8=True, layout="channels_last", **every)
     yield _patch_embed_case("3-D patches (Qwen2-VL)", (2, 14, 14), 28, dim)
     yield _patch_embed_case("rows cyx (Qwen2-VL)", (2, 14, 14), 0, dim, layout="rows")
+    yield _patch_embed_case("rows of one frame (Qwen2-VL, still)", (2, 14, 14), 0, dim, layout="rows", still=True)
     yield _patch_embed_case("rows yxc (NaFlex)", 16, 0, dim, layout="rows", columns="yxc", bias=True)
 
 
@@ -149,6 +150,7 @@ def _patch_embed_case(
     uint8: bool = False,
     layout: str = "channels_first",
     columns: str = "cyx",
+    still: bool = False,
 ) -> Case:
     temporal = not isinstance(patch, int)
     sizes = patch if isinstance(patch, tuple) else (patch, patch)
@@ -157,7 +159,7 @@ def _patch_embed_case(
 
     def inputs() -> Inputs:
         if layout == "rows":
-            shape: tuple[int, ...] = (2, 5, columns_count)
+            shape: tuple[int, ...] = (2, 5, columns_count // sizes[0] if still else columns_count)
         else:
             shape = (2, 3, *((sizes[0],) if temporal else ()), size, size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8) if uint8 else torch.randn(shape)

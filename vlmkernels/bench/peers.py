@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user would run instead: transformers, SDPA and its kernels, FlexAttention, FlashAttention, convolutions."""
+"""What a user would run instead of attention and rope: transformers, SDPA and its kernels, FlexAttention, FlashAttention."""
 
 import importlib
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmkernels import KeyRanges
-from vlmkernels.bench import Unavailable, photos
-from vlmkernels.bench.towers import AttentionCall, Embedding
+from vlmkernels.bench import Unavailable
+from vlmkernels.bench.towers import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class AttentionInputs:
     scale: float
     causal: bool = False
     ranges: KeyRanges | None = None
+    softcap: float = 0.0
 
     @property
     def grouped(self) -> bool:
@@ -112,6 +113,8 @@ def transformers_peers(call: AttentionCall, inputs: AttentionInputs) -> list[Pro
 
 
 def _sdpa(inputs: AttentionInputs, backend: SDPBackend | None) -> Forward:
+    if inputs.softcap:
+        raise Unavailable("it has no softcap")
     mask = None
     if inputs.ranges is not None:
         mask = inputs.ranges.dense(inputs.k.shape[1])[:, None]
@@ -146,13 +149,18 @@ def _flex(inputs: AttentionInputs) -> Forward:
             raise Unavailable("this benchmark gives FlexAttention one mask for the whole batch")
         start, stop = inputs.ranges.start[0], inputs.ranges.stop[0]
         mask_mod = lambda b, h, i, j: (j >= start[i]) & (j < stop[i])  # noqa: E731
+    score_mod = None
+    if inputs.softcap:
+        score_mod = lambda score, b, h, i, j: inputs.softcap * torch.tanh(score / inputs.softcap)  # noqa: E731
     block_mask = None
     if mask_mod is not None:
         block_mask = flex.create_block_mask(mask_mod, None, None, queries, keys, device=inputs.q.device)
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out: torch.Tensor = compiled(q, k, v, block_mask=block_mask, scale=inputs.scale, enable_gqa=inputs.grouped)
+        out: torch.Tensor = compiled(
+            q, k, v, score_mod=score_mod, block_mask=block_mask, scale=inputs.scale, enable_gqa=inputs.grouped
+        )
         return out.transpose(1, 2)
 
     return forward
@@ -165,54 +173,14 @@ def _flash(module: str, inputs: AttentionInputs) -> Forward:
         raise Unavailable(f"{module} is not installed") from error
     if inputs.q.dtype not in (torch.bfloat16, torch.float16):
         raise Unavailable("it takes bf16 and fp16 only")
+    softcap = {"softcap": inputs.softcap} if inputs.softcap else {}
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = function(q, k, v, softmax_scale=inputs.scale, causal=inputs.causal)
+        out = function(q, k, v, softmax_scale=inputs.scale, causal=inputs.causal, **softcap)
         first: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
     return forward
-
-
-def unfold_embedding(embedding: Embedding, pixels: torch.Tensor) -> torch.Tensor:
-    """Patch embedding as a permutation and a linear layer: what those who avoid the convolution write."""
-    size = embedding.patch
-    batch, channels, height, width = pixels.shape
-    rows, columns = height // size, width // size
-    patches = pixels[:, :, : rows * size, : columns * size].reshape(batch, channels, rows, size, columns, size)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * size * size)
-    tokens = F.linear(patches, embedding.weight.flatten(1), embedding.bias)
-    if embedding.class_token is not None:
-        tokens = torch.cat([embedding.class_token.expand(batch, 1, -1), tokens], 1)
-    tokens = tokens + embedding.positions
-    return tokens if embedding.norm is None else embedding.norm(tokens)
-
-
-def patch_embed_peers(
-    embedding: Embedding,
-    pixels: torch.Tensor,
-    statistics: photos.Statistics,
-    timed: Callable[[Callable[[torch.Tensor], torch.Tensor]], Callable[[], Any]],
-) -> list[Provider]:
-    """transformers' own module and unfold + linear, each eager and (on a GPU) compiled; uint8 pixels are normalised first.
-
-    ``timed`` makes the call that is timed from a function of the pixels: the function itself, or its backward pass.
-    """
-    normalize = photos.normalizer(statistics, pixels.device, embedding.weight.dtype)
-
-    def prepared(x: torch.Tensor) -> torch.Tensor:
-        return normalize(x) if x.dtype == torch.uint8 else x
-
-    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "hf conv": lambda x: embedding.forward(prepared(x)),
-        "unfold+linear": lambda x: unfold_embedding(embedding, prepared(x)),
-    }
-    peers = [Provider(name, lambda form=form: timed(form)) for name, form in forms.items()]  # type: ignore[misc]
-    if pixels.is_cuda:
-        for name, form in forms.items():
-            compiled: Any = lambda form=form: timed(torch.compile(form, dynamic=False))  # noqa: E731
-            peers.append(Provider(f"{name} compiled", compiled, compiled=True))
-    return peers
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

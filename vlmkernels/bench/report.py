@@ -18,6 +18,12 @@ from vlmkernels.bench.workloads import OURS
 
 SCHEMA = 1
 
+#: What the plot shows in microseconds, by clock; the rest is a share of the ceiling.
+MICROSECONDS = {
+    "host": "host time per call, µs (less is better)",
+    "graph": "time per call, back to back in a CUDA graph with warm caches, µs (less is better)",
+}
+
 
 @dataclass
 class Report:
@@ -70,7 +76,8 @@ def result(row: Row) -> str:
     """The time of a row, or why there is none."""
     if row.ms is None:
         return f"{row.status.upper() if row.status in ('wrong', 'failed') else 'not run'}: {row.reason}"
-    return f"{row.ms * 1e3:.1f} µs" if row.clock == "host" or row.ms < 1 else f"{row.ms:.3f} ms"
+    time = f"{row.ms * 1e3:.1f} µs" if row.clock in MICROSECONDS or row.ms < 1 else f"{row.ms:.3f} ms"
+    return f"{time} (not captured)" if row.reason else time
 
 
 def _number(value: float | None, form: str) -> str:
@@ -156,22 +163,24 @@ def plot(report: Report) -> bytes:
     matplotlib = need("matplotlib")
     matplotlib.use("Agg")
     pyplot = need("matplotlib.pyplot")
-    groups = [g for g in report.groups() if any(row.ceiling_share is not None for row in g)]
-    host = [g for g in report.groups() if g[0].clock == "host" and any(row.ms is not None for row in g)]
-    panels = [p for p in ((groups, False), (host, True)) if p[0]] or [([], False)]
+    groups: dict[str, list[list[Row]]] = {}
+    for group in report.groups():
+        if _timed(group):
+            groups.setdefault(group[0].clock if group[0].clock in MICROSECONDS else "", []).append(group)
+    panels = [(groups[clock], clock) for clock in ("", *MICROSECONDS) if clock in groups] or [([], "")]
     bars = [max(1, sum(len(_timed(g)) for g in p[0]) + len(p[0])) for p in panels]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(11, 1.6 + 0.24 * sum(bars)), height_ratios=bars, squeeze=False, layout="constrained"
     )
-    for axis, (shown, is_host) in zip(axes[:, 0], panels, strict=True):
-        _bars(axis, shown, is_host)
-        if not is_host:
+    for axis, (shown, clock) in zip(axes[:, 0], panels, strict=True):
+        _bars(axis, shown, bool(clock))
+        if not clock:
             c = report.ceilings
             axis.axvline(100, color="black", linewidth=1.2)
             axis.set_xlabel(f"% of this run's ceiling: {c.dtype} product {c.gemm_tflops:.3g} TFLOP/s, copy {c.copy_gbs:.0f} GB/s")
             axis.set_xlim(0, max(105, axis.get_xlim()[1]))
         else:
-            axis.set_xlabel("host time per call, µs (less is better)")
+            axis.set_xlabel(MICROSECONDS[clock])
     figure.suptitle(report.environment["device"])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -183,13 +192,13 @@ def _timed(group: Sequence[Row]) -> list[Row]:
     return [row for row in group if row.ms is not None]
 
 
-def _bars(axis: Any, groups: Sequence[Sequence[Row]], is_host: bool) -> None:
+def _bars(axis: Any, groups: Sequence[Sequence[Row]], microseconds: bool) -> None:
     position, ticks, labels = 0.0, [], []
     for group in groups:
         axis.text(0, position, f" {_title(group[0])}", va="center", fontsize=8, fontweight="bold")
         position += 1
         for row in sorted(_timed(group), key=lambda r: r.ms or 0.0):
-            value = (row.ms or 0.0) * 1e3 if is_host else 100 * (row.ceiling_share or 0.0)
+            value = (row.ms or 0.0) * 1e3 if microseconds else 100 * (row.ceiling_share or 0.0)
             axis.barh(position, value, height=0.8, color="#1f77b4" if row.provider == OURS else "#c7c7c7")
             axis.text(value, position, f" {result(row)}", va="center", fontsize=7)
             ticks.append(position)
@@ -227,8 +236,10 @@ def to_html(report: Report, png: bytes) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>vlmkernels benchmark</title><style>{STYLE}</style></head><body>
 <h1>vlmkernels benchmark</h1>
 <p>{escape(summary)} Workloads where a peer is faster come first. Times are medians of interleaved calls with a cold L2 cache;
-"of ceiling" is the time at the copy and product rates of this run over the time taken; "error / floor" is the RMS error in units
-of the error of rounding the exact result. A result that is wrong is not timed.</p>
+steps of forward and backward are replayed from a CUDA graph, or else marked; times without a share of the ceiling are those of
+calls back to back, of the host or in a CUDA graph with warm caches; "of ceiling" is the time at the copy and product rates of
+this run over the time taken; "error / floor" is the RMS error in units of the error of rounding the exact result.
+A result that is wrong is not timed.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {chr(10).join(body)}
 </tbody></table>

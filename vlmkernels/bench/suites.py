@@ -2,21 +2,17 @@
 """Which workloads belong to which suite."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from vlmkernels.bench import photos, towers
-from vlmkernels.bench.workloads import (
-    Case,
-    Workload,
-    random_attention,
-    rope_case,
-    tower_attention,
-    tower_patch_embed,
-)
+from vlmkernels.bench import towers
+from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
+from vlmkernels.bench.workloads import Case, Workload, random_attention, rope_case, tower_attention
 
 LARGE = "it is sized for a GPU"
 HOST = "host time is measured where the work itself runs on a GPU"
+GRAPH = "latency is measured in a CUDA graph"
 
 
 def _main() -> list[Workload]:
@@ -53,11 +49,28 @@ def _attention() -> list[Workload]:
 
 def _patch_embed() -> list[Workload]:
     work = []
-    for tower in (towers.VIT_B, towers.CLIP_L, towers.SIGLIP, towers.EVA_G):
-        work.append(Workload("patch_embed", "patch_embed", tower.name, "fwd", tower_patch_embed(tower)))
-        work.append(Workload("patch_embed", "patch_embed", f"{tower.name} uint8", "fwd", tower_patch_embed(tower, uint8=True)))
+
+    def add(name: str, direction: str, build: Callable[[torch.device], Case], gpu_only: str = "") -> None:
+        work.append(Workload("patch_embed", "patch_embed", name, direction, build, gpu_only))
+
+    measured = (towers.VIT_B, towers.CLIP_L, towers.SIGLIP, towers.EVA_G)
+    for tower in measured:
+        add(tower.name, "fwd", tower_patch_embed(tower))
+        add(f"{tower.name} uint8", "fwd", tower_patch_embed(tower, uint8=True))
+    add("Qwen2-VL rows", "fwd", rows_patch_embed(towers.QWEN2))
+    add("Qwen2-VL still frames", "fwd", rows_patch_embed(towers.QWEN2, still=True))
+    add("Qwen3-VL rows with positions", "fwd", rows_patch_embed(towers.QWEN3, positions=True))
+    for tower in measured:
+        for batch in (1, 8):
+            add(f"{tower.name} batch {batch}", "fwd", tower_latency(tower, batch), GRAPH)
+            add(f"{tower.name} uint8 batch {batch}", "fwd", tower_latency(tower, batch, uint8=True), GRAPH)
     for tower in (towers.CLIP_L, towers.SIGLIP):
-        work.append(Workload("patch_embed", "patch_embed", tower.name, "bwd", tower_patch_embed(tower, backward=True)))
+        add(tower.name, "bwd", tower_patch_embed(tower, direction="bwd"))
+    for tower in measured:
+        add(tower.name, "fwd+bwd", tower_patch_embed(tower, direction="fwd+bwd", clock="replay"))
+    for name in MIXED:
+        for direction in ("fwd", "fwd+bwd"):
+            add(f"{name} mixed sizes", direction, mixed_patch_embed(name, direction))
     return work
 
 
@@ -74,18 +87,22 @@ def _host(case: Case) -> Case:
     return dataclasses.replace(case, clock="host")
 
 
-def _tiny_tower(device: torch.device) -> Case:
-    tower = towers.Tower("", towers.VIT_B.model, ("ViTConfig", towers.vit_config(64, 1, 64, 32, 16)), (1, 1), photos.HALF)
-    return tower_patch_embed(tower)(device)
+def _tiny(tower: towers.Tower, patch: int) -> towers.Tower:
+    """A tower of the same kind whose work takes no time."""
+    config = towers.vit_config(64, 1, 64, 2 * patch, patch)
+    return dataclasses.replace(tower, config=(tower.config[0], config), batch=(1, 1))
 
 
 def _overhead() -> list[Workload]:
-    tiny = (1, 4, 4, 64, 64, 64)
+    tiny, blocks = (1, 4, 4, 64, 64, 64), (1, 4, 4, 512, 512, 64)
     builds = {
         "attention": ("attention", random_attention(tiny)),
-        "attention, image blocks": ("attention", random_attention((1, 4, 4, 512, 512, 64), "image_blocks")),
-        "patch_embed": ("patch_embed", _tiny_tower),
+        "attention, image blocks": ("attention", random_attention(blocks, "image_blocks")),
+        "attention, softcap": ("attention", random_attention(tiny, "causal", softcap=50.0)),
+        "patch_embed": ("patch_embed", tower_patch_embed(_tiny(towers.VIT_B, 16))),
+        "patch_embed, uint8, norm": ("patch_embed", tower_patch_embed(_tiny(towers.CLIP_L, 14), uint8=True)),
         "rope": ("rope", rope_case((1, 64, 4, 4, 64))),
+        "rope_qkv_": ("rope", rope_case((1, 64, 4, 4, 64), in_place=True)),
     }
     return [
         Workload("overhead", op, name, "fwd", lambda device, build=build: _host(build(device)), HOST)  # type: ignore[misc]

@@ -4,7 +4,8 @@
 On a GPU a call is timed by a pair of events on its stream. Before each call a buffer several times the size of the L2 cache
 is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
-``overhead``.
+``overhead``. What the host can't queue in that time, a step of autograd, is captured in a CUDA graph and replayed. Latency is
+that of calls back to back in one graph, as a model's layers run in it, with warm caches.
 """
 
 import time
@@ -31,6 +32,32 @@ def summary(samples: list[float]) -> Timing:
     return Timing(median, low, high, len(samples))
 
 
+def captured(function: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], None]:
+    """A replay of ``calls`` calls of ``function``, captured in one CUDA graph.
+
+    Raises:
+        RuntimeError: it can't be captured, since it waits for the GPU or for another reason.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    mode = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(stream):
+        function()  # what is allocated or tuned in a first call on a stream must not be captured
+        stream.synchronize()
+        try:
+            # An error here is clean; one that CUDA finds while it captures may leave memory behind.
+            torch.cuda.set_sync_debug_mode("error")
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
 class _ColdCache:
     """Evicts a GPU's L2 cache by reading a buffer of many times its size, which leaves the host time to queue a call."""
 
@@ -43,20 +70,24 @@ class _ColdCache:
         torch.sum(self.buffer, dim=0, out=self.result)
 
 
-def device_times(functions: dict[str, Callable[[], Any]], device: torch.device, budget_ms: float = 60.0) -> dict[str, Timing]:
+def device_times(
+    functions: dict[str, Callable[[], Any]], device: torch.device, budget_ms: float = 60.0, *, cold: bool = True, calls: int = 1
+) -> dict[str, Timing]:
     """Time each function in turn, round after round.
 
     Args:
         functions: name to call. Each was called before (compiled, autotuned).
         device: where they run. On a CPU the wall clock is used, the cache is left as it is, and a round takes one call each.
         budget_ms: about how long each function is timed for; never under 5 rounds or over 200.
+        cold: on a GPU, with a cold L2 cache; else each function runs once more before it is timed.
+        calls: how many calls a function makes.
 
     Returns:
         name to timing, in milliseconds per call.
     """
     if not functions:
         return {}
-    once = _wall_time if device.type != "cuda" else _event_timer(device)
+    once = _wall_time if device.type != "cuda" else _event_timer(device, cold)
     estimates = [once(functions, list(functions)) for _ in range(2)][-1]
     rounds = max(5, min(200, int(budget_ms * len(functions) / max(sum(estimates.values()), 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -64,7 +95,7 @@ def device_times(functions: dict[str, Callable[[], Any]], device: torch.device, 
     for i in range(rounds):
         first = i % len(names)
         for name, ms in once(functions, names[first:] + names[:first]).items():
-            samples[name].append(ms)
+            samples[name].append(ms / calls)
     return {name: summary(times) for name, times in samples.items()}
 
 
@@ -77,14 +108,14 @@ def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dic
     return times
 
 
-def _event_timer(device: torch.device) -> Callable[[dict[str, Callable[[], Any]], list[str]], dict[str, float]]:
-    cold = _ColdCache(device)
+def _event_timer(device: torch.device, cold: bool) -> Callable[[dict[str, Callable[[], Any]], list[str]], dict[str, float]]:
+    empty_cache = _ColdCache(device) if cold else None
 
     def once(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
         events = {}
         for name in order:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cold()
+            (empty_cache or functions[name])()  # either keeps the GPU busy until the host has queued the call
             start.record()
             functions[name]()
             stop.record()

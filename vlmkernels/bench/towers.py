@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision towers that the main suite measures: transformers' own modules, of the published sizes, with random weights.
+"""The vision towers that are measured: transformers' own modules, of the published sizes, with random weights.
 
 Nothing is downloaded. A tower has one layer: its patch embedding and its first attention are what is measured, and every
 layer does the same work. Queries, keys and values are those that the module hands to its attention function.
@@ -26,7 +26,7 @@ class Tower:
     Args:
         model: the module in ``transformers.models`` and the name of the model class.
         config: the name of the configuration class and what differs from its defaults.
-        batch: images in a batch on a GPU, and on a CPU.
+        batch: images in a batch on a GPU, and on a CPU; rows for the towers that take rows.
         statistics: mean and standard deviation of its preprocessor.
     """
 
@@ -42,7 +42,11 @@ class Tower:
 
     def images(self, device: torch.device) -> torch.Tensor:
         """uint8 photos ``[B, 3, R, R]``."""
-        return photos.batch(self.batch[device.type != "cuda"], self.settings("image_size")).to(device)
+        return photos.batch(self.count(device), self.settings("image_size")).to(device)
+
+    def count(self, device: torch.device) -> int:
+        """The size of a batch there."""
+        return self.batch[device.type != "cuda"]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """The transformers module with one layer, seeded random weights, in evaluation mode."""
@@ -72,6 +76,29 @@ EVA_G = Tower(
     ("Blip2VisionConfig", vit_config(1408, 16, 6144, 224, 14)),
     (128, 2),
     photos.CLIP,
+)
+#: Towers that take rows, without a layer: of the vision towers of Qwen2-VL-7B and Qwen3-VL-8B the embedding alone is measured.
+QWEN2 = Tower(
+    "Qwen2-VL",
+    ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+    ("Qwen2VLVisionConfig", {"depth": 0, "embed_dim": 1280, "patch_size": 14}),
+    (65536, 512),
+    photos.CLIP,
+)
+QWEN3 = Tower(
+    "Qwen3-VL",
+    ("qwen3_vl", "Qwen3VLVisionModel"),
+    ("Qwen3VLVisionConfig", {"depth": 0, "deepstack_visual_indexes": [], "hidden_size": 1152, "patch_size": 16}),
+    (65536, 512),
+    photos.HALF,
+)
+#: The embedding alone; a batch counts images here.
+NAFLEX = Tower(
+    "SigLIP2-NaFlex",
+    ("siglip2", "Siglip2VisionEmbeddings"),
+    ("Siglip2VisionConfig", {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 16, "num_patches": 256}),
+    (64, 4),
+    photos.HALF,
 )
 #: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second layer.
 QFORMER_CONFIG = {"num_hidden_layers": 1, "cross_attention_frequency": 1, "encoder_hidden_size": 1408}
@@ -178,38 +205,3 @@ def qformer_cross_attention(device: torch.device, dtype: torch.dtype) -> Attenti
         if call.k.shape[2] == image_tokens.shape[1]:
             return call
     raise Unavailable("this version of transformers has no Q-Former cross-attention that goes through AttentionInterface")
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The patch embedding of a tower: transformers' own module, and its parameters for those who write it differently."""
-
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    patch: int
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    class_token: torch.Tensor | None
-    positions: torch.Tensor
-    norm: torch.nn.LayerNorm | None
-
-
-def embedding(tower: Tower, device: torch.device, dtype: torch.dtype) -> Embedding:
-    """A tower's patch embedding up to the first layer: class token, positions and CLIP's norm included."""
-    module = tower.build(device, dtype)
-    module.requires_grad_(False)
-    inner = next(m for m in module.modules() if type(m).__name__.endswith(("VisionEmbeddings", "ViTEmbeddings")))
-    conv = next(m for m in inner.modules() if isinstance(m, torch.nn.Conv2d))
-    norm = next((m for name, m in module.named_modules() if name.endswith("pre_layrnorm")), None)
-    named = dict(inner.named_parameters())
-    width = conv.out_channels
-    class_token = named.get("cls_token", named.get("class_embedding"))
-    positions = next(value for name, value in named.items() if name.startswith("position_embedding"))
-    return Embedding(
-        forward=(lambda x: norm(inner(x))) if norm is not None else inner,
-        patch=tower.settings("patch_size"),
-        weight=conv.weight,
-        bias=conv.bias,
-        class_token=None if class_token is None else class_token.reshape(1, width),
-        positions=positions.reshape(-1, width),
-        norm=norm,
-    )

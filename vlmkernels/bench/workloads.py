@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workloads: what is computed, on which inputs, against which peers, and how much work it is."""
+"""The workloads of attention and rope, and what a workload is: the inputs, the peers, the exact result, how much work it is."""
 
 import functools
 import math
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from vlmkernels import KeyRanges
-from vlmkernels.bench import peers, photos, towers
+from vlmkernels.bench import peers, towers
 from vlmkernels.bench.peers import AttentionInputs, Provider
 from vlmkernels.ops.attention import attention
-from vlmkernels.ops.patch_embed import patch_embed
-from vlmkernels.ops.rope import rope
+from vlmkernels.ops.rope import rope, rope_qkv_
 from vlmkernels.testing import Comparison, compare
 
 OURS = "vlmkernels"
@@ -29,7 +28,9 @@ class Case:
         exact: the fp64 result for the part of the work that ``part`` cuts out of a provider's result.
         flops: multiplications and additions that the formula needs, a mask's hidden pairs left out.
         bytes: each input and output once.
-        clock: ``"device"``, or ``"host"`` where the time that the host is busy is the question.
+        clock: ``"device"``; ``"replay"``: the same, of the call captured in a CUDA graph, for steps that the host can't queue as
+            fast as they run; ``"graph"``: the time of a call among others in one CUDA graph; ``"host"``: the time that the host
+            is busy. A CPU takes ``"device"`` for the two with graphs.
     """
 
     ours: Provider
@@ -74,7 +75,7 @@ def work_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _bytes(*tensors: torch.Tensor | None) -> int:
+def num_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
@@ -83,7 +84,7 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
     q, k, v = inputs.q, inputs.k, inputs.v
     batch, queries, heads, _ = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
-    mask: dict[str, Any] = {"causal": inputs.causal, "scale": inputs.scale}
+    mask: dict[str, Any] = {"causal": inputs.causal, "scale": inputs.scale, "softcap": inputs.softcap}
     dout = None
     if backward:
         dout = torch.randn(batch, queries, heads, v.shape[-1], device=q.device, dtype=q.dtype)
@@ -107,7 +108,7 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
     pairs = batch * heads * _visible_pairs(inputs)
     per_pair = q.shape[-1] + v.shape[-1]
     out_bytes = batch * queries * heads * v.shape[-1] * q.element_size()
-    moved = _bytes(q, k, v) + out_bytes
+    moved = num_bytes(q, k, v) + out_bytes
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return attention(q, k, v, inputs.ranges, **mask)
@@ -142,6 +143,7 @@ def random_attention(
     shape: tuple[int, int, int, int, int, int],
     mask: str = "",
     backward: bool = False,
+    softcap: float = 0.0,
 ) -> Callable[[torch.device], Case]:
     """A builder for attention on normal deviates; shape is ``(B, H, Hk, Sq, Sk, D)``, mask is causal, prefix or image_blocks."""
 
@@ -155,7 +157,8 @@ def random_attention(
             ranges = KeyRanges.prefix_lm(queries, queries // 4, device=device)
         elif mask == "image_blocks":
             ranges = KeyRanges.image_text(image_ids=_image_ids(queries).to(device))
-        return attention_case(AttentionInputs(q, k, v, 1 / math.sqrt(dim), mask == "causal", ranges), backward=backward)
+        inputs = AttentionInputs(q, k, v, 1 / math.sqrt(dim), mask == "causal", ranges, softcap)
+        return attention_case(inputs, backward=backward)
 
     return build
 
@@ -181,82 +184,23 @@ def tower_attention(tower: towers.Tower | None) -> Callable[[torch.device], Case
     return build
 
 
-def tower_patch_embed(tower: towers.Tower, uint8: bool = False, backward: bool = False) -> Callable[[torch.device], Case]:
-    """A builder for the patch embedding of a tower on photos, as normalised pixels or as the uint8 of the decoder."""
+def rope_case(
+    shape: tuple[int, int, int, int, int], norm: bool = False, in_place: bool = False
+) -> Callable[[torch.device], Case]:
+    """A builder for rope on normal deviates with fp32 tables; shape is ``(B, S, H, Hk, D)``. The last 64 tokens are checked.
 
-    def build(device: torch.device) -> Case:
-        dtype = work_dtype(device)
-        e = towers.embedding(tower, device, dtype)
-        pixels = tower.images(device)
-        if not uint8:
-            pixels = photos.normalized(pixels, tower.statistics, dtype)
-        return patch_embed_case(e, pixels, tower.statistics, backward)
-
-    return build
-
-
-def patch_embed_case(e: towers.Embedding, pixels: torch.Tensor, statistics: photos.Statistics, backward: bool = False) -> Case:
-    """Patch embedding, or the gradients of its weight and bias. The first and the last image are checked."""
-    dtype, batch = e.weight.dtype, pixels.shape[0]
-    mean_std: dict[str, Any] = dict(zip(("mean", "std"), statistics, strict=True)) if pixels.dtype == torch.uint8 else {}
-    leaves = [e.weight] if e.bias is None else [e.weight, e.bias]
-    tokens = (pixels.shape[2] // e.patch) * (pixels.shape[3] // e.patch)
-    shape = (batch, tokens + (e.class_token is not None), e.weight.shape[0])
-    dout = torch.randn(shape, device=pixels.device, dtype=dtype) if backward else None
-
-    def ours(x: torch.Tensor, cast: Callable[[torch.Tensor], torch.Tensor] = lambda p: p, **backend: Any) -> torch.Tensor:
-        optional = [None if p is None else cast(p) for p in (e.bias, e.class_token)]
-        norm = None if e.norm is None else (cast(e.norm.weight), cast(e.norm.bias), e.norm.eps)
-        return patch_embed(
-            x, cast(e.weight), optional[0], patch_size=e.patch, prefix_tokens=optional[1], pos_embed=cast(e.positions),
-            norm=norm, **mean_std, **backend,
-        )  # fmt: skip
-
-    def timed(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
-        if dout is None:
-            return lambda: function(pixels)
-        for leaf in leaves:
-            leaf.requires_grad_(True)
-        with torch.enable_grad():
-            out = function(pixels)
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-    entries = slice(None) if backward or batch == 1 else slice(0, batch, batch - 1)
-
-    def exact() -> tuple[torch.Tensor, ...]:
-        x = pixels[entries]
-        x = x if x.dtype == torch.uint8 else x.double()
-        if dout is None:
-            return (ours(x, lambda p: p.double(), backend="reference"),)
-        with torch.enable_grad():
-            # A gradient that flows through a cast back to the parameter is rounded to its dtype: cast copies instead.
-            copies = {id(leaf): leaf.detach().double().requires_grad_(True) for leaf in leaves}
-            out = ours(x, lambda p: copies.get(id(p), p.detach().double()), backend="reference")
-        return torch.autograd.grad(out, list(copies.values()), dout.double())
-
-    flops = 2.0 * batch * tokens * e.weight.numel()
-    parameters = _bytes(e.weight, e.bias, e.class_token, e.positions)
-    return Case(
-        ours=Provider(OURS, lambda: timed(ours)),
-        peers=tuple(peers.patch_embed_peers(e, pixels, statistics, timed)),
-        outputs=("dweight", "dbias")[: len(leaves)] if backward else ("out",),
-        exact=exact,
-        part=lambda i, x: x if backward else x[entries],
-        rule="gemm",
-        flops=flops,
-        bytes=float(_bytes(pixels) + parameters * (2 if backward else 1) + math.prod(shape) * dtype.itemsize),
-        dtype=dtype,
-    )
-
-
-def rope_case(shape: tuple[int, int, int, int, int], norm: bool = False) -> Callable[[torch.device], Case]:
-    """A builder for rope on normal deviates with fp32 tables; shape is ``(B, S, H, Hk, D)``. The last 64 tokens are checked."""
+    ``in_place``: ours is ``rope_qkv_`` on the packed projection, of which peers take q and k.
+    """
 
     def build(device: torch.device) -> Case:
         batch, length, heads, kv_heads, dim = shape
         dtype = work_dtype(device)
         torch.manual_seed(0)
-        q, k = (torch.randn(batch, length, h, dim, device=device, dtype=dtype) for h in (heads, kv_heads))
+        sizes = [heads, kv_heads, kv_heads]
+        packed = torch.randn(batch, length, sum(sizes), dim, device=device, dtype=dtype)
+        q, k, _ = packed.split(sizes, 2)
+        if not in_place:
+            q, k = q.contiguous(), k.contiguous()
         frequency = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
         angle = torch.arange(length, device=device)[:, None] * frequency
         cos, sin = angle.cos(), angle.sin()
@@ -270,16 +214,27 @@ def rope_case(shape: tuple[int, int, int, int, int], norm: bool = False) -> Call
             a, b, c, s = (x.double() for x in (q[:, last], k[:, last], cos[last], sin[last]))
             return rope(a, b, c, s, **doubles, backend="reference")
 
+        def prepare_in_place() -> Callable[[], Any]:
+            # The first call is the one that is compared; the others turn what it left further, which takes as long.
+            own = packed.clone()
+            qkv, views = own.flatten(2), own.split(sizes, 2)[:2]
+
+            def call() -> Any:
+                rope_qkv_(qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, **options)
+                return views
+
+            return call
+
         wide = [torch.cat([x, x], -1) for x in (cos, sin)]
         return Case(
-            ours=Provider(OURS, lambda: lambda: rope(q, k, cos, sin, **options)),
+            ours=Provider(OURS, prepare_in_place if in_place else lambda: lambda: rope(q, k, cos, sin, **options)),
             peers=tuple(peers.rope_peers(q, k, wide[0], wide[1], options)),
             outputs=("q", "k"),
             exact=exact,
             part=lambda i, x: x[:, last],
             rule="norm",
             flops=0.0,
-            bytes=2.0 * _bytes(q, k) + _bytes(cos, sin),
+            bytes=2.0 * num_bytes(q, k) + num_bytes(cos, sin),
             dtype=dtype,
         )
 

@@ -127,7 +127,8 @@ class PackedPatchEmbed3d(nn.Module):
         """Embed the packed rows of images and videos.
 
         Args:
-            pixel_values: ``[N, C * Pt * P * P]``, float and normalised, with columns in the order channel, frame, row, column.
+            pixel_values: ``[N, C * Pt * P * P]``, float and normalised, with columns in the order channel, frame, row, column; or
+                ``[N, C * P * P]`` where all are still images, one frame of each.
             grid_thw: ``[B, 3]``, frames, rows and columns of patches of every image, on the device; it is not read back.
 
         Returns:

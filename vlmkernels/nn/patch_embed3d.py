@@ -53,8 +53,9 @@ class PatchEmbed3d(nn.Module):
 
         Args:
             pixels: rows ``[N, C * Pt * P * P]`` with columns in the order channel, frame, row, column, as the Hugging Face
-                processors make them; or frames ``[B, C, T, H, W]``; or images ``[B, C, H, W]``, each repeated for ``Pt`` frames
-                without a copy. Float and normalised, or uint8 where the module knows ``mean`` and ``std``.
+                processors make them; or frames ``[B, C, T, H, W]``. Of still images, which those processors repeat ``Pt`` times,
+                one frame is enough and half the work: rows ``[N, C * P * P]``, ``T = 1``, or ``[B, C, H, W]``. Float and
+                normalised, or uint8 where the module knows ``mean`` and ``std``.
             pos_embed: ``[N, D]``, added to packed rows (``resample_pos_embed`` makes them). Not for frames and images.
 
         Returns:
@@ -65,7 +66,7 @@ class PatchEmbed3d(nn.Module):
         """
         raw = pixels.dtype == torch.uint8
         if pixels.dim() == 4:
-            pixels = pixels.unsqueeze(2).expand(-1, -1, self.patch_size[0], -1, -1)
+            pixels = pixels.unsqueeze(2)
         elif pixels.dim() not in (2, 5):
             raise bad_argument("pixels", f"shape {tuple(pixels.shape)}", "[N, K], [B, C, T, H, W] or [B, C, H, W]")
         if pos_embed is not None and pixels.dim() != 2:

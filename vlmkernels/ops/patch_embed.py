@@ -3,7 +3,7 @@
 
 Every input layout is one strided view of the pixels, ``[B, Gt, Gy, Gx, C, Pt, Py, Px]``: a grid of patches in front, one patch
 behind. The registered ops take that view, so a backend knows nothing of layouts, and pixel gradients find their way back
-through the view.
+through the view. ``Pt`` is the weight's, or 1: then the patch is a still image, whose one frame meets every frame of the weight.
 """
 
 import math
@@ -136,10 +136,13 @@ def _weight_view(weight: Tensor, patch: tuple[int, ...], columns: str) -> Tensor
 
 
 def _rows_view(rows: Tensor, sizes: _Sizes, columns: str) -> Tensor:
-    if rows.dim() not in (2, 3) or rows.shape[-1] != sizes.k:
-        raise bad_argument(
-            "pixels", f"shape {tuple(rows.shape)}", f"rows [N, {sizes.k}] or [B, N, {sizes.k}] (the weight's columns)"
-        )
+    still = sizes._replace(pt=1)
+    if rows.dim() not in (2, 3) or rows.shape[-1] not in (sizes.k, still.k):
+        wanted = f"rows [N, {sizes.k}] or [B, N, {sizes.k}] (the weight's columns)"
+        if still.k != sizes.k:
+            wanted += f", or {still.k} columns (one frame for all {sizes.pt})"
+        raise bad_argument("pixels", f"shape {tuple(rows.shape)}", wanted)
+    sizes = sizes if rows.shape[-1] == sizes.k else still
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
     front = (rows.shape[0], 1, 1, rows.shape[1])
     if columns == "yxc":
@@ -168,9 +171,12 @@ def _image_view(pixels: Tensor, sizes: _Sizes, temporal: bool, channels_last: bo
     first = 1 if channels_last else 2
     frames = shape[first] if temporal else 1
     height, width = shape[first + temporal], shape[first + temporal + 1]
+    if frames == 1:
+        pt = 1  # a still image
     gt, gy, gx = frames // pt, height // py, width // px
     if not (gt and gy and gx):
-        raise bad_argument("pixels", f"shape {tuple(shape)}", f"at least one patch of {sizes[1:]} (frames, height, width)")
+        wanted = f"at least one patch of {sizes[1:]} (frames, height, width{'; or one frame' if sizes.pt > 1 else ''})"
+        raise bad_argument("pixels", f"shape {tuple(shape)}", wanted)
     # Each step costs a microsecond, which is much for a small image: slices only where there is something to leave out.
     if frames != gt * pt:
         pixels = pixels.narrow(first, 0, gt * pt)
@@ -292,18 +298,20 @@ def patch_embed(
         total   = [prefix_tokens; token_1 .. token_N] + pos_embed
         out     = (total - mean(total)) / sqrt(var(total) + eps) * norm_weight + norm_bias      with norm, else total
 
-    The arithmetic is in fp32 (fp64 for fp64 weights); products take pixels in the weight's dtype.
+    The arithmetic is in fp32 (fp64 for fp64 weights); products take pixels in the weight's dtype. With 3-D patches a still image
+    is given as one frame and means that frame ``Pt`` times; the backends multiply it with the weight summed over its frames.
 
     Args:
         pixels: ``[B, C, H, W]``, or with 3-D patches ``[B, C, T, H, W]``, of any strides; see ``layout``. uint8 pixels are
             normalised here with ``mean`` and ``std``; float pixels are taken as normalised and cast to the weight's dtype.
             Patches are numbered frame by frame, row by row; pixels beyond the last whole patch are dropped, as Conv2d does.
+            ``T = 1`` is a still image, whatever ``Pt``.
         weight: ``[D, C, Py, Px]`` (Conv2d), ``[D, C, Pt, Py, Px]`` (Conv3d) or ``[D, K]`` (Linear; see ``columns``) in bf16,
             fp16, fp32 or fp64. Its dtype is that of the output and of every other parameter.
         bias: ``[D]``.
         patch_size: ``P``, ``(Py, Px)``, or ``(Pt, Py, Px)`` for 3-D patches.
         layout: ``"channels_first"``; ``"channels_last"``: pixels are ``[B, H, W, C]`` or ``[B, T, H, W, C]``; ``"rows"``: pixels
-            are cut into patches already, ``[N, K]`` or ``[B, N, K]``.
+            are cut into patches already, ``[N, K]`` or ``[B, N, K]``, or ``K / Pt`` columns, the one frame of still images.
         columns: the order of the ``K`` columns of rows and of a ``[D, K]`` weight: ``"cyx"`` is (c, t, y, x), that of a flattened
             Conv weight and of Qwen-VL's rows; ``"yxc"`` is (t, y, x, c), that of SigLIP2's and timm's NaFlex rows.
         mean: ``C`` numbers, for uint8 pixels and only for them: the product takes ``(pixel / 255 - mean) / std``.

@@ -110,8 +110,8 @@ def why_not_patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> str | None:
-    if patches.data_ptr() % 16 or weight.data_ptr() % 16 or (pos_embed is not None and pos_embed.data_ptr() % 16):
-        return "pixels, weight and positions must begin at multiples of 16 bytes"
+    if any(x is not None and x.data_ptr() % 16 for x in (patches, weight, prefix_tokens, pos_embed)):
+        return "pixels, weight, prefix tokens and positions must begin at multiples of 16 bytes"
     prepared = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
     return prepared if isinstance(prepared, str) else None
 
@@ -129,6 +129,9 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
+    if patches.shape[5] != weight.shape[2]:
+        # A still image meets all frames of the weight. torch sums in fp32 and rounds once.
+        weight = weight.sum(2, keepdim=True)
     # Kept in names until the launch: a copy's memory must not be given away before.
     weight, bias, prefix_tokens = weight.contiguous(), _contiguous(bias), _contiguous(prefix_tokens)
     norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
@@ -148,6 +151,8 @@ def plan_patch_embed_fwd(
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # fmt: skip
     """The plan, or None where a parameter must be copied first. It returns a total where that is another than the result."""
     if not all(x is None or x.is_contiguous() for x in (weight, bias, prefix_tokens, norm_weight, norm_bias)):
+        return None
+    if patches.shape[5] != weight.shape[2]:
         return None
     params = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
     if isinstance(params, str):

@@ -10,8 +10,9 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 
 def _normalised(patches: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """The pixels that meet the weight, in the wide dtype."""
+    """The pixels that meet the weight, in the wide dtype: the one frame of a still image as often as the weight has frames."""
     wide = _wide(weight)
+    patches = patches.expand(*patches.shape[:5], weight.shape[2], *patches.shape[6:])
     if mean is None or std is None:
         return patches.to(weight.dtype).to(wide)
     channels = [(patches.select(4, c).to(wide) / 255 - mean[c]) / std[c] for c in range(len(mean))]
@@ -83,7 +84,7 @@ def patch_embed_bwd(
     d_pos = d_total[:, n_prefix if pos_shape and pos_shape[-2] == grad.shape[1] - n_prefix else 0 :]
     d_tokens = d_total[:, n_prefix:].unflatten(1, patches.shape[1:4])
     grads = (
-        torch.einsum("bijkd,dcpyx->bijkcpyx", d_tokens, weight.to(wide)) if needs[0] else None,
+        torch.einsum("bijkd,dcpyx->bijkcpyx", d_tokens, weight.to(wide)).sum_to_size(patches.shape) if needs[0] else None,
         torch.einsum("bijkd,bijkcpyx->dcpyx", d_tokens, _normalised(patches, weight, mean, std)) if needs[1] else None,
         d_tokens.sum((0, 1, 2, 3)),
         d_total[:, :n_prefix].sum(0),

@@ -21,6 +21,26 @@ def _weight_matrix(weight: Tensor, columns: tuple[int, ...]) -> Tensor:
     return weight.permute(0, *(c - 3 for c in columns)).reshape(weight.shape[0], -1)
 
 
+def _still(
+    weight: Tensor, bias: Tensor | None, mean: list[float] | None, std: list[float] | None
+) -> tuple[Tensor, Tensor | None, list[float] | None, list[float] | None]:
+    """Weight, bias, mean and std for the one frame of a still image, which meets the sum of the weight's frames.
+
+    uint8 pixels come out as ``(pixel - 128) / 128``, which every dtype holds: their mean and std go into the weight and the bias,
+    else a pixel would be rounded like the weight.
+    """
+    if mean is None or std is None:
+        return weight.sum(2, keepdim=True), bias, None, None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.sum(2, keepdim=True, dtype=wide)
+    moved = total.new_zeros(weight.shape[0]) if bias is None else bias.to(wide)
+    for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+        moved = torch.add(moved, total[:, c].sum((1, 2, 3)), alpha=(128 / 255 - m) / s)
+        total[:, c] *= 128 / (255 * s)
+    half = [128 / 255] * len(mean)
+    return total.to(weight.dtype), moved.to(weight.dtype), half, half
+
+
 def _patch_matrix(
     patches: Tensor, dtype: torch.dtype, mean: list[float] | None, std: list[float] | None, columns: tuple[int, ...]
 ) -> Tensor:
@@ -55,6 +75,8 @@ def patch_embed_fwd(
 ) -> tuple[Tensor, Tensor]:
     batch, n_patches, dim = patches.shape[0], patches.shape[1:4].numel(), weight.shape[0]
     columns = _columns(patches)
+    if patches.shape[5] != weight.shape[2]:
+        weight, bias, mean, std = _still(weight, bias, mean, std)
     a = _patch_matrix(patches, weight.dtype, mean, std, columns)
     total = F.linear(a, _weight_matrix(weight, columns), bias).view(batch, n_patches, dim)
     if norm_weight is not None:
@@ -115,11 +137,12 @@ def patch_embed_bwd(
         d_tokens = d_total[:, n_prefix:].to(weight.dtype).reshape(batch * n_patches, dim)
         columns = _columns(patches)
     if needs[0]:
-        d_patches = d_tokens @ _weight_matrix(weight, CHANNELS_FIRST)
+        met = weight if patches.shape[5] == weight.shape[2] else _still(weight, None, None, None)[0]
+        d_patches = d_tokens @ _weight_matrix(met, CHANNELS_FIRST)
         grads[0] = d_patches.view(patches.shape).to(patches.dtype)
     if needs[1]:
         d_weight = d_tokens.T @ _patch_matrix(patches, weight.dtype, mean, std, columns)
         shape = [patches.shape[c] for c in columns]
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
-        grads[1] = d_weight.view(dim, *shape).permute(back).contiguous()
+        grads[1] = d_weight.view(dim, *shape).permute(back).expand(weight.shape).contiguous()
     return tuple(grads)
