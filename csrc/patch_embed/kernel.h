@@ -44,12 +44,13 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
       reinterpret_cast<float2*>(shared + C::kStatistics) + group * 2 * kMaxCluster * kTile;
   const int column_here = 8 * (lane % 4), column = first_column + column_here;
   const int worker = static_cast<int>(blockIdx.x) / s.cluster / s.column_groups;
-  const uint32_t next_turn = barriers.turn() + kBarrierBytes;
+  const int next_group = group + 1 < C::kGroups ? group + 1 : 0;
+  const uint32_t next_turn = barriers.turn() + (next_group - group) * kBarrierBytes;
   Ring<C> ring(0);
   uint32_t done = 0;
-  // Warpgroups that began together would also store together, and the tensor cores would wait.
-  bool first = s.tiles > 2 * C::kGroups * s.clusters;
-  if (first && group > 0) barrier_wait(barriers.turn(), 0);
+  // Warpgroups take turns. Those that began a tile together would also store together, while the
+  // tensor cores wait, and nothing would pull them apart again.
+  const bool in_turn = s.tiles > 2 * C::kGroups * s.clusters;
   for (int tile = worker + group * s.clusters; tile < s.tiles; tile += C::kGroups * s.clusters) {
     const Tile t = tile_at<C>(s, tile);
     int patch[2];
@@ -66,16 +67,15 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     }
     typename C::Sum sum[C::kSums];
     Positions<C> positions;
-    const auto begun = [&] {
-      if (first && group_thread() == 0 && group + 1 < C::kGroups) barrier_arrive(next_turn);
-      first = false;
+    const auto hand_over = [&] {
+      if (in_turn && group_thread() == 0) barrier_arrive(next_turn);
     };
-    // On their way while the last products run.
     const auto ending = [&] {
       positions.load(p, s, patch, column);
       stay_behind(p.batch < 0);
     };
-    multiply<C>(sum, address, weights, barriers, ring, begun, ending);
+    if (in_turn && group + done > 0) barrier_wait(barriers.turn(), (done - (group == 0)) & 1);
+    multiply<C>(sum, address, weights, barriers, ring, hand_over, ending);
 
     // ptxas would unpack the positions, and so wait for them, before the last products, and load
     // them not much earlier.

@@ -110,12 +110,12 @@ __device__ __forceinline__ void multiply_slot(float (&sum)[C::kSums], const uint
   ring.advance();
 }
 
-// All products of a tile of 16-bit pixels. `begun` is called early in the tile, `ending` before the
-// last products.
-template <typename C, typename Begun, typename Ending>
+// All products of a tile of 16-bit pixels. `hand_over` is called where the next warpgroup may begin,
+// `ending` some time before the last products are done.
+template <typename C, typename HandOver, typename Ending>
 __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t b, const Barriers& barriers, Ring<C>& ring,
-                                         Begun begun, Ending ending) {
+                                         HandOver hand_over, Ending ending) {
   constexpr int kSlotRows = 2 * kStageRows;
   constexpr int kWhole = C::kRows / kSlotRows, kRest = C::kRows % kSlotRows;
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t 
   for (int body = 0; body < kWhole; ++body) {
     if (body + 1 == kWhole) ending();
     multiply_slot<C, kSlotRows>(sum, patch, b, barriers, ring);
-    if (body == kWhole / C::kGroups) begun();
+    if (body == kWhole / C::kGroups) hand_over();
   }
   if constexpr (kRest > 0) multiply_slot<C, kRest>(sum, patch, b, barriers, ring);
   mma_wait<0>();
@@ -185,10 +185,10 @@ struct Bytes {
 };
 
 // All products of a tile of uint8 pixels.
-template <typename C, typename Begun, typename Ending>
+template <typename C, typename HandOver, typename Ending>
 __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t b, const Barriers& barriers, Ring<C>& ring,
-                                         Begun begun, Ending ending) {
+                                         HandOver hand_over, Ending ending) {
   constexpr int kSlotsOfTile = ceil_div(C::kRows, 2 * kStageRows);
   Bytes<C> bytes;
   Pixels<C> halves[2];
@@ -218,7 +218,7 @@ __device__ __forceinline__ void multiply(int32_t (&sum)[C::kSums], const uint32_
     }
     mma_commit();
     mma_wait<1>();
-    if (kSlot == kSlotsOfTile / C::kGroups) begun();
+    if (kSlot == kSlotsOfTile - 2) hand_over();
     if (kSlot == kSlotsOfTile - 3) ending();
   };
   load_slot(C::kRows);
