@@ -353,21 +353,6 @@ def test_nan_stays_in_its_patch(backend: str, device: torch.device) -> None:
 
 
 @every_backend
-def test_nan_in_the_gradient_of_a_prefix_token_stays_out_of_the_weight(backend: str, device: torch.device) -> None:
-    """The rows of prefix tokens lie between those of the patches: nothing of them may reach the weight, not even 0 * inf."""
-    for flavour in (replace(SMALL, norm=False), FLAVOURS["dinov2-reg"], SMALL, replace(SMALL, pos="batch")):
-        tensors = flavour.inputs(torch.float16, device)
-        grad = torch.randn(2, flavour.prefix + flavour.grid, flavour.dim).to(device, torch.float16)
-        grad[0, 0, 3], grad[1, flavour.prefix - 1, 17] = float("inf"), float("nan")
-        exact = gradients(lambda t: stock(flavour, t), double(tensors), grad.double())  # noqa: B023
-        got = gradients(lambda t: embed(flavour, t, backend=backend), tensors, grad)  # noqa: B023
-        for name in ("pixels", "weight", "bias"):
-            assert not exact[name].isnan().any()
-            assert compare(got[name], exact[name], "grad" if flavour.norm else "gemm"), (flavour, name)
-        assert torch.equal(got["prefix_tokens"].isfinite(), exact["prefix_tokens"].isfinite()), flavour
-
-
-@every_backend
 def test_dropped_pixels_are_not_read(backend: str, device: torch.device) -> None:
     flavour = FLAVOURS["siglip"]
     tensors = flavour.inputs(torch.float16, device)
@@ -519,24 +504,6 @@ def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypat
         monkeypatch.setattr(triton, config, (tile,))
         monkeypatch.setattr(triton, "_multiprocessors", lambda device: 3)
         assert compare(embed(flavour, tensors, backend=backend), exact, "gemm"), tile
-
-
-@pytest.mark.backends(FWD, BWD, exclude=("reference", "torch", "cuda"))
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_triton_sums_in_shares(
-    prefix: int, norm: bool, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """More images, positions and columns than one program takes: it cuts several strips, and sums over rows come in shares."""
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
-    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 1)
-    monkeypatch.setattr(triton, "_cut", triton._cut.__wrapped__)
-    flavour = Flavour((37, 3, 8, 12), (4, 4), 6, dim=264, prefix=prefix, norm=norm)
-    tensors = flavour.inputs(torch.float32, device)
-    grad = torch.randn(37, prefix + flavour.grid, flavour.dim).to(device)
-    exact = gradients(lambda t: stock(flavour, t), double(tensors), grad.double())
-    for name, got in gradients(lambda t: embed(flavour, t, backend=backend), tensors, grad).items():
-        assert compare(got, exact[name], "gemm"), name
 
 
 @pytest.mark.gpu

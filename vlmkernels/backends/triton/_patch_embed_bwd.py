@@ -26,8 +26,8 @@ def _patch_embed_rows_bwd_kernel(
 ):  # fmt: skip
     """Gradients of the rows before the norm, their sums over images, and three sums over rows, for a block of columns.
 
-    Without ``total`` there is no norm: the gradient passes through, and only the sum for the bias is left of the three. A piece of
-    work is one position in a share of the images.
+    Without ``total`` there is no norm: the gradient passes through, and of the three sums only that for the bias is left. A piece
+    of work is one position in a share of the images.
     """
     pid = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -106,30 +106,28 @@ def _patch_embed_sums_bwd_kernel(
     blocks_v: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
     blocks_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
-    if sums_ptr is not None:
-        if pid < KINDS * blocks_v:
-            offs_v = pid % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            mask_v = offs_v < D
-            kind = pid // blocks_v
-            vector = _add_rows(sums_ptr + kind * D, programs, KINDS * D, offs_v, mask_v, BLOCK_P, BLOCK_V)
-            if kind == 0:
-                _store_sum(d_bias_ptr, offs_v, vector, mask_v)
-            elif kind == 1:
-                _store_sum(d_norm_weight_ptr, offs_v, vector, mask_v)
-            else:
-                _store_sum(d_norm_bias_ptr, offs_v, vector, mask_v)
-    if table_ptr is not None:
-        if pid >= KINDS * blocks_v:
-            block = pid - KINDS * blocks_v
-            i = block // blocks_d
-            first = i.to(tl.int64) * D
-            offs_d = block % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < D
-            row = _add_rows(table_ptr + first, shares, positions * D, offs_d, mask_d, BLOCK_S, BLOCK_D)
-            if i < n_prefix:
-                _store_sum(d_prefix_ptr, first + offs_d, row, mask_d)
-            if i >= first_pos:
-                _store_sum(d_pos_ptr, first - first_pos * D + offs_d, row, mask_d)
+    if sums_ptr is not None and pid < KINDS * blocks_v:
+        offs_v = pid % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < D
+        kind = pid // blocks_v
+        vector = _add_rows(sums_ptr + kind * D, programs, KINDS * D, offs_v, mask_v, BLOCK_P, BLOCK_V)
+        if kind == 0:
+            _store_sum(d_bias_ptr, offs_v, vector, mask_v)
+        elif kind == 1:
+            _store_sum(d_norm_weight_ptr, offs_v, vector, mask_v)
+        else:
+            _store_sum(d_norm_bias_ptr, offs_v, vector, mask_v)
+    if table_ptr is not None and pid >= KINDS * blocks_v:
+        block = pid - KINDS * blocks_v
+        i = block // blocks_d
+        first = i.to(tl.int64) * D
+        offs_d = block % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        row = _add_rows(table_ptr + first, shares, positions * D, offs_d, mask_d, BLOCK_S, BLOCK_D)
+        if i < n_prefix:
+            _store_sum(d_prefix_ptr, first + offs_d, row, mask_d)
+        if i >= first_pos:
+            _store_sum(d_pos_ptr, first - first_pos * D + offs_d, row, mask_d)
 
 
 @triton.jit
@@ -141,15 +139,14 @@ def _patch_embed_weight_bwd_kernel(
     """The weight's gradient again without the prefix rows, where one of them isn't finite: its zeros in ``a`` gave NaN."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    bad = tl.zeros([BLOCK_R, BLOCK_D], tl.int32)
+    finite = tl.full([BLOCK_R, BLOCK_D], 1, tl.int32)
     for first in range(0, shares * n_prefix, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         row = (r // n_prefix).to(tl.int64) * positions + r % n_prefix
         mask = (r < shares * n_prefix)[:, None] & mask_d[None, :]
-        bad |= (tl.abs(tl.load(table_ptr + row[:, None] * D + offs_d[None, :], mask=mask, other=0.0)) < float("inf")).to(
-            tl.int32
-        ) ^ 1
-    if tl.max(tl.max(bad, 0), 0) != 0:
+        table = tl.load(table_ptr + row[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+        finite &= (tl.abs(table) < float("inf")).to(tl.int32)
+    if tl.min(tl.min(finite, 1), 0) == 0:
         offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
@@ -174,11 +171,18 @@ class RowsConfig(NamedTuple):
     programs: int
 
 
-def _rows_config(dim: int, norm: bool) -> RowsConfig:
+def _rows_config(dim: int, norm: bool, itemsize: int) -> RowsConfig:
+    """Tiles of which each thread has the same columns in every row: what is summed over images stays in its registers.
+
+    With a norm 2.8 of 3.06 TB/s (CLIP-L at batch 128, H100); without the pipeline 2.6.
+    """
     if not norm:
-        return RowsConfig(16, min(next_power_of_2(dim), 256), 1, 1, 8)
+        return RowsConfig(16, min(next_power_of_2(dim), 256), 1, 1, 12)
     block_d = next_power_of_2(dim)
-    return RowsConfig(max(1, min(2, 4096 // block_d)), block_d, 3, min(max(block_d // 256, 1), 16), max(1, 4 * 1024 // block_d))
+    warps = min(max(block_d // 256, 1), 16)
+    if itemsize == 2 and block_d <= 1024:
+        return RowsConfig(4, block_d, 2, warps, min(3 * 1024 // block_d, 12))
+    return RowsConfig(2 if block_d <= 4096 else 1, block_d, 3, warps, max(1, min(4096 // block_d, 12)))
 
 
 def _shares(batch: int, positions: int, programs: int, block_b: int, table_cost: float) -> tuple[int, int]:
@@ -211,7 +215,7 @@ def _rows_launch(
     norm: bool, wanted: tuple[bool, bool, bool], multiprocessors: int,
 ) -> _Rows:  # fmt: skip
     batch, n_tokens, dim = shape
-    config = _rows_config(dim, norm)
+    config = _rows_config(dim, norm, dtype.itemsize)
     blocks_d = cdiv(dim, config.block_d)
     programs = max(1, min(cdiv(multiprocessors * config.programs, blocks_d), positions * cdiv(batch, config.block_b)))
     table_cost = 0.0 if not wanted[1] else 8 / (dtype.itemsize * (3 if norm else 1))
@@ -281,7 +285,7 @@ def _sums_launch(
 def add_shares(
     rows: RowGradients, dtype: torch.dtype, n_prefix: int, first_pos: int, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients of the prefix tokens, of the positions from ``first_pos`` on, of bias, norm weight and norm bias, if ``wanted``."""
+    """Those ``wanted`` of the gradients of prefix tokens, positions from ``first_pos`` on, bias, norm weight and norm bias."""
     table, sums = rows.table, rows.sums
     some = sums if table is None else table
     if some is None or not any(wanted):
@@ -311,12 +315,10 @@ def _weight_launch(
     )  # fmt: skip
 
 
-def weight_gradient(d_rows: Tensor, a: Tensor, table: Tensor, n_prefix: int) -> Tensor:
-    """The weight's gradient ``[D, K]`` from rows ``[B, n, D]`` in place, whose prefix rows meet rows of zeros in ``a``.
+def leave_out_prefix(d_weight: Tensor, d_rows: Tensor, a: Tensor, table: Tensor, n_prefix: int) -> None:
+    """Mend the product ``[D, K]`` of all rows ``[B, n, D]`` with ``a``, which has rows of zeros for those of prefix tokens.
 
-    What these rows give is 0, but NaN where a gradient is infinite or NaN. The columns of such are computed again.
+    Such rows give 0, but NaN where their gradient is infinite or NaN. The columns of ``d_rows`` with one are multiplied again.
     """
-    d_weight = d_rows.view(-1, d_rows.shape[2]).T @ a
     launch = _weight_launch(a.device, a.dtype, d_rows.shape, a.shape[1], a.stride(0), n_prefix, table.shape)
     launch(d_rows, a, table, d_weight)
-    return d_weight

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
-from vlmkernels.backends.triton._patch_embed_bwd import add_shares, row_gradients, weight_gradient
+from vlmkernels.backends.triton._patch_embed_bwd import add_shares, leave_out_prefix, row_gradients
 
 CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
 
@@ -68,12 +68,11 @@ def _patch_embed_cut_kernel(
         offs_a = offs_a.to(tl.int32)
     x_ptr += (r0.to(tl.int64) * stride_r0 + r1.to(tl.int64) * stride_r1) * VEC
     a_ptr += (pid.to(tl.int64) * rows_2 * rows_3 + (r0 + 1) * GAP) * stride_am * VEC
-    if GAP > 0:
-        if (r1 == 0) & (first == 0) & (block_r == 0):
-            offs_g = tl.arange(0, BLOCK_G)
-            zeros = a_ptr + ((offs_g - GAP).to(tl.int64) * stride_am * VEC)[:, None] + offs_k[None, :]
-            mask_g = (offs_g < GAP)[:, None] & (offs_k < K_PADDED)[None, :]
-            tl.store(zeros, tl.zeros([BLOCK_G, BLOCK_K], a_ptr.dtype.element_ty), mask=mask_g)
+    if GAP > 0 and r1 + first + block_r == 0:
+        offs_g = tl.arange(0, BLOCK_G)
+        zeros = a_ptr + ((offs_g - GAP).to(tl.int64) * stride_am * VEC)[:, None] + offs_k[None, :]
+        mask_g = (offs_g < GAP)[:, None] & (offs_k < K_PADDED)[None, :]
+        tl.store(zeros, tl.zeros([BLOCK_G, BLOCK_K], a_ptr.dtype.element_ty), mask=mask_g)
     if SCALE is not None:
         # Both are 0 behind the last column: x is 0 there, and so is what is stored.
         channel = offs_k // CHANNEL_RUN % CHANNELS
@@ -286,11 +285,11 @@ def _cut(
     runs = min(strips, cdiv(32 * _multiprocessors(device), max(1, row_sizes[0] * row_sizes[1] * blocks)))
     run = cdiv(strips, runs)
     stride = cdiv(k, 64) * 64
-    reach = sum(
-        (size - 1) * abs(step) for size, step in zip((row_sizes[3], *col_sizes), (row_strides[3], *col_strides), strict=True)
-    )
+    spans = zip((row_sizes[3], *col_sizes), (row_strides[3], *col_strides), strict=True)
+    reach = max(row_sizes[3] * stride, sum((size - 1) * abs(step) for size, step in spans))
     scalars = (
-        stride // vec, *row_sizes[1:], run, *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
+        stride // vec, *row_sizes[1:], run,
+        *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
     )  # fmt: skip
     scale = shift = None
     if mean is not None and std is not None:
@@ -299,7 +298,7 @@ def _cut(
         _patch_embed_cut_kernel, (row_sizes[0] * row_sizes[1] * cdiv(row_sizes[2], run) * blocks,), scalars,
         K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift, CHANNELS=shape[4],
         CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7], VEC=vec,
-        WIDE=max(reach, row_sizes[3] * stride) >= 2**31, GAP=gap, BLOCK_G=next_power_of_2(gap), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=warps,
+        WIDE=reach >= 2**31, GAP=gap, BLOCK_G=next_power_of_2(gap), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     return _Cut(m, k_padded, stride, launch)
 
@@ -445,13 +444,9 @@ def patch_embed_bwd(
     grads = [weight.new_empty(0) for _ in needs]
     first_pos = n_prefix if pos_shape and pos_shape[-2] == n_patches else 0
     own_pos = needs[4] and len(pos_shape) == 3  # every image has positions of its own
-    d_rows, n_front = (
-        grad.contiguous(),
-        n_prefix,
-    )  # the gradient before the norm, and the rows of an image in front of its patches
-    skipped = first_pos if own_pos else n_prefix
-    if norm_weight is not None:
-        n_front -= skipped
+    skipped = first_pos if own_pos else n_prefix  # with a norm, d_rows leaves these rows of each image out
+    # The gradient before the norm, and the rows that it has in front of the patches of each image.
+    d_rows, n_front = grad.contiguous(), n_prefix if norm_weight is None else n_prefix - skipped
     gap = n_front if batch > 1 and n_patches else 0
 
     summed = (needs[3], needs[4] and not own_pos, needs[2], needs[5], needs[6])
@@ -460,14 +455,15 @@ def patch_embed_bwd(
         summed[0] or summed[1] or (needs[1] and gap > 0),
         any(summed[2:]),
     )
+    table = None
     if any(wanted):
         positions = n_tokens if norm_weight is not None or summed[1] or summed[2] else n_prefix
         rows = row_gradients(
             d_rows, total, norm_weight, eps, n_prefix, positions, skipped, wanted, _multiprocessors(weight.device)
         )
-        d_rows = d_rows if rows.d_rows is None else rows.d_rows
-        for i, summed_up in zip((3, 4, 2, 5, 6), add_shares(rows, dtype, n_prefix, first_pos, summed), strict=True):
-            grads[i] = grads[i] if summed_up is None else summed_up
+        d_rows, table = d_rows if rows.d_rows is None else rows.d_rows, rows.table
+        for i, sums in zip((3, 4, 2, 5, 6), add_shares(rows, dtype, n_prefix, first_pos, summed), strict=True):
+            grads[i] = grads[i] if sums is None else sums
     if own_pos:
         grads[4] = d_rows if norm_weight is not None else d_rows[:, first_pos:].clone(memory_format=torch.contiguous_format)
     if not gap:
@@ -478,7 +474,9 @@ def patch_embed_bwd(
         grads[0] = d_patches[..., : patches.shape[4:].numel()].reshape(patches.shape).to(patches.dtype)
     if needs[1]:
         a = _matrix(patches, columns, dtype, mean, std, gap)
-        product = weight_gradient(d_rows, a, rows.table, gap) if gap else d_rows.reshape(-1, dim).T @ a
+        product = d_rows.reshape(-1, dim).T @ a
+        if gap and table is not None:
+            leave_out_prefix(product, d_rows, a, table, gap)
         sizes = [patches.shape[c] for c in columns]
         d_weight = product[:, : math.prod(sizes)].unflatten(1, sizes)
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
