@@ -175,7 +175,7 @@ assert len(launched(lambda: launch(*tensors))[0]) == 1
 OPERATORS = (
     RECORDER
     + """
-from vlmkernels.backends.triton import attention, patch_embed, rope, tile_bounds
+from vlmkernels.backends.triton import _patch_embed_bwd, attention, patch_embed, rope, tile_bounds
 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)).start()
 mock.patch.object(patch_embed, "_multiprocessors", lambda device: 132).start()
 bf16 = torch.bfloat16
@@ -212,6 +212,16 @@ def bound(tokens=64, keys=64, batch=1):
     start = torch.zeros(batch, tokens, dtype=torch.int32)
     return lambda: tile_bounds.tile_bounds(start, start, keys)
 
+def back(images=2, patch=16, dim=64, pixels=torch.uint8, prefix=1, norm=False, own=False, needs="wbtpnm", eps=1e-5, dtype=bf16):
+    n = 4
+    patches = torch.zeros(images, 3, 2, patch, 2, patch, dtype=pixels).permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
+    weight, grad = torch.zeros(dim, 3, 1, patch, patch, dtype=dtype), torch.zeros(images, n + prefix, dim, dtype=dtype)
+    scale = torch.zeros(dim, dtype=dtype) if norm else None
+    affine = ([0.5] * 3, [1.0] * 3) if pixels == torch.uint8 else (None, None)
+    wanted = [letter in needs[: None if norm else -2] for letter in "xwbtpnm"]
+    shape = [*([images] if own else []), n + prefix, dim]
+    return lambda: patch_embed.patch_embed_bwd(grad, patches, weight, scale, grad, eps, *affine, shape, wanted)
+
 cases = {
     bound: [{}, dict(tokens=300), dict(keys=300), dict(batch=2)],
     attend: [{}, dict(tokens=65), dict(scale=0.2), dict(ranges=1), dict(ranges=2), dict(causal=True), dict(lse=True),
@@ -222,6 +232,9 @@ cases = {
     embed: [{}, dict(images=2), dict(pixels=bf16), dict(prefix=1), dict(prefix=2, pos="patches"), dict(prefix=2, pos="all"),
             dict(pos="own", images=2), dict(norm=True), dict(mean=0.25), dict(bias=False), dict(dim=72), dict(patch=8),
             dict(dtype=torch.float32)],
+    back: [{}, dict(images=3), dict(images=1), dict(prefix=0), dict(prefix=2), dict(norm=True), dict(norm=True, eps=1e-6),
+           dict(norm=True, own=True), dict(norm=True, needs="w"), dict(needs="wnm"), dict(needs="bnm"), dict(needs="tnm"),
+           dict(dim=72), dict(dtype=torch.float32), dict(pixels=bf16, needs="xnm", patch=14)],
 }
 
 def shape_of(records):
@@ -234,7 +247,7 @@ for make, settings in cases.items():
     with remembering(False):
         wanted = [shape_of(launched(call)[0]) for call in calls]
     assert len({repr(launches) for launches in wanted}) == len(calls), "two cases are the same"
-    for module in attention, rope, patch_embed, tile_bounds:
+    for module in attention, rope, patch_embed, _patch_embed_bwd, tile_bounds:
         for function in vars(module).values():
             if hasattr(function, "cache_clear") and "launch" in function.__name__ + "_cut_launch":
                 function.cache_clear()
@@ -251,7 +264,8 @@ for weight in weights * 2:
     assert [value[0] for kind, value in got[-1][3] if "desc" in kind][1] == weight.data_ptr()
 assert not slow
 for function in (attention._fwd_launch, rope._fwd_launch, patch_embed._cut, patch_embed._gemm_launch, patch_embed._norm_launch,
-                 tile_bounds._launches):
+                 tile_bounds._launches, _patch_embed_bwd._rows_launch, _patch_embed_bwd._sums_launch,
+                 _patch_embed_bwd._weight_launch):
     assert function.cache_info().maxsize == LAUNCHES
 """
 )

@@ -10,7 +10,7 @@ prefix tokens. The third is the LayerNorm, in place. docs/patch_embed.md says wh
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
+from vlmkernels.backends.triton._patch_embed_bwd import add_shares, leave_out_prefix, row_gradients
 from vlmkernels.backends.triton._still import fold
 
 CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
@@ -28,14 +29,17 @@ CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
 @triton.jit(do_not_specialize=["stride_am"])
 def _patch_embed_cut_kernel(
     x_ptr, a_ptr, stride_am,
-    rows_1, rows_2, rows_3,
+    rows_1, rows_2, rows_3, run,
     stride_r0, stride_r1, stride_r2, stride_r3,
     stride_k0, stride_k1, stride_k2, stride_k3,
     K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_RUN: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, GAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows and columns of the matrix are four dimensions of the pixels each; all strides but stride_k3 count groups of VEC.
+
+    A program cuts the same rows and columns from ``run`` strips of patches, as finding its place takes more instructions than to
+    cut one. In front of the patches of each image (which is r0 then) it leaves GAP rows of zeros.
 
     Triton doesn't learn that stride_am is a multiple of 16: it would give each thread 16 bytes to store, and with them loads
     that lie that far apart in neighbouring threads.
@@ -45,30 +49,48 @@ def _patch_embed_cut_kernel(
     offs_k = (pid % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     pid = pid // blocks_k
     blocks_r = tl.cdiv(rows_3, BLOCK_R)
-    offs_r = (pid % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    strip = pid // blocks_r
-    mask = (offs_r < rows_3)[:, None] & (offs_k < K)[None, :]
+    block_r = pid % blocks_r
+    offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    pid = pid // blocks_r
+    runs = tl.cdiv(rows_2, run)
+    first = pid % runs * run
+    pid = pid // runs
+    r1 = pid % rows_1
+    r0 = pid // rows_1
+    mask_k = offs_k < K
+    mask_out = (offs_r < rows_3)[:, None] & (offs_k < K_PADDED)[None, :]
+    mask = mask_out & mask_k[None, :]
 
-    r2 = (strip % rows_2).to(tl.int64)
-    r1 = (strip // rows_2 % rows_1).to(tl.int64)
-    r0 = (strip // rows_2 // rows_1).to(tl.int64)
-    rows = r0 * stride_r0 + r1 * stride_r1 + r2 * stride_r2 + offs_r.to(tl.int64) * stride_r3
     k2 = (offs_k // K3 % K2).to(tl.int64)
     k1 = (offs_k // (K3 * K2) % K1).to(tl.int64)
     k0 = (offs_k // (K3 * K2 * K1)).to(tl.int64)
     columns = (k0 * stride_k0 + k1 * stride_k1 + k2 * stride_k2) * VEC + (offs_k % K3).to(tl.int64) * stride_k3
-    x = tl.load(x_ptr + (rows * VEC)[:, None] + columns[None, :], mask=mask, other=0)
+    offs_x = (offs_r.to(tl.int64) * stride_r3 * VEC)[:, None] + columns[None, :]
+    offs_a = (offs_r.to(tl.int64) * stride_am * VEC)[:, None] + offs_k[None, :]
+    if not WIDE:
+        offs_x = offs_x.to(tl.int32)
+        offs_a = offs_a.to(tl.int32)
+    x_ptr += (r0.to(tl.int64) * stride_r0 + r1.to(tl.int64) * stride_r1) * VEC
+    a_ptr += (pid.to(tl.int64) * rows_2 * rows_3 + (r0 + 1) * GAP) * stride_am * VEC
+    if GAP > 0 and r1 + first + block_r == 0:
+        offs_g = tl.arange(0, BLOCK_G)
+        zeros = a_ptr + ((offs_g - GAP).to(tl.int64) * stride_am * VEC)[:, None] + offs_k[None, :]
+        mask_g = (offs_g < GAP)[:, None] & (offs_k < K_PADDED)[None, :]
+        tl.store(zeros, tl.zeros([BLOCK_G, BLOCK_K], a_ptr.dtype.element_ty), mask=mask_g)
     if SCALE is not None:
+        # Both are 0 behind the last column: x is 0 there, and so is what is stored.
         channel = offs_k // CHANNEL_RUN % CHANNELS
         scale = tl.zeros([BLOCK_K], tl.float32)
         shift = tl.zeros([BLOCK_K], tl.float32)
         for c in tl.static_range(CHANNELS):
-            scale = tl.where(channel == c, SCALE[c], scale)
-            shift = tl.where(channel == c, SHIFT[c], shift)
-        x = tl.where(mask, x.to(tl.float32) * scale[None, :] + shift[None, :], 0.0)
-    out = (strip.to(tl.int64) * rows_3 + offs_r) * stride_am * VEC
-    mask_out = (offs_r < rows_3)[:, None] & (offs_k < K_PADDED)[None, :]
-    tl.store(a_ptr + out[:, None] + offs_k[None, :], x.to(a_ptr.dtype.element_ty), mask=mask_out)
+            scale = tl.where((channel == c) & mask_k, SCALE[c], scale)
+            shift = tl.where((channel == c) & mask_k, SHIFT[c], shift)
+    for r2 in range(first, tl.minimum(first + run, rows_2)):
+        strip = tl.cast(r2, tl.int64)
+        x = tl.load(x_ptr + strip * stride_r2 * VEC + offs_x, mask=mask, other=0)
+        if SCALE is not None:
+            x = x.to(tl.float32) * scale[None, :] + shift[None, :]
+        tl.store(a_ptr + strip * rows_3 * stride_am * VEC + offs_a, x.to(a_ptr.dtype.element_ty), mask=mask_out)
 
 
 @triton.jit
@@ -164,47 +186,6 @@ def _patch_embed_norm_fwd_kernel(
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _patch_embed_norm_bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, d_prefix_ptr, d_tokens_ptr, sums_ptr,
-    rows, n_tokens, n_prefix, eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the rows, split into prefix and patches, and this program's share of three sums over rows.
-
-    They are the gradients of the norm's weight, of its bias, and of the bias that was added to the patches.
-    """
-    pid = tl.program_id(0)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = offs_d < D
-    weight = tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    d_weight = tl.zeros([BLOCK_D], tl.float32)
-    d_bias = tl.zeros([BLOCK_D], tl.float32)
-    d_patch_bias = tl.zeros([BLOCK_D], tl.float32)
-    for row in range(pid, rows, tl.num_programs(0)):
-        offs = tl.cast(row, tl.int64) * D + offs_d
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-        unit = centred * rstd
-        d_weight += grad * unit
-        d_bias += grad
-        d_unit = grad * weight
-        d_x = (d_unit - tl.sum(d_unit, 0) / D - unit * (tl.sum(d_unit * unit, 0) / D)) * rstd
-        b = (row // n_tokens).to(tl.int64)
-        i = row % n_tokens
-        if i < n_prefix:
-            tl.store(d_prefix_ptr + (b * n_prefix + i) * D + offs_d, d_x.to(d_prefix_ptr.dtype.element_ty), mask=mask)
-        else:
-            d_patch_bias += d_x
-            d_row = d_tokens_ptr + (b * (n_tokens - n_prefix) + i - n_prefix) * D
-            tl.store(d_row + offs_d, d_x.to(d_tokens_ptr.dtype.element_ty), mask=mask)
-    sums = sums_ptr + pid.to(tl.int64) * 3 * D + offs_d
-    tl.store(sums, d_weight, mask=mask)
-    tl.store(sums + D, d_bias, mask=mask)
-    tl.store(sums + 2 * D, d_patch_bias, mask=mask)
-
-
 class GemmConfig(NamedTuple):
     """Tile, warps and pipeline stages of the matrix product, and how many of its programs share a multiprocessor."""
 
@@ -270,41 +251,58 @@ class _Cut(NamedTuple):
     launch: Launch | None
 
 
+def _cut_tile(rows: int, k_padded: int, vec: int) -> tuple[int, int, int]:
+    """Rows and columns that a program cuts at once, and its warps."""
+    block_k = min(next_power_of_2(k_padded), 256 if vec >= 4 else 64)
+    block_r = min(next_power_of_2(rows), 4096 // block_k)
+    return block_r, block_k, max(1, min(4, block_r * block_k // 512))
+
+
 @functools.lru_cache(maxsize=LAUNCHES)
 def _cut(
     device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...],
-    columns: tuple[int, ...], address: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
+    columns: tuple[int, ...], address: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, gap: int,
 ) -> _Cut:  # fmt: skip
     """How patches ``[B, Gt, Gy, Gx, C, Pt, Py, Px]``, or the weight ``[D, C, Pt, Py, Px]``, become a matrix.
 
-    ``address``: of the first pixel, modulo 64 bytes.
+    ``address``: of the first pixel, modulo 64 bytes. ``gap``: the rows of zeros in front of each image's.
     """
     if len(shape) == 5:
         shape, strides = (1, 1, 1, *shape), (0, 0, 0, *strides)
     row_sizes, row_strides = _collapse(list(shape[:4]), list(strides[:4]))
+    if gap:  # images stay apart
+        row_sizes, row_strides = _collapse(list(shape[1:4]), list(strides[1:4]))
+        row_sizes[0], row_strides[0] = shape[0], strides[0]
     col_sizes, col_strides = _collapse([shape[d] for d in columns], [strides[d] for d in columns])
-    m, k = math.prod(row_sizes), math.prod(col_sizes)
+    m, k = math.prod(row_sizes) + shape[0] * gap, math.prod(col_sizes)
     one_run = col_sizes[3] == k and (col_strides[3] == 1 or k == 1)
-    one_matrix = dtype == out_dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
+    one_matrix = not gap and dtype == out_dtype and one_run and k % 8 == 0 and row_sizes[3] == m and row_strides[3] >= k
     if one_matrix and row_strides[3] * dtype.itemsize % 16 == 0 and address % 16 == 0:
         return _Cut(m, k, row_strides[3], None)
     k_padded = cdiv(k, 8) * 8
     vec = 16 // out_dtype.itemsize if col_strides[3] == 1 else 1
     vec = math.gcd(vec, col_sizes[3], *row_strides, *col_strides[:3], address // dtype.itemsize)
-    block_k = min(next_power_of_2(k_padded), 256 if vec >= 4 else 64)
-    block_r = min(next_power_of_2(row_sizes[3]), 4096 // block_k)
-    strips = row_sizes[0] * row_sizes[1] * row_sizes[2]
+    block_r, block_k, warps = _cut_tile(row_sizes[3], k_padded, vec)
+    blocks = cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k)
+    # As many strips for a program as leave enough programs, and about the same number for each.
+    strips = max(1, row_sizes[2])
+    runs = min(strips, cdiv(32 * _multiprocessors(device), max(1, row_sizes[0] * row_sizes[1] * blocks)))
+    run = cdiv(strips, runs)
     stride = cdiv(k, 64) * 64
+    spans = zip((row_sizes[3], *col_sizes), (row_strides[3], *col_strides), strict=True)
+    reach = max(row_sizes[3] * stride, sum((size - 1) * abs(step) for size, step in spans))
     scalars = (
-        stride // vec, *row_sizes[1:], *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
+        stride // vec, *row_sizes[1:], run,
+        *(s // vec for s in row_strides), *(s // vec for s in col_strides[:3]), col_strides[3],
     )  # fmt: skip
     scale = shift = None
     if mean is not None and std is not None:
         scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
     launch = Launch(
-        _patch_embed_cut_kernel, (strips * cdiv(row_sizes[3], block_r) * cdiv(k_padded, block_k),), scalars,
+        _patch_embed_cut_kernel, (row_sizes[0] * row_sizes[1] * cdiv(row_sizes[2], run) * blocks,), scalars,
         K1=col_sizes[1], K2=col_sizes[2], K3=col_sizes[3], K=k, K_PADDED=k_padded, SCALE=scale, SHIFT=shift, CHANNELS=shape[4],
-        CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7], VEC=vec, BLOCK_R=block_r, BLOCK_K=block_k,
+        CHANNEL_RUN=1 if columns == CHANNELS_LAST else shape[5] * shape[6] * shape[7], VEC=vec,
+        WIDE=reach >= 2**31, GAP=gap, BLOCK_G=next_power_of_2(gap), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     return _Cut(m, k_padded, stride, launch)
 
@@ -335,10 +333,11 @@ def _plain_product(patches: Tensor, weight: Tensor, columns: tuple[int, ...]) ->
 
 
 def _cut_of(
-    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
-) -> _Cut:
+    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None,
+    gap: int = 0,
+) -> _Cut:  # fmt: skip
     affine = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
-    return _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, *affine)
+    return _cut(x.device, x.dtype, dtype, x.shape, x.stride(), columns, x.data_ptr() & 63, *affine, gap)
 
 
 def _written(x: Tensor, cut: _Cut, like: Tensor) -> Tensor:
@@ -355,10 +354,11 @@ def _written(x: Tensor, cut: _Cut, like: Tensor) -> Tensor:
 
 
 def _matrix(
-    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None
-) -> Tensor:
+    x: Tensor, columns: tuple[int, ...], dtype: torch.dtype, mean: list[float] | None = None, std: list[float] | None = None,
+    gap: int = 0,
+) -> Tensor:  # fmt: skip
     """The matrix ``[M, K]`` of ``_written`` as a tensor."""
-    cut = _cut_of(x, columns, dtype, mean, std)
+    cut = _cut_of(x, columns, dtype, mean, std, gap)
     return _written(x, cut, torch.empty(0, dtype=dtype, device=x.device)).as_strided((cut.m, cut.k), (cut.stride, 1))
 
 
@@ -399,26 +399,6 @@ def _norm_launch(device: torch.device, dtype: torch.dtype, rows: int, dim: int, 
         _patch_embed_norm_fwd_kernel, (cdiv(rows, block_r),), (rows, eps),
         D=dim, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
     )  # fmt: skip
-
-
-def _layer_norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, eps: float, n_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the prefix rows ``[B, n, D]`` (fp32), of the patches' rows ``[B, N, D]``, and three sums over rows (fp32).
-
-    The sums ``[3, D]`` are the gradients of the norm's weight, of its bias, and of the bias that was added to the patches.
-    """
-    batch, n_tokens, dim = grad.shape
-    rows = batch * n_tokens
-    block_d = next_power_of_2(dim)
-    programs = max(1, min(rows, 4 * _multiprocessors(grad.device)))
-    d_prefix = torch.empty((batch, n_prefix, dim), dtype=torch.float32, device=grad.device)
-    d_tokens = total.new_empty(batch, n_tokens - n_prefix, dim)
-    # A share for each program, added up in a fixed order: the result doesn't depend on which program was first.
-    sums = torch.empty((programs, 3, dim), dtype=torch.float32, device=grad.device)
-    _patch_embed_norm_bwd_kernel[(programs,)](
-        grad.contiguous(), total, weight.contiguous(), d_prefix, d_tokens, sums, rows, n_tokens, n_prefix, eps,
-        D=dim, BLOCK_D=block_d, num_warps=_norm_warps(block_d),
-    )  # fmt: skip
-    return d_prefix, d_tokens, sums.sum(0)
 
 
 def _why_not(patches: Tensor, weight: Tensor) -> str | None:
@@ -527,43 +507,50 @@ def patch_embed_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     batch, n_tokens, dim = grad.shape
-    n_patches = patches.shape[1:4].numel()
+    n_patches, columns = patches.shape[1:4].numel(), _columns(patches)
     n_prefix, dtype = n_tokens - n_patches, weight.dtype
     grads = [weight.new_empty(0) for _ in needs]
-    columns = _columns(patches)
-    sums = None
-    if norm_weight is None:
-        d_prefix, d_tokens = grad[:, :n_prefix], grad[:, n_prefix:]
-    else:
-        d_prefix, d_tokens, sums = _layer_norm_bwd(grad, total, norm_weight, eps, n_prefix)
-        grads[5] = sums[0].to(dtype, copy=True) if needs[5] else grads[5]
-        grads[6] = sums[1].to(dtype, copy=True) if needs[6] else grads[6]
-    if needs[2]:
-        grads[2] = (d_tokens.sum((0, 1), dtype=torch.float32) if sums is None else sums[2]).to(dtype, copy=True)
-    if needs[3]:
-        grads[3] = d_prefix.sum(0, dtype=torch.float32).to(dtype)
-    if needs[4]:
-        grads[4] = _pos_gradient(d_prefix, d_tokens, pos_shape).to(dtype)
-    d_rows = d_tokens.reshape(-1, dim)
+    first_pos = n_prefix if pos_shape and pos_shape[-2] == n_patches else 0
+    own_pos = needs[4] and len(pos_shape) == 3  # every image has positions of its own
+    skipped = first_pos if own_pos else n_prefix  # with a norm, d_rows leaves these rows of each image out
+    # The gradient before the norm, and the rows that it has in front of the patches of each image.
+    d_rows, n_front = grad.contiguous(), n_prefix if norm_weight is None else n_prefix - skipped
+    gap = n_front if batch > 1 and n_patches else 0
+
+    summed = (needs[3], needs[4] and not own_pos, needs[2], needs[5], needs[6])
+    wanted = (
+        norm_weight is not None and (needs[0] or needs[1] or own_pos),
+        summed[0] or summed[1] or (needs[1] and gap > 0),
+        any(summed[2:]),
+    )
+    table = None
+    if any(wanted):
+        positions = n_tokens if norm_weight is not None or summed[1] or summed[2] else n_prefix
+        rows = row_gradients(
+            d_rows, total, norm_weight, eps, n_prefix, positions, skipped, wanted, _multiprocessors(weight.device)
+        )
+        d_rows, table = d_rows if rows.d_rows is None else rows.d_rows, rows.table
+        for i, sums in zip((3, 4, 2, 5, 6), add_shares(rows, dtype, n_prefix, first_pos, summed), strict=True):
+            grads[i] = grads[i] if sums is None else sums
+    if own_pos:
+        grads[4] = d_rows if norm_weight is not None else d_rows[:, first_pos:].clone(memory_format=torch.contiguous_format)
+    if not gap:
+        d_rows = d_rows[:, n_front:]
     if needs[0]:
         met = weight if patches.shape[5] == weight.shape[2] else fold(weight, None, None, None)[0]
-        d_patches = d_rows @ met.reshape(dim, -1)
-        grads[0] = d_patches.view(patches.shape).to(patches.dtype)
+        matrix = _matrix(met, CHANNELS_FIRST, dtype)
+        d_patches = torch.bmm(d_rows[:, gap:], matrix.expand(batch, -1, -1)) if gap else d_rows.reshape(-1, dim) @ matrix
+        grads[0] = d_patches[..., : patches.shape[4:].numel()].reshape(patches.shape).to(patches.dtype)
     if needs[1]:
-        a = _matrix(patches, columns, dtype, mean, std)
+        a = _matrix(patches, columns, dtype, mean, std, gap)
+        product = d_rows.reshape(-1, dim).T @ a
+        if gap and table is not None:
+            leave_out_prefix(product, d_rows, a, table, gap)
         sizes = [patches.shape[c] for c in columns]
-        d_weight = (d_rows.T @ a)[:, : math.prod(sizes)].unflatten(1, sizes)
+        d_weight = product[:, : math.prod(sizes)].unflatten(1, sizes)
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
         grads[1] = d_weight.permute(back).expand(weight.shape).contiguous()
     return tuple(grads)
-
-
-def _pos_gradient(d_prefix: Tensor, d_tokens: Tensor, shape: list[int]) -> Tensor:
-    """The position table's gradient: over all tokens or the patches only, summed over the images or one for each."""
-    parts = [d_tokens] if shape[-2] == d_tokens.shape[1] else [d_prefix, d_tokens]
-    if len(shape) == 2:
-        parts = [part.sum(0, dtype=torch.float32) for part in parts]
-    return torch.cat(parts, -2)
 
 
 def aot_cases() -> list:
@@ -572,29 +559,41 @@ def aot_cases() -> list:
 
     half, one = (0.5,) * 3, (1.0,) * 3
 
-    def run(batch: int, grid: int, patch: int, dim: int, dtype: torch.dtype, pixels: torch.dtype, clip: bool, bwd: bool) -> None:
+    def run(
+        batch: int, grid: int, patch: int, dim: int, dtype: torch.dtype, pixels: torch.dtype, prefix: bool, norm: bool,
+        needs: str | None = None,
+    ) -> None:  # fmt: skip
         image = torch.empty((batch, 3, grid, patch, grid, patch), dtype=pixels)
         patches = image.permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
-        weight = torch.empty((dim, 3, 1, patch, patch), dtype=dtype)
-        vector, prefix = torch.empty(dim, dtype=dtype), torch.empty((1, dim), dtype=dtype)
-        n_tokens = grid * grid + int(clip)
+        weight, vector = torch.empty((dim, 3, 1, patch, patch), dtype=dtype), torch.empty(dim, dtype=dtype)
+        norms = (vector, vector) if norm else (None, None)
         affine = (half, one) if pixels == torch.uint8 else (None, None)
-        if bwd:
-            tokens = torch.empty((batch, n_tokens, dim), dtype=dtype)
-            _layer_norm_bwd(tokens, tokens, vector, 1e-5, 1)
+        n_tokens = grid * grid + prefix
+        if needs is None:
+            tokens, pos = torch.empty((1, dim), dtype=dtype), torch.empty((n_tokens, dim), dtype=dtype)
+            patch_embed_fwd(patches, weight, vector, tokens if prefix else None, pos, *norms, 1e-5, *affine, False)
             return
-        pos = torch.empty((n_tokens, dim), dtype=dtype)
-        norm = (vector, vector) if clip else (None, None)
-        patch_embed_fwd(patches, weight, vector, prefix if clip else None, pos, *norm, 1e-5, *affine, False)
+        tokens = torch.empty((batch, n_tokens, dim), dtype=dtype)
+        wanted = [letter in needs for letter in "xwbtpnm"]
+        patch_embed_bwd(tokens, patches, weight, norms[0], tokens, 1e-5, *affine, [n_tokens, dim], wanted)
 
     bf16, fp16, fp32, uint8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
-    shapes = {
-        "CLIP-L/14@336 bf16": (128, 24, 14, 1024, bf16, bf16, True, False),
-        "CLIP-L/14@336 bf16 bwd": (128, 24, 14, 1024, bf16, bf16, True, True),
-        "CLIP-L/14@336 bf16 B1": (1, 24, 14, 1024, bf16, bf16, True, False),
-        "CLIP-L/14@336 bf16 B8": (8, 24, 14, 1024, bf16, bf16, True, False),
+    # The letters are the gradients of pixels, weight, bias, prefix tokens, positions, and the norm's weight and bias.
+    shapes: dict[str, tuple[Any, ...]] = {
+        "CLIP-L/14@336 bf16": (128, 24, 14, 1024, bf16, bf16, True, True),
+        "CLIP-L/14@336 bf16 bwd": (128, 24, 14, 1024, bf16, bf16, True, True, "xwtpnm"),
+        "CLIP-L/14@336 bf16 bwd of the weight": (128, 24, 14, 1024, bf16, bf16, True, True, "w"),
+        "CLIP-L/14@336 bf16 B1": (1, 24, 14, 1024, bf16, bf16, True, True),
+        "CLIP-L/14@336 bf16 B8": (8, 24, 14, 1024, bf16, bf16, True, True),
+        "CLIP-bigG/14 fp16 bwd": (32, 16, 14, 1664, fp16, fp16, True, True, "xwtpnm"),
         "SigLIP-So400m/14 fp16 from uint8": (64, 27, 14, 1152, fp16, uint8, False, False),
-        "ViT-B/16 bf16 from uint8": (256, 14, 16, 768, bf16, uint8, False, False),
-        "ViT-B/16 fp32": (8, 14, 16, 768, fp32, fp32, True, False),
+        "SigLIP-So400m/14 fp16 from uint8 bwd": (64, 27, 14, 1152, fp16, uint8, False, False, "wbp"),
+        "SigLIP-So400m/14 fp16 from uint8 bwd of the bias": (64, 27, 14, 1152, fp16, uint8, False, False, "wb"),
+        "ViT-B/16 bf16 from uint8": (256, 14, 16, 768, bf16, uint8, True, False),
+        "ViT-B/16 bf16 from uint8 bwd": (256, 14, 16, 768, bf16, uint8, True, False, "wbtp"),
+        "ViT-B/16 bf16 from uint8 bwd of the prefix": (256, 14, 16, 768, bf16, uint8, True, False, "wt"),
+        "ViT-B/16 fp32": (8, 14, 16, 768, fp32, fp32, True, True),
+        "ViT-B/16 fp32 bwd": (8, 14, 16, 768, fp32, fp32, True, True, "wbtpnm"),
+        "ViT-B/16 fp32 bwd without norm": (8, 14, 16, 768, fp32, fp32, True, False, "wbtp"),
     }
     return [AotCase(name, functools.partial(run, *shape)) for name, shape in shapes.items()]
