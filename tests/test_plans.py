@@ -358,14 +358,15 @@ def flat(result: Any) -> list[torch.Tensor]:
 def planned(op: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether there was a plan, for each call of the op from now on."""
     found: list[bool] = []
-    find = OPS[op].planned
+    find = Op.planned
 
-    def watch(*args: Any) -> Any:
-        plan = find(*args)
-        found.append(plan is not None)
+    def watch(self: Op, *args: Any) -> Any:
+        plan = find(self, *args)
+        if self is OPS[op]:
+            found.append(plan is not None)
         return plan
 
-    monkeypatch.setattr(OPS[op], "planned", watch)
+    monkeypatch.setattr(Op, "planned", watch)  # undone, it would stay an attribute of an instance
     monkeypatch.setattr(OPS[op], "_plans", {})
     return found
 
