@@ -464,7 +464,7 @@ def test_triton_reads_rows_in_place(device: torch.device) -> None:
         (rows[:1, ::2, :1176], True),
     ):
         view = x.view(len(x), 1, 1, x.shape[1], 3, 2, 14, 14)
-        matrix = triton._matrix(view, triton.CHANNELS_FIRST, torch.float16)
+        matrix = triton.matrix_of(view, triton.CHANNELS_FIRST, torch.float16)
         assert (matrix.data_ptr() == x.data_ptr()) == in_place
         assert compare(matrix, x.flatten(0, 1), "exact")
 
@@ -474,7 +474,7 @@ def test_triton_pads_with_zeros(device: torch.device) -> None:
     triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, device=device)
     view = pixels.view(1, 3, 1, 1, 2, 14, 2, 14).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    matrix = triton._matrix(view, triton.CHANNELS_FIRST, torch.float32, [0.5] * 3, [0.5] * 3)
+    matrix = triton.matrix_of(view, triton.CHANNELS_FIRST, torch.float32, [0.5] * 3, [0.5] * 3)
     assert matrix.shape == (4, 592) and not matrix[:, 588:].any()
     assert compare(matrix[:, :588], view.reshape(4, 588).double() / 127.5 - 1, "gemm")
 
@@ -502,7 +502,7 @@ def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypat
     monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     for tile in getattr(triton, config):
         monkeypatch.setattr(triton, config, (tile,))
-        monkeypatch.setattr(triton, "_multiprocessors", lambda device: 3)
+        monkeypatch.setattr(triton, "multiprocessors", lambda device: 3)
         assert compare(embed(flavour, tensors, backend=backend), exact, "gemm"), tile
 
 

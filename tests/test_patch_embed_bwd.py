@@ -56,8 +56,10 @@ def test_triton_sums_in_shares(
 ) -> None:
     """More images, positions and columns than one program takes: it cuts several strips, and sums over rows come in shares."""
     triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
-    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 1)
-    monkeypatch.setattr(triton, "_cut", triton._cut.__wrapped__)
+    cut = pytest.importorskip("vlmkernels.backends.triton._patch_embed_cut")
+    for module in triton, cut:
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cut, "_cut", cut._cut.__wrapped__)
     flavour = Flavour((37, 3, 8, 12), (4, 4), 6, dim=264, prefix=prefix, norm=norm)
     tensors = flavour.inputs(torch.float32, device)
     grad = torch.randn(37, prefix + flavour.grid, flavour.dim).to(device)

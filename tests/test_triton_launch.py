@@ -175,9 +175,10 @@ assert len(launched(lambda: launch(*tensors))[0]) == 1
 OPERATORS = (
     RECORDER
     + """
-from vlmkernels.backends.triton import _patch_embed_bwd, attention, patch_embed, rope, tile_bounds
+from vlmkernels.backends.triton import _patch_embed_bwd, _patch_embed_cut, attention, patch_embed, rope, tile_bounds
 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)).start()
-mock.patch.object(patch_embed, "_multiprocessors", lambda device: 132).start()
+for module in patch_embed, _patch_embed_cut:
+    mock.patch.object(module, "multiprocessors", lambda device: 132).start()
 bf16 = torch.bfloat16
 
 def attend(tokens=64, dim=64, heads=2, batch=2, ranges=0, causal=False, scale=0.1, lse=False, dtype=bf16, packed=False):
@@ -247,7 +248,7 @@ for make, settings in cases.items():
     with remembering(False):
         wanted = [shape_of(launched(call)[0]) for call in calls]
     assert len({repr(launches) for launches in wanted}) == len(calls), "two cases are the same"
-    for module in attention, rope, patch_embed, _patch_embed_bwd, tile_bounds:
+    for module in attention, rope, patch_embed, _patch_embed_bwd, _patch_embed_cut, tile_bounds:
         for function in vars(module).values():
             if hasattr(function, "cache_clear") and "launch" in function.__name__ + "_cut_launch":
                 function.cache_clear()
@@ -263,8 +264,8 @@ for weight in weights * 2:
     got, slow = launched(lambda: patch_embed.patch_embed_fwd(image, weight, *[None] * 5, 0.0, None, None, False))
     assert [value[0] for kind, value in got[-1][3] if "desc" in kind][1] == weight.data_ptr()
 assert not slow
-for function in (attention._fwd_launch, rope._fwd_launch, patch_embed._cut, patch_embed._gemm_launch, patch_embed._norm_launch,
-                 tile_bounds._launches, _patch_embed_bwd._rows_launch, _patch_embed_bwd._sums_launch,
+for function in (attention._fwd_launch, rope._fwd_launch, tile_bounds._launches, patch_embed._gemm_launch,
+                 patch_embed._norm_launch, _patch_embed_cut._cut, _patch_embed_bwd._rows_launch, _patch_embed_bwd._sums_launch,
                  _patch_embed_bwd._weight_launch):
     assert function.cache_info().maxsize == LAUNCHES
 """
