@@ -68,8 +68,8 @@ VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
  * image's num_prefix prefix tokens:
  *   total = sum_k pixel[k] weight[k] + bias + pos
  *   out = norm_weight ? LayerNorm(total) : total
- * The pointers pixels, weight, prefix, pos, out and total and the strides of pixels are multiples of
- * 16 bytes; dim and the strides of pos are multiples of 8. */
+ * The pointers pixels, weight, prefix, pos, out and total and the strides of pixels are multiples
+ * of 16 bytes; dim and the strides of pos are multiples of 8. */
 typedef struct {
   const void* pixels; /* patch (b, gy, gx): columns gx * patch and on, contiguous */
   const void* weight; /* [dim, 3 * patch * patch] contiguous, in token_type like all that follow */

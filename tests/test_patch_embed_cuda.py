@@ -30,6 +30,9 @@ FLAVOURS = {
     "one row of 9": Flavour((7, 3, 20, 128), (14, 14), 9, dim=8, pos="none"),
     "one patch": Flavour((1, 3, 16, 16), (16, 16), 1, dim=32, bias=False, pos="none"),
     "4 side by side": Flavour((9, 3, 64, 64), (16, 16), 16, dim=264, prefix=2),
+    # So many tiles that warpgroups take turns.
+    "clip-l, 128 images": replace(CLIP, pixels=(128, 3, 112, 112)),
+    "vit-b, 96 images": Flavour((96, 3, 224, 224), (16, 16), 196, dim=768, prefix=1),
 }
 
 
@@ -142,7 +145,7 @@ def test_nan_stays_in_its_token(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e4, 1e30])
 def test_weights_of_any_size(scale: float, device: torch.device) -> None:
-    """uint8 pixels are multiplied in fp16, whatever the range of the weights."""
+    """uint8 pixels are multiplied with whole numbers of 16 bits, whatever the range of the weights."""
     flavour = Flavour((2, 3, 112, 112), (14, 14), 64, dim=128, pos="none", bias=False)
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
     tensors["weight"] = (tensors["weight"] * torch.linspace(0.1, 10, 128, device=device)[:, None, None, None] * scale).bfloat16()

@@ -74,7 +74,8 @@ __device__ __forceinline__ void multiply_slot(float (&sum)[C::kSums], const uint
   constexpr int kPairs = C::kPatch / 2;  // of a row
   constexpr int kSteps = ceil_div(kBodyRows * C::kPatch, 16);
   const int q = lane_index() % 4;
-  const uint32_t row = own_row<C>(kBodyRows), none = threadIdx.x >> 20;
+  const uint32_t row = own_row<C>(kBodyRows);
+  const uint32_t none = threadIdx.x >> 20;  // 0, which ptxas doesn't see
   Pixels<C> halves[2];
   uint32_t a[2][4];
   const auto form = [&](uint32_t (&operand)[4], int step) {
@@ -110,8 +111,8 @@ __device__ __forceinline__ void multiply_slot(float (&sum)[C::kSums], const uint
   ring.advance();
 }
 
-// All products of a tile of 16-bit pixels. `hand_over` is called where the next warpgroup may begin,
-// `ending` some time before the last products are done.
+// All products of a tile of 16-bit pixels. `hand_over` is called where the next warpgroup may
+// begin, `ending` some time before the last products are done.
 template <typename C, typename HandOver, typename Ending>
 __device__ __forceinline__ void multiply(float (&sum)[C::kSums], const uint32_t (&patch)[2],
                                          uint64_t b, const Barriers& barriers, Ring<C>& ring,
