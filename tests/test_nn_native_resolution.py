@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """NaFlexPatchEmbed and PackedPatchEmbed3d against the embeddings of transformers and timm that they replace."""
 
+import contextlib
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -23,10 +25,17 @@ GRIDS = torch.tensor([(1, 4, 8), (3, 2, 2), (1, 10, 14)], device=DEVICE)
 ROWS = 32 + 12 + 140
 
 
+class WideSiglip2(Siglip2VisionEmbeddings):
+    """In fp64 all the way: from transformers 5.24 on, positions are resized in fp32, and meet a table of fp64 there."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        wide = self.position_embedding.weight.dtype == torch.float64
+        with mock.patch.object(Tensor, "float", Tensor.double) if wide else contextlib.nullcontext():
+            return super().forward(*args)
+
+
 def siglip2() -> Siglip2VisionEmbeddings:
-    return Siglip2VisionEmbeddings(
-        Siglip2VisionConfig(hidden_size=D, num_attention_heads=2, patch_size=P, num_patches=S * S, num_channels=3)
-    )
+    return WideSiglip2(Siglip2VisionConfig(hidden_size=D, num_attention_heads=2, patch_size=P, num_patches=S * S, num_channels=3))
 
 
 class Qwen3VLEmbedding(nn.Module):
