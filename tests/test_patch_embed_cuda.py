@@ -154,6 +154,15 @@ def test_weights_of_any_size(scale: float, device: torch.device) -> None:
     assert compare((embed(flavour, tensors, backend="cuda").double() / scale).bfloat16(), exact, "gemm")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_weight_outgrows_the_others(dtype: str, device: torch.device) -> None:
+    """It takes the upper bits of the whole numbers; what is left for the others is enough beside what it adds to the sum."""
+    flavour = Flavour((4, 3, 112, 112), (14, 14), 64, dim=128, pos="none")
+    tensors = flavour.inputs(DTYPES[dtype], device, uint8=True)
+    tensors["weight"][:, 1, 3, 5] *= 100
+    assert compare(embed(flavour, tensors, backend="cuda"), stock(flavour, double(tensors)), "gemm")
+
+
 def test_fold_follows_the_weight(device: torch.device) -> None:
     flavour = FLAVOURS["vit-b"]
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
