@@ -182,7 +182,7 @@ def cut_of(
 
 
 def written(x: Tensor, cut: Cut, like: Tensor) -> Tensor:
-    """The matrix of ``x`` in memory, as ``cut`` says: in ``x`` if that is a matrix already, else in a new tensor of the dtype of ``like``.
+    """The matrix of ``x`` in memory: in ``x`` if ``cut`` finds one there, else in a new tensor of the dtype of ``like``.
 
     Its rows start at multiples of 16 bytes. Where it is written, K is rounded up to a multiple of 8 by columns of zeros.
     """
