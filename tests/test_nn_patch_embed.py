@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PatchEmbed and PatchEmbed3d against the embeddings of transformers and timm that they replace."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,34 @@ def test_uint8_photos(channels_last: bool, device: torch.device) -> None:
     assert compare(ours(given, channels_last=channels_last), exact, "gemm")
     normalised = ((photo.double() / 255 - mean) / std).float()
     assert compare(ours(normalised), theirs(normalised.double()), "gemm")
+
+
+@pytest.mark.parametrize("patch", [P, 16], ids=["small", "for the CUDA kernel"])
+def test_uint8_follows_the_parameters(patch: int, device: torch.device) -> None:
+    """What is folded into the weight is never that of an earlier weight: not after a step, other parameters, another dtype."""
+    ours = randomize(PatchEmbed(96, patch, 4 * patch, norm=True, mean=MEAN, std=STD))
+    photo = torch.randint(256, (2, 3, 4 * patch, 4 * patch), dtype=torch.uint8, device=device)
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=device).view(3, 1, 1) for v in (MEAN, STD))
+
+    def check() -> None:
+        exact = copy.deepcopy(ours).double()((photo.double() / 255 - mean) / std)
+        with torch.no_grad():
+            for _ in range(2):  # the second time by a plan
+                assert compare(ours(photo), exact, "gemm")
+
+    check()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
+    before = ours.patch_embedding.weight.clone()
+    ours(photo).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(ours.patch_embedding.weight, before)
+    check()
+    ours.load_state_dict({name: torch.randn_like(value) * 0.1 for name, value in ours.state_dict().items()})
+    check()
+    ours.to(torch.bfloat16)
+    check()
+    ours.patch_embedding.weight.data = ours.patch_embedding.weight.data * -2
+    check()
 
 
 def test_open_clip_names() -> None:
