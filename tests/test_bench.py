@@ -27,11 +27,12 @@ from vlmkernels.bench import (
     timing,
     towers,
 )
+from vlmkernels.bench.attention import tower_attention
 from vlmkernels.bench.ceilings import Ceilings
 from vlmkernels.bench.patch_embed import MIXED, mixed_grids, mixed_patch_embed, rows_patch_embed, tower_patch_embed
 from vlmkernels.bench.peers import Provider
 from vlmkernels.bench.runner import Options, Row
-from vlmkernels.bench.workloads import OURS, Case, Workload, tower_attention
+from vlmkernels.bench.workloads import OURS, Case, Workload
 from vlmkernels.ops._op import Op
 from vlmkernels.testing import compare
 
@@ -173,7 +174,7 @@ def _case(peers: tuple[Provider, ...]) -> Case:
     )
 
 
-def _one(build: Callable[[torch.device], Case], options: Options = FAST) -> list[Row]:
+def one(build: Callable[[torch.device], Case], options: Options = FAST) -> list[Row]:
     return runner.run_workload(Workload("s", "o", "w", "fwd", build), CPU, CEILINGS, options)
 
 
@@ -196,13 +197,13 @@ def test_peer_that_cannot_run_says_why() -> None:
         Provider("other", lambda: lambda: torch.full((3,), 2.0)),
         Provider("compiled", lambda: lambda: torch.ones(3), compiled=True),
     )
-    rows = {row.provider: row for row in _one(lambda device: _case(peers))}
+    rows = {row.provider: row for row in one(lambda device: _case(peers))}
     assert (rows["absent"].status, rows["absent"].reason) == ("unavailable", "not installed")
     assert (rows["broken"].status, rows["broken"].reason) == ("unavailable", "RuntimeError: no kernel")
     assert rows["warns"].reason == "RuntimeError: none fits (head dim 7 is odd)"
     assert rows["other"].status == "wrong" and rows["other"].ms is None
     assert rows[OURS].best_peer == "compiled"
-    assert set(row.provider for row in _one(lambda device: _case(peers), Options(compile=False, peers=("abs", "comp")))) == {
+    assert set(row.provider for row in one(lambda device: _case(peers), Options(compile=False, peers=("abs", "comp")))) == {
         OURS,
         "absent",
     }
@@ -212,7 +213,7 @@ def test_workload_that_cannot_be_built_fails_the_run() -> None:
     def build(device: torch.device) -> Case:
         raise RuntimeError("no memory")
 
-    (row,) = _one(build)
+    (row,) = one(build)
     assert (row.provider, row.status, row.reason) == (OURS, "failed", "inputs: RuntimeError: no memory")
 
 
@@ -240,7 +241,7 @@ MAY_BE_MISSING = ("hf fused", "timm conv")
 
 def agree(build: Callable[[torch.device], Case]) -> list[Row]:
     """All providers compute the same: transformers' modules and functions lie within the bound that ours has."""
-    rows = _one(build, Options(budget_ms=0.0))
+    rows = one(build, Options(budget_ms=0.0))
     for row in rows:
         if row.provider in MAY_BE_MISSING and row.status == "unavailable":
             assert "does not import" in row.reason or "fusion_config" in row.reason, row

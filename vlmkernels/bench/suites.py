@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from vlmkernels.bench import towers
+from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
-from vlmkernels.bench.workloads import Case, Workload, random_attention, rope_case, tower_attention
+from vlmkernels.bench.workloads import Case, Workload, rope_case
 
 LARGE = "it is sized for a GPU"
 HOST = "host time is measured where the work itself runs on a GPU"
@@ -24,27 +25,54 @@ def _main() -> list[Workload]:
     return work
 
 
+FWD, BOTH = ("fwd",), ("fwd", "bwd")
 #: name, mask, (B, H, Hk, Sq, Sk, D), directions.
 ATTENTION = (
-    ("dense 8192 D64", "", (4, 16, 16, 8192, 8192, 64), ("fwd", "bwd")),
-    ("SigLIP2 4096 D72", "", (8, 16, 16, 4096, 4096, 72), ("fwd", "bwd")),
-    ("ViT-H 4096 D80", "", (8, 16, 16, 4096, 4096, 80), ("fwd", "bwd")),
-    ("dense 8192 D128", "", (2, 16, 16, 8192, 8192, 128), ("fwd", "bwd")),
-    ("causal 4096 D128 GQA4", "causal", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
-    ("prefix-LM 1024+3072 D128 GQA4", "prefix", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
-    ("Gemma-3 image blocks 4096 D128 GQA4", "image_blocks", (4, 32, 8, 4096, 4096, 128), ("fwd", "bwd")),
-    ("Gemma-3 image blocks 4096 D256 GQA2", "image_blocks", (4, 8, 4, 4096, 4096, 256), ("fwd", "bwd")),
-    ("mllama cross 2048x6404 D128 GQA4", "", (2, 32, 8, 2048, 6404, 128), ("fwd",)),
-    ("resampler 64x1024 D128", "", (32, 16, 16, 64, 1024, 128), ("fwd", "bwd")),
+    ("ViT-B B256 S197 D64", "", (256, 12, 12, 197, 197, 64), BOTH),
+    ("EVA-g B64 S257 D88", "", (64, 16, 16, 257, 257, 88), BOTH),
+    ("CLIP-L B32 S577 D64", "", (32, 16, 16, 577, 577, 64), BOTH),
+    ("SigLIP B32 S729 D72", "", (32, 16, 16, 729, 729, 72), BOTH),
+    ("dense 8192 D64", "", (4, 16, 16, 8192, 8192, 64), BOTH),
+    ("SigLIP2 4096 D72", "", (8, 16, 16, 4096, 4096, 72), BOTH),
+    ("ViT-H 4096 D80", "", (8, 16, 16, 4096, 4096, 80), BOTH),
+    ("dense 4096 D96", "", (8, 16, 16, 4096, 4096, 96), FWD),
+    ("dense 4096 D104", "", (8, 16, 16, 4096, 4096, 104), FWD),
+    ("dense 8192 D128", "", (2, 16, 16, 8192, 8192, 128), BOTH),
+    ("causal 4096 D128 GQA4", "causal", (4, 32, 8, 4096, 4096, 128), BOTH),
+    ("prefix-LM 1024+3072 D64 GQA4", "prefix", (4, 32, 8, 4096, 4096, 64), BOTH),
+    ("prefix-LM 1024+3072 D128 GQA4", "prefix", (4, 32, 8, 4096, 4096, 128), BOTH),
+    ("Gemma-3 image blocks 4096 D64 GQA4", "image_blocks", (4, 32, 8, 4096, 4096, 64), BOTH),
+    ("Gemma-3 image blocks 4096 D128 GQA4", "image_blocks", (4, 32, 8, 4096, 4096, 128), BOTH),
+    ("Gemma-3 image blocks 4096 D256 GQA2", "image_blocks", (4, 8, 4, 4096, 4096, 256), BOTH),
+    ("Gemma-3 image blocks 8192 D256 GQA2", "image_blocks", (2, 16, 8, 8192, 8192, 256), BOTH),
+    ("mllama cross 2048x6404 D128 GQA4", "", (2, 32, 8, 2048, 6404, 128), FWD),
+    ("resampler 64x1024 D128", "", (32, 16, 16, 64, 1024, 128), BOTH),
+)
+#: Tokens of 16 images in one packed row.
+IMAGES = (4096, 1536, 4800, 784, 256, 1024, 2048, 3072, 576, 4096, 900, 1600, 2500, 400, 3600, 1296)
+#: name, tokens of each image or window, D; all with 16 heads.
+PACKED = (
+    ("packed images 256..4800 D72", IMAGES, 72),
+    ("packed images 256..4800 D80", IMAGES, 80),
+    ("Qwen2.5-VL 512 windows of 64 D80", (64,) * 512, 80),
+    ("Qwen2.5-VL 2048 windows of 64 D80", (64,) * 2048, 80),
 )
 
 
 def _attention() -> list[Workload]:
-    return [
+    work = [
         Workload("attention", "attention", name, direction, random_attention(shape, mask, direction == "bwd"), LARGE)
         for name, mask, shape, directions in ATTENTION
         for direction in directions
     ]
+    work += [
+        Workload("attention", "attention", name, direction, packed_attention(lengths, 16, dim, direction == "bwd"), LARGE)
+        for name, lengths, dim in PACKED
+        for direction in BOTH
+    ]
+    for name, mask in (("prefix-LM 8192", "prefix"), ("Gemma-3 image blocks 8192", "image_blocks")):
+        work.append(Workload("attention", "tile_bounds", name, "fwd", mask_cost(mask, 8192), LARGE))
+    return work
 
 
 def _patch_embed() -> list[Workload]:
@@ -116,6 +144,7 @@ def _smoke() -> list[Workload]:
         Workload("smoke", "attention", "dense", "fwd", random_attention(shape)),
         Workload("smoke", "attention", "causal", "bwd", random_attention(shape, "causal", backward=True)),
         Workload("smoke", "attention", "prefix", "fwd", random_attention(shape, "prefix")),
+        Workload("smoke", "attention", "packed", "fwd", packed_attention((5, 24, 9), 2, 16)),
         Workload("smoke", "rope", "norm", "fwd", rope_case((2, 24, 4, 2, 16), norm=True)),
     ]
 
