@@ -52,7 +52,7 @@ struct Place {
 
 // The barriers of one warpgroup: pixels are in half a slot of its ring, or no longer needed there
 // (the first half's stand for the whole slot where it is multiplied at once); the other blocks'
-// statistics are here; the warpgroup before it is on its way.
+// statistics are here; it is this warpgroup's turn.
 struct Barriers {
   uint32_t base;
   __device__ uint32_t full(int slot, int half) const { return base + (2 * slot + half) * 16; }
