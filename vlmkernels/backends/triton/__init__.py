@@ -34,3 +34,7 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two from ``n`` up; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
+from vlmkernels.backends.triton import INTERPRETED, cdiv, contiguous, next_power_of_2
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._patch_embed_bwd import add_shares, leave_out_prefix, row_gradients
 from vlmkernels.backends.triton._patch_embed_cut import (
@@ -253,7 +253,7 @@ def patch_embed_fwd(
 ) -> tuple[Tensor, Tensor]:
     if patches.shape[5] != weight.shape[2]:
         weight, bias, mean, std = fold(weight, bias, mean, std)
-    bias, prefix_tokens, norm_weight, norm_bias = map(_contiguous, (bias, prefix_tokens, norm_weight, norm_bias))
+    bias, prefix_tokens, norm_weight, norm_bias = map(contiguous, (bias, prefix_tokens, norm_weight, norm_bias))
     if pos_embed is not None and pos_embed.stride(-1) != 1:
         pos_embed = pos_embed.contiguous()
     tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
@@ -309,10 +309,6 @@ def plan_patch_embed_fwd(
         return out, total if keep_total else None
 
     return plan
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def patch_embed_bwd(

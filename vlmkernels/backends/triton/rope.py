@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
+from vlmkernels.backends.triton import INTERPRETED, cdiv, contiguous, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
@@ -306,30 +306,20 @@ def _launch_for(
     )  # fmt: skip
 
 
-def _launch_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
+def _turn_back(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
     out_q: torch.Tensor,
     out_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
     interleaved: bool,
-    inverse: bool,
 ) -> None:
-    """Rotate ``q`` and ``k`` into ``out_q`` and ``out_k``, whose heads are dense rows. Both outputs may be the inputs."""
+    """Gradients through the rotation alone, into outputs whose heads are dense rows."""
     cos, sin = _same_layout(cos, sin)
-    q_weight, k_weight = _contiguous(q_weight), _contiguous(k_weight)
-    in_place = out_q is q and out_k is k
-    launch = _launch_for(q, k, out_q.stride(), out_k.stride(), cos, q_weight, k_weight, eps, interleaved, inverse, in_place)
+    launch = _launch_for(grad_q, grad_k, out_q.stride(), out_k.stride(), cos, None, None, 0.0, interleaved, True, False)
     if launch is not None:
-        launch(q, k, out_q, out_k, q_weight, k_weight, cos, sin)
-
-
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
+        launch(grad_q, grad_k, out_q, out_k, None, None, cos, sin)
 
 
 def _norm_bwd(
@@ -391,7 +381,7 @@ def rope_fwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), _contiguous(q_weight), _contiguous(k_weight)
+    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
     plan = plan_rope_fwd(q, k, cos, sin, q_weight, k_weight, eps, interleaved)
     assert plan is not None  # all that a plan would copy is copied
     return plan(q, k, cos, sin, q_weight, k_weight)
@@ -457,10 +447,8 @@ def rope_bwd(
     new_k = out_k if out_k is not None else torch.empty(grad_k.shape, dtype=grad_k.dtype, device=grad_k.device)
     if out_q is None or out_k is None:
         keep_q, keep_k = (slice(None) if out is None else slice(0) for out in outs)
-        _launch_fwd(
-            grad_q[..., keep_q, :], grad_k[..., keep_k, :], new_q[..., keep_q, :], new_k[..., keep_k, :],
-            cos, sin, None, None, eps, interleaved, True,
-        )  # fmt: skip
+        kept = grad_q[..., keep_q, :], grad_k[..., keep_k, :], new_q[..., keep_q, :], new_k[..., keep_k, :]
+        _turn_back(*kept, cos, sin, interleaved)
     return new_q, new_k, grad_weights[0], grad_weights[1]
 
 
@@ -498,7 +486,7 @@ def rope_qkv_(
     eps: float,
     interleaved: bool,
 ) -> None:
-    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), _contiguous(q_weight), _contiguous(k_weight)
+    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
     plan = plan_rope_qkv_(qkv, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, eps, interleaved)
     assert plan is not None  # all that a plan would copy is copied
     plan(qkv, cos, sin, q_weight, k_weight)
@@ -535,7 +523,7 @@ def rope_qkv_bwd(
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     q, k, v = _heads(grad, num_heads, num_kv_heads)
     out_q, out_k, out_v = _heads(out, num_heads, num_kv_heads)
-    _launch_fwd(q, k, out_q, out_k, cos, sin, None, None, 0.0, interleaved, True)
+    _turn_back(q, k, out_q, out_k, cos, sin, interleaved)
     out_v.copy_(v)
     return out
 
