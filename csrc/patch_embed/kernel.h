@@ -5,9 +5,10 @@
 // A block keeps its columns of the weight in shared memory for good, with the normalisation of the
 // pixels folded in. Two or three warpgroups share it; each takes 64 patches at a time through all
 // of K, on its own: while one stores its tokens, the others keep the tensor cores busy. Of one
-// more, a warp for each of them copies rows of pixels, as they lie in memory, to shared memory,
-// from where operands are read into registers; its last warp makes the prefix tokens. With a
-// LayerNorm, the blocks of a cluster hold all columns and add up its statistics.
+// more, a warp or two for each of them copy rows of pixels, as they lie in memory, to shared
+// memory, from where operands are read into registers; all of it share the prefix tokens, from the
+// last warp on. With a LayerNorm, the blocks of a cluster hold all columns and add up its
+// statistics.
 #pragma once
 
 #include <cstdint>
