@@ -20,8 +20,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from watchers import FunctionNames, Names
 
 from vlmkernels import BackendError, use_backend
 from vlmkernels.ops import _op
@@ -379,30 +378,6 @@ def test_dispatch_is_cheap(backends: Callable[..., None]) -> None:
         patch.setattr(Op, "select", unpoisoned)
         op(x, 1.0, "")
         assert cost(lambda: op(x, 1.0, "")) < 2.0 * cost(lambda: bare(x, 1.0, ""))
-
-
-class Names(TorchDispatchMode):
-    """The ops that come by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
-class FunctionNames(TorchFunctionMode):
-    """The same, one level up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_plain_call_goes_past_the_dispatcher(backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,7 +455,9 @@ def test_backends_agree_on_one_meaning_of_total(device: torch.device) -> None:
 
 
 def test_triton_reads_rows_in_place(device: torch.device) -> None:
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
+    pytest.importorskip("triton", reason="triton is not installed")
+    from vlmkernels.backends.triton import patch_embed as triton
+
     rows = torch.randn(2, 5, 1200, dtype=torch.float16, device=device)
     for x, in_place in (
         (rows[..., :1176], True),
@@ -471,7 +473,9 @@ def test_triton_reads_rows_in_place(device: torch.device) -> None:
 
 def test_triton_pads_with_zeros(device: torch.device) -> None:
     """K = 588 is no multiple of 8: TMA reads four columns more, and a NaN there would be one everywhere."""
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
+    pytest.importorskip("triton", reason="triton is not installed")
+    from vlmkernels.backends.triton import patch_embed as triton
+
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, device=device)
     view = pixels.view(1, 3, 1, 1, 2, 14, 2, 14).permute(0, 2, 4, 6, 1, 3, 5, 7)
     matrix = triton.matrix_of(view, triton.CHANNELS_FIRST, torch.float32, [0.5] * 3, [0.5] * 3)
@@ -482,7 +486,8 @@ def test_triton_pads_with_zeros(device: torch.device) -> None:
 @pytest.mark.backends(FWD, exclude=("reference", "torch", "cuda"))
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_triton_without_tma(name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
+    from vlmkernels.backends.triton import patch_embed as triton
+
     monkeypatch.setattr(triton, "_has_tma", lambda device: False)
     monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     flavour = FLAVOURS[name]
@@ -494,7 +499,8 @@ def test_triton_without_tma(name: str, backend: str, device: torch.device, monke
 @pytest.mark.parametrize("config", ["TMA_CONFIGS", "CP_ASYNC_CONFIGS"])
 def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile that the launcher can pick, with a width and rows that it doesn't divide, and several tiles for one program."""
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
+    from vlmkernels.backends.triton import patch_embed as triton
+
     flavour = Flavour((3, 3, 56, 64), (8, 8), 56, dim=264, prefix=1)
     tensors = flavour.inputs(torch.float16, device)
     exact = stock(flavour, double(tensors))

@@ -55,8 +55,9 @@ def test_triton_sums_in_shares(
     prefix: int, norm: bool, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More images, positions and columns than one program takes: it cuts several strips, and sums over rows come in shares."""
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
-    cut = pytest.importorskip("vlmkernels.backends.triton._patch_embed_cut")
+    from vlmkernels.backends.triton import _patch_embed_cut as cut
+    from vlmkernels.backends.triton import patch_embed as triton
+
     for module in triton, cut:
         monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cut, "_cut", cut._cut.__wrapped__)

@@ -148,7 +148,9 @@ def test_refused(change: Callable[[dict[str, Tensor]], dict[str, Any]], wanted: 
 
 def test_triton_leaves_plain_products_to_torch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit rows in place with nothing to add are torch's product; all else is the kernel's, forced or not."""
-    triton = pytest.importorskip("vlmkernels.backends.triton.patch_embed")
+    pytest.importorskip("triton", reason="triton is not installed")
+    from vlmkernels.backends.triton import patch_embed as triton
+
     launched: list[str] = []
     launch = triton._gemm_launch
     monkeypatch.setattr(triton, "_gemm_launch", lambda *args: launched.append("product") or launch(*args))

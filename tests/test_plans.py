@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from watchers import FunctionNames, Names
 
 from vlmkernels import BackendError, use_backend
 from vlmkernels.bench.runner import backends_used
@@ -219,26 +218,6 @@ def test_memory_is_bounded(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, op._plans.values())) == 2
     assert [ran(lambda x=x: affine(x, torch.rand(3))) for x in strided[:-3:-1]] == [AGAIN, AGAIN]
     assert ran(lambda: affine(strided[0], torch.rand(3))) == FIRST
-
-
-class Names(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
-class FunctionNames(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_whoever_watches_sees_the_op() -> None:
