@@ -82,4 +82,9 @@ def test_patch_embedding_of_published_models(backend: str, shape: PatchEmbedShap
         pair = None if norm is None else (*norm.to(device, HALF).to(dtype), 1e-5)
         return patch_embed(**given, patch_size=shape.patch, norm=pair, **layout, backend=name)
 
-    assert compare(run(HALF, backend), run(torch.float64, "reference"), "gemm")
+    try:
+        out = run(HALF, backend)
+    except BackendError as error:
+        assert backend == "cuda", error  # the portable backends take every published model
+        pytest.skip(str(error))
+    assert compare(out, run(torch.float64, "reference"), "gemm")

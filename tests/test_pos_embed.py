@@ -254,6 +254,7 @@ def test_opcheck(backend: str, device: torch.device) -> None:
 @pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, backend: str, device: torch.device) -> None:
+    torch._dynamo.reset()
     table, grids = small(device)
     table.requires_grad_()
 

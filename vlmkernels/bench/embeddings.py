@@ -118,7 +118,10 @@ def fused_model(model: Any) -> Any:
     try:
         # A tower without anything to fuse is not worth loading.
         if hasattr(model, "from_pretrained"):
-            fusion.register_fusion_patches(type(model), config, settings)
+            try:
+                fusion.register_fusion_patches(type(model), config, settings)
+            except ValueError as error:  # 5.17 refuses the towers that its weights' conversion renames
+                raise Unavailable(f"fusion_config is refused: {error}") from error
         if not patching.get_patch_mapping():
             raise Unavailable("fusion_config changes nothing here: it is for a Conv3d in patch_embed")
         state = {name: value.cpu() for name, value in model.state_dict().items()}

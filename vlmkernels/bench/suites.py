@@ -115,9 +115,9 @@ def _host(case: Case) -> Case:
     return dataclasses.replace(case, clock="host")
 
 
-def _tiny(tower: towers.Tower, patch: int) -> towers.Tower:
-    """A tower of the same kind whose work takes no time."""
-    config = towers.vit_config(64, 1, 64, 2 * patch, patch)
+def _tiny(tower: towers.Tower, patch: int, side: int = 8) -> towers.Tower:
+    """A tower of the same kind whose work takes no time: ``side`` x ``side`` patches."""
+    config = towers.vit_config(128, 2, 64, side * patch, patch)
     return dataclasses.replace(tower, config=(tower.config[0], config), batch=(1, 1))
 
 
@@ -129,6 +129,8 @@ def _overhead() -> list[Workload]:
         "attention, softcap": ("attention", random_attention(tiny, "causal", softcap=50.0)),
         "patch_embed": ("patch_embed", tower_patch_embed(_tiny(towers.VIT_B, 16))),
         "patch_embed, uint8, norm": ("patch_embed", tower_patch_embed(_tiny(towers.CLIP_L, 14), uint8=True)),
+        # Rows of 28 bytes, which only the portable backends take: four launches in Triton.
+        "patch_embed, uint8, norm, 28 px": ("patch_embed", tower_patch_embed(_tiny(towers.CLIP_L, 14, 2), uint8=True)),
         "rope": ("rope", rope_case((1, 64, 4, 4, 64))),
         "rope_qkv_": ("rope", rope_case((1, 64, 4, 4, 64), in_place=True)),
     }
