@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of a warpgroup (wgmma): A of 64 x 32 bytes from registers, B from shared memory;
-// 16-bit floats with sums in fp32, bytes with sums in int32.
+// Matrix products of a warpgroup (wgmma): A of 64 x 32 bytes from registers or shared memory, B
+// from shared memory; 16-bit floats with sums in fp32, bytes with sums in int32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,98 +32,222 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
   return ((address & 0x3ffff) >> 4) | uint64_t{k_stride >> 4} << 16 | uint64_t{128 >> 4} << 32;
 }
 
+// Rows of kRowBytes (32, 64 or 128) one after another, swizzled as the copy engine does for this
+// width. Along the rows' direction, groups of 8 rows follow each other; `panel_stride` is from one
+// panel of such columns to the next, where one product spans several (B with its rows along K).
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, uint32_t panel_stride) {
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
+  return ((address & 0x3ffff) >> 4) | uint64_t{panel_stride >> 4} << 16 |
+         uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62;
+}
+
+// Reads of these registers stay behind this place, writes before it: what runs meanwhile is known
+// to nobody but the hardware.
+template <typename T, int kCount>
+__device__ __forceinline__ void keep(T (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      asm volatile("" : "+f"(x[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(x[i])::"memory");
+    }
+  }
+}
+
+// Lists of operands: %0 .. of so many accumulators, and the accumulators with their constraint.
 #define VLMK_4(constraint, x, i) \
   constraint(x[i]), constraint(x[i + 1]), constraint(x[i + 2]), constraint(x[i + 3])
-#define VLMK_16(constraint, x, i)                                                       \
-  VLMK_4(constraint, x, i), VLMK_4(constraint, x, i + 4), VLMK_4(constraint, x, i + 8), \
-      VLMK_4(constraint, x, i + 12)
-#define VLMK_48(constraint, x) \
-  VLMK_16(constraint, x, 0), VLMK_16(constraint, x, 16), VLMK_16(constraint, x, 32)
-#define VLMK_64(constraint, x) VLMK_48(constraint, x), VLMK_16(constraint, x, 48)
-#define VLMK_96(constraint, x) \
-  VLMK_64(constraint, x), VLMK_16(constraint, x, 64), VLMK_16(constraint, x, 80)
-#define VLMK_128(constraint, x) \
-  VLMK_96(constraint, x), VLMK_16(constraint, x, 96), VLMK_16(constraint, x, 112)
+#define VLMK_OPERANDS_32                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define VLMK_OPERANDS_36 VLMK_OPERANDS_32 ", %32, %33, %34, %35"
+#define VLMK_OPERANDS_40 VLMK_OPERANDS_36 ", %36, %37, %38, %39"
+#define VLMK_OPERANDS_44 VLMK_OPERANDS_40 ", %40, %41, %42, %43"
+#define VLMK_OPERANDS_48 VLMK_OPERANDS_44 ", %44, %45, %46, %47"
+#define VLMK_OPERANDS_52 VLMK_OPERANDS_48 ", %48, %49, %50, %51"
+#define VLMK_OPERANDS_56 VLMK_OPERANDS_52 ", %52, %53, %54, %55"
+#define VLMK_OPERANDS_60 VLMK_OPERANDS_56 ", %56, %57, %58, %59"
+#define VLMK_OPERANDS_64 VLMK_OPERANDS_60 ", %60, %61, %62, %63"
+#define VLMK_OPERANDS_68 VLMK_OPERANDS_64 ", %64, %65, %66, %67"
+#define VLMK_OPERANDS_72 VLMK_OPERANDS_68 ", %68, %69, %70, %71"
+#define VLMK_OPERANDS_76 VLMK_OPERANDS_72 ", %72, %73, %74, %75"
+#define VLMK_OPERANDS_80 VLMK_OPERANDS_76 ", %76, %77, %78, %79"
+#define VLMK_OPERANDS_84 VLMK_OPERANDS_80 ", %80, %81, %82, %83"
+#define VLMK_OPERANDS_88 VLMK_OPERANDS_84 ", %84, %85, %86, %87"
+#define VLMK_OPERANDS_92 VLMK_OPERANDS_88 ", %88, %89, %90, %91"
+#define VLMK_OPERANDS_96 VLMK_OPERANDS_92 ", %92, %93, %94, %95"
+#define VLMK_OPERANDS_100 VLMK_OPERANDS_96 ", %96, %97, %98, %99"
+#define VLMK_OPERANDS_104 VLMK_OPERANDS_100 ", %100, %101, %102, %103"
+#define VLMK_OPERANDS_108 VLMK_OPERANDS_104 ", %104, %105, %106, %107"
+#define VLMK_OPERANDS_112 VLMK_OPERANDS_108 ", %108, %109, %110, %111"
+#define VLMK_OPERANDS_116 VLMK_OPERANDS_112 ", %112, %113, %114, %115"
+#define VLMK_OPERANDS_120 VLMK_OPERANDS_116 ", %116, %117, %118, %119"
+#define VLMK_OPERANDS_124 VLMK_OPERANDS_120 ", %120, %121, %122, %123"
+#define VLMK_OPERANDS_128 VLMK_OPERANDS_124 ", %124, %125, %126, %127"
+#define VLMK_SUMS_32(c, x)                                                               \
+  VLMK_4(c, x, 0), VLMK_4(c, x, 4), VLMK_4(c, x, 8), VLMK_4(c, x, 12), VLMK_4(c, x, 16), \
+      VLMK_4(c, x, 20), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
+#define VLMK_SUMS_36(c, x) VLMK_SUMS_32(c, x), VLMK_4(c, x, 32)
+#define VLMK_SUMS_40(c, x) VLMK_SUMS_36(c, x), VLMK_4(c, x, 36)
+#define VLMK_SUMS_44(c, x) VLMK_SUMS_40(c, x), VLMK_4(c, x, 40)
+#define VLMK_SUMS_48(c, x) VLMK_SUMS_44(c, x), VLMK_4(c, x, 44)
+#define VLMK_SUMS_52(c, x) VLMK_SUMS_48(c, x), VLMK_4(c, x, 48)
+#define VLMK_SUMS_56(c, x) VLMK_SUMS_52(c, x), VLMK_4(c, x, 52)
+#define VLMK_SUMS_60(c, x) VLMK_SUMS_56(c, x), VLMK_4(c, x, 56)
+#define VLMK_SUMS_64(c, x) VLMK_SUMS_60(c, x), VLMK_4(c, x, 60)
+#define VLMK_SUMS_68(c, x) VLMK_SUMS_64(c, x), VLMK_4(c, x, 64)
+#define VLMK_SUMS_72(c, x) VLMK_SUMS_68(c, x), VLMK_4(c, x, 68)
+#define VLMK_SUMS_76(c, x) VLMK_SUMS_72(c, x), VLMK_4(c, x, 72)
+#define VLMK_SUMS_80(c, x) VLMK_SUMS_76(c, x), VLMK_4(c, x, 76)
+#define VLMK_SUMS_84(c, x) VLMK_SUMS_80(c, x), VLMK_4(c, x, 80)
+#define VLMK_SUMS_88(c, x) VLMK_SUMS_84(c, x), VLMK_4(c, x, 84)
+#define VLMK_SUMS_92(c, x) VLMK_SUMS_88(c, x), VLMK_4(c, x, 88)
+#define VLMK_SUMS_96(c, x) VLMK_SUMS_92(c, x), VLMK_4(c, x, 92)
+#define VLMK_SUMS_100(c, x) VLMK_SUMS_96(c, x), VLMK_4(c, x, 96)
+#define VLMK_SUMS_104(c, x) VLMK_SUMS_100(c, x), VLMK_4(c, x, 100)
+#define VLMK_SUMS_108(c, x) VLMK_SUMS_104(c, x), VLMK_4(c, x, 104)
+#define VLMK_SUMS_112(c, x) VLMK_SUMS_108(c, x), VLMK_4(c, x, 108)
+#define VLMK_SUMS_116(c, x) VLMK_SUMS_112(c, x), VLMK_4(c, x, 112)
+#define VLMK_SUMS_120(c, x) VLMK_SUMS_116(c, x), VLMK_4(c, x, 116)
+#define VLMK_SUMS_124(c, x) VLMK_SUMS_120(c, x), VLMK_4(c, x, 120)
+#define VLMK_SUMS_128(c, x) VLMK_SUMS_124(c, x), VLMK_4(c, x, 124)
 
-#define VLMK_REGISTERS_48                                                            \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define VLMK_REGISTERS_64 \
-  VLMK_REGISTERS_48       \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define VLMK_REGISTERS_96                                                            \
-  VLMK_REGISTERS_64                                                                  \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define VLMK_REGISTERS_128                                                                       \
-  VLMK_REGISTERS_96                                                                              \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-  "%127"
+// Columns of B, accumulators, and the names of the six operands behind those.
+#define VLMK_SHAPES(X)                                        \
+  X(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")         \
+  X(72, 36, "%36", "%37", "%38", "%39", "%40", "%41")         \
+  X(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")         \
+  X(88, 44, "%44", "%45", "%46", "%47", "%48", "%49")         \
+  X(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")         \
+  X(104, 52, "%52", "%53", "%54", "%55", "%56", "%57")        \
+  X(112, 56, "%56", "%57", "%58", "%59", "%60", "%61")        \
+  X(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")        \
+  X(144, 72, "%72", "%73", "%74", "%75", "%76", "%77")        \
+  X(160, 80, "%80", "%81", "%82", "%83", "%84", "%85")        \
+  X(176, 88, "%88", "%89", "%90", "%91", "%92", "%93")        \
+  X(192, 96, "%96", "%97", "%98", "%99", "%100", "%101")      \
+  X(208, 104, "%104", "%105", "%106", "%107", "%108", "%109") \
+  X(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 
-#define VLMK_MMA(shape, type, registers, outputs, operands, predicate)                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " predicate                            \
-               ", 0;\n"                                                                     \
-               "wgmma.mma_async.sync.aligned." shape "." type " {" registers "}, " operands \
-               : outputs                                                                    \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
-#define VLMK_MMA_96(type)                                            \
-  VLMK_MMA("m64n96k16", type, VLMK_REGISTERS_48, VLMK_48("+f", sum), \
-           "{%48, %49, %50, %51}, %52, add, 1, 1, 0;\n}", "%53")
-#define VLMK_MMA_128(type)                                            \
-  VLMK_MMA("m64n128k16", type, VLMK_REGISTERS_64, VLMK_64("+f", sum), \
-           "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}", "%69")
+#define VLMK_MMA(shape, type, operands, sums, rest, predicate, ...)                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " predicate                              \
+               ", 0;\n"                                                                       \
+               "wgmma.mma_async.sync.aligned." shape "." type " {" operands "}, " rest ";\n}" \
+               : sums                                                                         \
+               : __VA_ARGS__)
+#define VLMK_MMA_REGISTERS(n, count, o0, o1, o2, o3, o4, o5, type, transposed)                \
+  VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum),        \
+           "{" o0 ", " o1 ", " o2 ", " o3 "}, " o4 ", add, 1, 1, " transposed, o5, "r"(a[0]), \
+           "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+#define VLMK_MMA_SHARED(n, count, o0, o1, o2, type)                                    \
+  VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum), \
+           o0 ", " o1 ", add, 1, 1, 0, 0", o2, "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
-// sum = a b^T + (add ? sum : 0). Asynchronous: neither `sum` nor `a` may be touched before
-// mma_wait.
-template <typename T, int kColumns>
+// sum = a b^T + (add ? sum : 0); with kRowsAlongK, b lies with its rows along K: sum = a b + ...
+// Asynchronous: neither `sum` nor `a` may be touched before mma_wait.
+template <typename T, int kColumns, bool kRowsAlongK = false>
 __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
                                     bool add) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kColumns == 96 || kColumns == 128);
-  if constexpr (kColumns == 96) {
-    if constexpr (kHalf) {
-      VLMK_MMA_96("f32.f16.f16");
-    } else {
-      VLMK_MMA_96("f32.bf16.bf16");
-    }
-  } else {
-    if constexpr (kHalf) {
-      VLMK_MMA_128("f32.f16.f16");
-    } else {
-      VLMK_MMA_128("f32.bf16.bf16");
-    }
+#define VLMK_CASE(n, count, ...)                                     \
+  if constexpr (kColumns == n && kHalf && kRowsAlongK) {             \
+    VLMK_MMA_REGISTERS(n, count, __VA_ARGS__, "f32.f16.f16", "1");   \
+  } else if constexpr (kColumns == n && kHalf) {                     \
+    VLMK_MMA_REGISTERS(n, count, __VA_ARGS__, "f32.f16.f16", "0");   \
+  } else if constexpr (kColumns == n && kRowsAlongK) {               \
+    VLMK_MMA_REGISTERS(n, count, __VA_ARGS__, "f32.bf16.bf16", "1"); \
+  } else if constexpr (kColumns == n) {                              \
+    VLMK_MMA_REGISTERS(n, count, __VA_ARGS__, "f32.bf16.bf16", "0"); \
   }
+  VLMK_SHAPES(VLMK_CASE)
+#undef VLMK_CASE
 }
 
-// The same for bytes, A of 64 x 32 of them; exact.
+// The same with A in shared memory, both with K along their rows.
+template <typename T, int kColumns>
+__device__ __forceinline__ void mma(float (&sum)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+#define VLMK_CASE(n, count, o0, o1, o2, ...)                  \
+  if constexpr (kColumns == n && std::is_same_v<T, __half>) { \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16");     \
+  } else if constexpr (kColumns == n) {                       \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16");   \
+  }
+  VLMK_SHAPES(VLMK_CASE)
+#undef VLMK_CASE
+}
+
+// Bytes, A of 64 x 32 of them; exact.
 template <int kColumns>
 __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t (&a)[4],
                                     uint64_t b, bool add) {
-  static_assert(kColumns == 192 || kColumns == 256);
-  if constexpr (kColumns == 192) {
-    VLMK_MMA("m64n192k32", "s32.s8.s8", VLMK_REGISTERS_96, VLMK_96("+r", sum),
-             "{%96, %97, %98, %99}, %100, add;\n}", "%101");
-  } else {
-    VLMK_MMA("m64n256k32", "s32.s8.s8", VLMK_REGISTERS_128, VLMK_128("+r", sum),
-             "{%128, %129, %130, %131}, %132, add;\n}", "%133");
+#define VLMK_CASE(n, count, o0, o1, o2, o3, o4, o5)                                                \
+  if constexpr (kColumns == n) {                                                                   \
+    VLMK_MMA("m64n" #n "k32", "s32.s8.s8", VLMK_OPERANDS_##count, VLMK_SUMS_##count("+r", sum),    \
+             "{" o0 ", " o1 ", " o2 ", " o3 "}, " o4 ", add", o5, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
+             "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                                       \
   }
+  VLMK_SHAPES(VLMK_CASE)
+#undef VLMK_CASE
 }
 
 #undef VLMK_MMA
-#undef VLMK_MMA_96
-#undef VLMK_MMA_128
-#undef VLMK_REGISTERS_48
-#undef VLMK_REGISTERS_64
-#undef VLMK_REGISTERS_96
-#undef VLMK_REGISTERS_128
+#undef VLMK_MMA_REGISTERS
+#undef VLMK_MMA_SHARED
+#undef VLMK_SHAPES
 #undef VLMK_4
-#undef VLMK_16
-#undef VLMK_48
-#undef VLMK_64
-#undef VLMK_96
-#undef VLMK_128
+#undef VLMK_OPERANDS_32
+#undef VLMK_OPERANDS_36
+#undef VLMK_OPERANDS_40
+#undef VLMK_OPERANDS_44
+#undef VLMK_OPERANDS_48
+#undef VLMK_OPERANDS_52
+#undef VLMK_OPERANDS_56
+#undef VLMK_OPERANDS_60
+#undef VLMK_OPERANDS_64
+#undef VLMK_OPERANDS_68
+#undef VLMK_OPERANDS_72
+#undef VLMK_OPERANDS_76
+#undef VLMK_OPERANDS_80
+#undef VLMK_OPERANDS_84
+#undef VLMK_OPERANDS_88
+#undef VLMK_OPERANDS_92
+#undef VLMK_OPERANDS_96
+#undef VLMK_OPERANDS_100
+#undef VLMK_OPERANDS_104
+#undef VLMK_OPERANDS_108
+#undef VLMK_OPERANDS_112
+#undef VLMK_OPERANDS_116
+#undef VLMK_OPERANDS_120
+#undef VLMK_OPERANDS_124
+#undef VLMK_OPERANDS_128
+#undef VLMK_SUMS_32
+#undef VLMK_SUMS_36
+#undef VLMK_SUMS_40
+#undef VLMK_SUMS_44
+#undef VLMK_SUMS_48
+#undef VLMK_SUMS_52
+#undef VLMK_SUMS_56
+#undef VLMK_SUMS_60
+#undef VLMK_SUMS_64
+#undef VLMK_SUMS_68
+#undef VLMK_SUMS_72
+#undef VLMK_SUMS_76
+#undef VLMK_SUMS_80
+#undef VLMK_SUMS_84
+#undef VLMK_SUMS_88
+#undef VLMK_SUMS_92
+#undef VLMK_SUMS_96
+#undef VLMK_SUMS_100
+#undef VLMK_SUMS_104
+#undef VLMK_SUMS_108
+#undef VLMK_SUMS_112
+#undef VLMK_SUMS_116
+#undef VLMK_SUMS_120
+#undef VLMK_SUMS_124
+#undef VLMK_SUMS_128
 
 }  // namespace vlmk
