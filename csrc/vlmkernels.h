@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 3
+#define VLMK_ABI_VERSION 4
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -105,6 +105,43 @@ VLMK_API int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream);
 /* 0 if vlmk_patch_embed takes these sizes and types, else an error whose text says what it wants.
  * Reads no pointer. */
 VLMK_API int vlmk_patch_embed_check(const VlmkPatchEmbedParams* params);
+
+/* Softmax attention, out[i] = sum_j softmax_j(scale q[i] . k[j]) v[j], where query i sees the keys
+ * max(start, 0) <= j < min(stop, num_keys); all of them without ranges; with causal none behind
+ * i + num_keys - num_queries. One that sees no key gives zeros and a log-sum-exp of -inf. Query
+ * head h reads key head h / (num_heads / num_kv_heads). Columns are contiguous. q, k, v and out
+ * begin at multiples of 16 bytes; strides are positive multiples of 8, but that of a single row,
+ * head or image, which does not matter. */
+typedef struct {
+  const void* q;        /* [batch, num_queries, num_heads, dim] */
+  const void* k;        /* [batch, num_keys, num_kv_heads, dim] */
+  const void* v;        /* [batch, num_keys, num_kv_heads, value_dim] */
+  const int32_t* start; /* [batch or 1, num_queries], rows contiguous; or null */
+  const int32_t* stop;
+  void* out;  /* [batch, num_queries, num_heads, value_dim] contiguous */
+  float* lse; /* [batch, num_heads, num_queries] contiguous, natural logarithm; or null */
+  int64_t q_stride_b, q_stride_s, q_stride_h;
+  int64_t k_stride_b, k_stride_s, k_stride_h;
+  int64_t v_stride_b, v_stride_s, v_stride_h;
+  int64_t range_stride_b; /* 0 where one mask serves the batch */
+  int32_t batch;
+  int32_t num_queries;
+  int32_t num_keys;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t dim;       /* 8 to 256, a multiple of 8 */
+  int32_t value_dim; /* likewise */
+  int32_t type;      /* VLMK_FLOAT16 or VLMK_BFLOAT16, of q, k, v and out */
+  int32_t causal;
+  float scale;   /* positive */
+  float softcap; /* if positive, logits become softcap tanh(logit / softcap) */
+} VlmkAttentionParams;
+
+VLMK_API int vlmk_attention(const VlmkAttentionParams* params, void* stream);
+
+/* 0 if vlmk_attention takes these sizes, types and strides, else an error whose text says what it
+ * wants. Reads no pointer. */
+VLMK_API int vlmk_attention_check(const VlmkAttentionParams* params);
 
 #ifdef __cplusplus
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE = "vlmkernels/lib/libvlmkernels.so"
 
 
@@ -48,6 +48,20 @@ class PatchEmbedParams(ctypes.Structure):
         ("pixel_scale", ctypes.c_float * 3),
         ("pixel_shift", ctypes.c_float * 3),
         ("eps", ctypes.c_float),
+    ]
+
+
+class AttentionParams(ctypes.Structure):
+    """``VlmkAttentionParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "start", "stop", "out", "lse")),
+        *((f"{name}_stride_{axis}", ctypes.c_int64) for name in "qkv" for axis in "bsh"),
+        ("range_stride_b", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     ]
 
 

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention, the host's side: what the kernel takes.
+#include <climits>
+
+#include "attention/config.h"
+#include "common/error.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention {
+
+int check_strides(const char* name, int64_t rows, int64_t heads, int64_t batch, int64_t stride_s,
+                  int64_t stride_h, int64_t stride_b) {
+  const int64_t sizes[] = {rows, heads, batch}, strides[] = {stride_s, stride_h, stride_b};
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] <= 1) continue;
+    VLMK_CHECK(strides[i] > 0 && strides[i] % 8 == 0 && strides[i] < int64_t{1} << 39,
+               "a stride of %s of %lld elements: a multiple of 16 bytes, less than 2^40 of them",
+               name, static_cast<long long>(strides[i]));
+  }
+  return 0;
+}
+
+int check(const VlmkAttentionParams& p) {
+  VLMK_CHECK(p.type == VLMK_FLOAT16 || p.type == VLMK_BFLOAT16, "type %d", p.type);
+  for (int dim : {p.dim, p.value_dim}) {
+    VLMK_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "head dim %d: 8 to 256 in steps of 8", dim);
+  }
+  VLMK_CHECK(p.batch >= 0 && p.num_queries >= 0 && p.num_keys >= 0 && p.num_heads > 0 &&
+                 p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0,
+             "batch %d, %d queries, %d keys, %d heads, %d heads of keys", p.batch, p.num_queries,
+             p.num_keys, p.num_heads, p.num_kv_heads);
+  // Tiles reach beyond the end.
+  VLMK_CHECK(p.num_queries < INT_MAX / 2 && p.num_keys < INT_MAX / 2, "more than 2^30 tokens");
+  VLMK_CHECK(int64_t{p.batch} * p.num_heads <= INT_MAX, "more than 2^31 - 1 heads");
+  VLMK_CHECK(p.scale > 0, "scale %g: positive", static_cast<double>(p.scale));
+  VLMK_CHECK(p.softcap >= 0, "softcap %g: 0 or positive", static_cast<double>(p.softcap));
+  VLMK_CHECK(!p.start == !p.stop, "start and stop: both or neither");
+  VLMK_CHECK(!p.start || !p.causal, "ranges or causal, not both");
+  int code = check_strides("q", p.num_queries, p.num_heads, p.batch, p.q_stride_s, p.q_stride_h,
+                           p.q_stride_b);
+  if (code) return code;
+  code = check_strides("k", p.num_keys, p.num_kv_heads, p.batch, p.k_stride_s, p.k_stride_h,
+                       p.k_stride_b);
+  if (code) return code;
+  return check_strides("v", p.num_keys, p.num_kv_heads, p.batch, p.v_stride_s, p.v_stride_h,
+                       p.v_stride_b);
+}
+
+}  // namespace attention
+}  // namespace vlmk
+
+int vlmk_attention_check(const VlmkAttentionParams* params) {
+  return vlmk::attention::check(*params);
+}
+
+int vlmk_attention(const VlmkAttentionParams* params, void* stream) {
+  using namespace vlmk::attention;
+  const VlmkAttentionParams& p = *params;
+  const int code = check(p);
+  if (code) return code;
+  if (p.batch == 0 || p.num_queries == 0) return 0;
+  VLMK_CHECK(p.num_keys > 0, "no keys: nothing to launch, the result is zeros");
+  return p.type == VLMK_FLOAT16 ? forward_float16(p, stream) : forward_bfloat16(p, stream);
+}

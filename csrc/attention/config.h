@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a variant of the attention kernel is made of: tiles, layout of shared memory, registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/launch.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention {
+
+constexpr int kGroupQueries = 64;        // of a warpgroup
+constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
+constexpr int kMaxStages = 4;
+
+// What a block works on: its queries' tile, and the keys that any of them sees. Written by the
+// producer for the warpgroups that multiply.
+struct Work {
+  int32_t batch, head, first_query;
+  int32_t first_key, num_tiles;
+  int32_t stop_key;  // behind the last key that any query of the block sees
+};
+
+// Tiles of queries in the order in which blocks take them.
+struct Schedule {
+  int32_t tiles;  // of all heads
+  int32_t tiles_of_head;
+  int32_t section;  // heads that are worked on side by side
+};
+
+template <typename T, int kWidth_, int kKeys_, int kGroups_>
+struct Config {
+  using Element = T;
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr int kWidth = kWidth_;                    // columns of a head
+  static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
+  static constexpr int kKeys = kKeys_;                      // of a tile
+  static constexpr int kGroups = kGroups_;                  // warpgroups that multiply
+  static constexpr int kQueries = kGroups * kGroupQueries;
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static_assert(kGroups == 2 || kGroups == 3);
+  static_assert(kKeys % 16 == 0 && kKeys <= 256);
+
+  // A tile lies in panels of columns as wide as one swizzle can be.
+  static constexpr int kPanel = kDepth % 64 == 0 ? 64 : kDepth % 32 == 0 ? 32 : 16;
+  static constexpr int kPanels = kDepth / kPanel;
+  static constexpr int kRowBytes = 2 * kPanel;
+
+  static constexpr int kQueryBytes = kQueries * kDepth * 2;
+  static constexpr int kTileBytes = kKeys * kDepth * 2;
+  static constexpr int kExtraBytes = 1024;  // barriers and Work
+  static constexpr int kFitting = (kSharedLimit - kExtraBytes - kQueryBytes) / (2 * kTileBytes);
+  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
+  static_assert(kStages >= 2);
+
+  // Bytes from the beginning of shared memory.
+  static constexpr int kKeysAt = kQueryBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
+  static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 4) * 8;
+  static constexpr int kBoundsAt =
+      kWorkAt + 32;  // of each warpgroup's queries: lo, hi, full_lo, full_hi
+  static constexpr int kSharedBytes = kBarriersAt + kExtraBytes;
+  static_assert(kSharedBytes <= kSharedLimit);
+
+  __device__ static uint32_t pack(float x, float y) {
+    if constexpr (kHalf) {
+      const __half2 pair = __floats2half2_rn(x, y);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+  }
+};
+
+// All barriers of a block, as addresses in shared memory.
+struct Barriers {
+  uint32_t base;
+  __device__ uint32_t queries_full() const { return base; }
+  __device__ uint32_t queries_empty() const { return base + 8; }
+  __device__ uint32_t keys_full(int stage) const { return base + 16 + 8 * stage; }
+  __device__ uint32_t keys_empty(int stage) const { return base + 16 + 8 * (kMaxStages + stage); }
+  __device__ uint32_t values_full(int stage) const {
+    return base + 16 + 8 * (2 * kMaxStages + stage);
+  }
+  __device__ uint32_t values_empty(int stage) const {
+    return base + 16 + 8 * (3 * kMaxStages + stage);
+  }
+};
+
+// A place in a ring of stages, and the parity of its turn.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity;
+  __device__ explicit Ring(uint32_t first_parity) : parity(first_parity) {}
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+int forward_bfloat16(const VlmkAttentionParams& p, void* stream);
+int forward_float16(const VlmkAttentionParams& p, void* stream);
+
+}  // namespace attention
+}  // namespace vlmk

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which variant of the kernel runs, and in which order its blocks take the tiles.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+
+#include "attention/kernel.h"
+#include "common/launch.h"
+#include "common/tensor_map.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention {
+
+constexpr int kMaxDevices = 64;
+
+// The multiprocessors of the current GPU, after the kernel's share of shared memory is raised.
+template <typename C>
+int multiprocessors(int& count) {
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0;
+  VLMK_CUDA(cudaGetDevice(&device));
+  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  count = known[device].load(std::memory_order_relaxed);
+  if (count > 0) return 0;
+  VLMK_CUDA(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 C::kSharedBytes));
+  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  known[device].store(count, std::memory_order_relaxed);
+  return 0;
+}
+
+template <typename C>
+int run(const VlmkAttentionParams& p, void* stream) {
+  int count = 0;
+  int code = multiprocessors<C>(count);
+  if (code) return code;
+  Maps maps;
+  code = encode_tensor_map(maps.queries, p.q, C::kHalf, p.batch, p.num_queries, p.num_heads, p.dim,
+                           p.q_stride_b, p.q_stride_s, p.q_stride_h, C::kQueries, C::kPanel);
+  if (code) return code;
+  code = encode_tensor_map(maps.keys, p.k, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
+                           p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys, C::kPanel);
+  if (code) return code;
+  code =
+      encode_tensor_map(maps.values, p.v, C::kHalf, p.batch, p.num_keys, p.num_kv_heads,
+                        p.value_dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys, C::kPanel);
+  if (code) return code;
+  const int tiles_of_head = ceil_div(p.num_queries, C::kQueries);
+  const int64_t tiles = int64_t{tiles_of_head} * p.batch * p.num_heads;
+  VLMK_CHECK(tiles <= INT_MAX, "more than 2^31 - 1 tiles of queries");
+  // Without a mask all tiles are alike, and blocks that stay take the next one's queries early. The
+  // longest rows of a mask first, to whichever block is free.
+  const bool alike = !p.causal && !p.start;
+  // Keys and values of a section fill half of a 50 MB L2.
+  const int64_t fitting = (24 << 20) / std::max<int64_t>(1, int64_t{p.num_keys} * C::kDepth * 4);
+  const int section =
+      alike ? 1 : static_cast<int>(std::max<int64_t>(1, fitting) * (p.num_heads / p.num_kv_heads));
+  const Schedule s{static_cast<int32_t>(tiles), tiles_of_head,
+                   std::min(section, p.batch * p.num_heads)};
+  const int blocks = alike ? std::min(count, s.tiles) : s.tiles;
+  return launch("attention_kernel", attention_kernel<C>, dim3(blocks), dim3(C::kThreads),
+                C::kSharedBytes, stream, p, maps, s);
+}
+
+template <typename T>
+int dispatch(const VlmkAttentionParams& p, void* stream) {
+  const int width = std::max(p.dim, p.value_dim);
+  if (width <= 64) return run<Config<T, 64, 128, 3>>(p, stream);
+  if (width <= 72) return run<Config<T, 72, 128, 2>>(p, stream);
+  if (width <= 80) return run<Config<T, 80, 128, 2>>(p, stream);
+  if (width <= 88) return run<Config<T, 88, 128, 2>>(p, stream);
+  if (width <= 96) return run<Config<T, 96, 128, 2>>(p, stream);
+  if (width <= 104) return run<Config<T, 104, 128, 2>>(p, stream);
+  if (width <= 128) return run<Config<T, 128, 128, 2>>(p, stream);
+  return run<Config<T, 256, 80, 2>>(p, stream);
+}
+
+}  // namespace attention
+}  // namespace vlmk

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys queries see: of one query, of the 64 of a warpgroup, and of a block's tile; and the
+// masking of scores.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attention/config.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+
+// [x, y): cut to the keys there are; empty behind the last query.
+__device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int batch, int query) {
+  if (query >= p.num_queries) return make_int2(0, 0);
+  if (p.start) {
+    const int64_t at = batch * p.range_stride_b + query;
+    return make_int2(max(p.start[at], 0), min(p.stop[at], p.num_keys));
+  }
+  if (p.causal) return make_int2(0, min(query + 1 + p.num_keys - p.num_queries, p.num_keys));
+  return make_int2(0, p.num_keys);
+}
+
+// Of the 64 queries from `first` on: [x, y) is the hull of their ranges, (num_keys, 0) if all are
+// empty; [z, w) what every one of them sees. By a whole warp.
+__device__ __forceinline__ int4 bounds_of_queries(const VlmkAttentionParams& p, int batch,
+                                                  int first) {
+  if (first >= p.num_queries) return make_int4(p.num_keys, 0, p.num_keys, 0);
+  if (!p.start) {
+    const int last = min(first + kGroupQueries, p.num_queries) - 1;
+    const int shift = p.causal ? p.num_keys - p.num_queries : p.num_keys;
+    const int hi = min(max(last + 1 + shift, 0), p.num_keys);
+    return make_int4(hi > 0 ? 0 : p.num_keys, hi, 0, min(first + 1 + shift, p.num_keys));
+  }
+  int lo = p.num_keys, hi = 0, full_lo = 0, full_hi = p.num_keys;
+#pragma unroll
+  for (int i = 0; i < kGroupQueries; i += 32) {
+    const int query = first + i + lane_index();
+    int2 range = range_of_query(p, batch, query);
+    // As [num_keys, 0) an empty range widens no hull and empties the intersection.
+    if (range.x >= range.y) range = make_int2(p.num_keys, 0);
+    lo = min(lo, range.x);
+    hi = max(hi, range.y);
+    if (query < p.num_queries) {
+      full_lo = max(full_lo, range.x);
+      full_hi = min(full_hi, range.y);
+    }
+  }
+  return make_int4(__reduce_min_sync(kAllLanes, lo), __reduce_max_sync(kAllLanes, hi),
+                   __reduce_max_sync(kAllLanes, full_lo), __reduce_min_sync(kAllLanes, full_hi));
+}
+
+// Of a thread's scores of one query, which are the columns 8 j + 2 (lane % 4) + {0, 1} of a tile in
+// this order, how many lie left of `column`.
+__device__ __forceinline__ int scores_before(int column) {
+  const int x = max(column - 2 * (lane_index() % 4), 0);
+  return 2 * (x / 8) + min(x % 8, 2);
+}
+
+// The lowest `count` of 32 bits, for any count.
+__device__ __forceinline__ uint32_t low_bits(int count) {
+  return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
+}
+
+// Scores of keys outside of the two queries' ranges become -inf. A range is relative to the tile.
+template <int kKeys>
+__device__ __forceinline__ void mask_scores(float (&scores)[kKeys / 2], const int2 (&range)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int from = scores_before(range[half].x), to = scores_before(range[half].y);
+#pragma unroll
+    for (int first = 0; first < kKeys / 4; first += 32) {
+      const uint32_t seen = low_bits(to - first) & ~low_bits(from - first);
+#pragma unroll
+      for (int i = 0; i < 32 && first + i < kKeys / 4; ++i) {
+        float& score = scores[(first + i) / 2 * 4 + 2 * half + i % 2];
+        if (!(seen >> i & 1)) score = -INFINITY;
+      }
+    }
+  }
+}
+
+}  // namespace attention
+}  // namespace vlmk

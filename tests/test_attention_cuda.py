@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel of attention's forward against the fp64 reference: every tile, masks at tiles' edges, its own refusals."""
+
+import pytest
+import torch
+from test_attention import MASKS, make_qkv, make_ranges
+
+from vlmkernels import BackendError, KeyRanges, attention
+from vlmkernels.backends.cuda._library import path
+from vlmkernels.ops.attention import _fwd
+from vlmkernels.testing import compare
+from vlmkernels.testing.inputs import QKV_VIEWS
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# B, H, Hk, Sq, Sk, D, Dv: each width of tile, with head dims that fill it and that don't, and lengths about its edges.
+SHAPES = {
+    "S65-D32": (2, 2, 2, 65, 65, 32, 32),
+    "gqa-S70x130-D64": (1, 4, 2, 70, 130, 64, 64),
+    "mqa-S130x40-D16-Dv8": (1, 3, 1, 130, 40, 16, 8),
+    "S32x77-D24-Dv40": (2, 1, 1, 32, 77, 24, 40),
+    "vit-S197-D64": (3, 12, 12, 197, 197, 64, 64),
+    "clip-S577-D64": (2, 4, 4, 577, 577, 64, 64),
+    "siglip-S729-D72": (2, 4, 4, 729, 729, 72, 72),
+    "qwen-S1000-D80": (1, 4, 4, 1000, 1000, 80, 80),
+    "eva-S257-D88": (2, 4, 4, 257, 257, 88, 88),
+    "giant-S577-D96": (1, 4, 4, 577, 577, 96, 96),
+    "bigg-S257-D104": (1, 4, 4, 257, 257, 104, 104),
+    "llama-S515x1030-D128": (1, 8, 2, 515, 1030, 128, 128),
+    "D112-Dv120": (1, 2, 1, 200, 300, 112, 120),
+    "gemma-S600-D256": (1, 4, 2, 600, 600, 256, 256),
+    "odd-S300-D192-Dv136": (1, 2, 2, 300, 300, 192, 136),
+    "probe-S1x729-D72": (3, 4, 4, 1, 729, 72, 72),
+    "one-key": (2, 2, 1, 5, 1, 64, 64),
+    "more-queries-than-keys": (1, 2, 2, 500, 130, 80, 80),
+    "many-tiles": (3, 50, 50, 390, 390, 64, 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _library(device: torch.device) -> None:
+    """Skips where the kernel has no place to be; a library that is there and does not load fails."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    if path() is None:
+        pytest.skip("the CUDA library was not built")
+    assert _fwd.why_not("cuda", device) is None
+
+
+def check(inputs: list[torch.Tensor], ranges: KeyRanges | None = None, **options) -> None:
+    inputs = [x.detach() for x in inputs]
+    out, lse = attention(*inputs, ranges, return_lse=True, backend="cuda", **options)
+    exact, exact_lse = attention(*(x.double() for x in inputs), ranges, return_lse=True, backend="reference", **options)
+    for name, x, y in (("out", out, exact), ("lse", lse, exact_lse)):
+        result = compare(x, y, "gemm")
+        assert result, f"{name}: {result}"
+    again = attention(*inputs, ranges, backend="cuda", **options)
+    assert torch.equal(again, out), "another result of the same inputs"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_forward(shape, dtype, mask, device):
+    check(make_qkv(shape, DTYPES[dtype], device), make_ranges(mask, shape, device), causal=mask == "causal")
+
+
+@pytest.mark.parametrize("dim", [*range(8, 136, 8), 160, 192, 224, 256])
+def test_every_head_dim(dim, device):
+    shape = (1, 2, 2, 150, 333, dim, dim)
+    check(make_qkv(shape, torch.bfloat16, device), make_ranges("random", shape, device))
+
+
+@pytest.mark.parametrize("view", QKV_VIEWS)
+def test_views(view, device):
+    """As they come of fused projections; what the copy engine can't address is refused, and goes to another backend."""
+    q, k, v = QKV_VIEWS[view]((2, 70, 130, 4, 2, 72), torch.bfloat16, device)
+    if view in ("offset", "expanded"):
+        with pytest.raises(BackendError, match="multiples? of 16 bytes"):
+            attention(q, k, v, backend="cuda")
+        assert compare(attention(q, k, v), attention(q.double(), k.double(), v.double(), backend="reference"), "gemm")
+    else:
+        check([q, k, v])
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_packed(dim, device):
+    """Segments of all lengths about a tile's edges, in one row; whatever lies behind a segment stays out of it."""
+    lengths = [64, 0, 1, 127, 128, 129, 300, 5, 64, 64, 200]
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    q, k, v = (torch.randn(total, 2, dim, device=device).bfloat16() for _ in range(3))
+    ranges = KeyRanges.packed(cu_seqlens, total)
+    check([q, k, v], ranges)
+    bad = cu_seqlens[6].item(), cu_seqlens[7].item()
+    clean = attention(q, k, v, ranges, backend="cuda")
+    for x in (k, v):
+        x[bad[0] : bad[1]] = float("nan")
+    out = attention(q, k, v, ranges, backend="cuda")
+    assert out[bad[0] : bad[1]].isnan().all()
+    assert torch.equal(out[bad[1] :], clean[bad[1] :]), "NaN of one segment in another behind it"
+    last_tile = bad[0] - bad[0] % 192  # rows that share a tile with the segment, and so its keys
+    assert torch.equal(out[:last_tile], clean[:last_tile]), "NaN of one segment in another before it"
+
+
+def test_padding_of_nan(device):
+    q, k, v = make_qkv((2, 4, 4, 70, 300, 64, 64), torch.bfloat16, device)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    ranges = KeyRanges.key_padding(70, lengths=torch.tensor([100, 300], device=device))
+    q[0, 3, 1] = float("nan")
+    k[0, 100:], v[0, 100:] = float("nan"), float("inf")
+    out = attention(q, k, v, ranges, backend="cuda")
+    expected = torch.zeros(2, 70, 4, dtype=torch.bool, device=device)
+    expected[0, 3, 1] = True
+    assert torch.equal(out.isnan().all(-1), expected) and torch.equal(out.isnan().any(-1), expected)
+
+
+@pytest.mark.parametrize("mask", ["dense", "causal", "random"])
+def test_softcap_and_scale(mask, device):
+    shape = (1, 4, 2, 140, 270, 64, 64)
+    inputs = [2 * x.detach() for x in make_qkv(shape, torch.bfloat16, device)]
+    ranges = make_ranges(mask, shape, device)
+    check(inputs, ranges, causal=mask == "causal", softcap=2.0)
+    check(inputs, ranges, causal=mask == "causal", scale=0.7)
+
+
+def test_large_logits(device):
+    q, k, v = (x.detach() for x in make_qkv((1, 1, 1, 20, 550, 64, 64), torch.bfloat16, device))
+    for keys, values in ((k, v), (k.flip(1), v.flip(1))):
+        check([q * 30, keys, values])
+
+
+def test_nothing_to_see(device):
+    q, k, v = (x.detach() for x in make_qkv((1, 2, 2, 70, 30, 64, 64), torch.bfloat16, device))
+    nothing = torch.zeros(1, 70, dtype=torch.int32, device=device)
+    for ranges in (KeyRanges(nothing, nothing), KeyRanges(nothing + 40, nothing + 50), KeyRanges(nothing + 9, nothing + 3)):
+        out, lse = attention(q, k, v, ranges, return_lse=True, backend="cuda")
+        assert (out == 0).all() and (lse == float("-inf")).all()
+    for b, sq, sk in ((0, 4, 4), (1, 0, 4), (1, 4, 0)):
+        q, k, v = make_qkv((b, 2, 2, sq, sk, 16, 16), torch.bfloat16, device)
+        out, lse = attention(q, k, v, return_lse=True, backend="cuda")
+        assert (out == 0).all() and (lse == float("-inf")).all() and out.shape == (b, sq, 2, 16)
+
+
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_offsets_past_2_31(where, device):
+    """Rows so far apart that the last one lies past 2^31 elements."""
+    s, d = 300, 64
+    wide = torch.empty(s * (1 << 23), dtype=torch.bfloat16, device=device)
+    far = wide.as_strided((1, s, 1, d), (0, 1 << 23, d, 1)).normal_()
+    near = torch.randn(1, s, 1, d, dtype=torch.bfloat16, device=device)
+    check([far, near, near] if where == "q" else [near, far, far])
+
+
+def test_training(device):
+    """The log-sum-exp is what the backward of another backend reads."""
+    shape = (2, 4, 2, 200, 300, 80, 80)
+    inputs, ranges = make_qkv(shape, torch.bfloat16, device), make_ranges("blocks", shape, device)
+    dout = torch.randn(2, 200, 4, 80, device=device).bfloat16()
+    got = torch.autograd.grad(attention(*inputs, ranges), inputs, dout)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = torch.autograd.grad(attention(*exact_inputs, ranges, backend="reference"), exact_inputs, dout.double())
+    for x, y in zip(got, exact, strict=True):
+        assert compare(x, y, "grad")
+
+
+def test_it_is_chosen(device):
+    q, k, v = (x.detach() for x in make_qkv(SHAPES["clip-S577-D64"], torch.bfloat16, device))
+    assert torch.equal(attention(q, k, v), attention(q, k, v, backend="cuda"))
+    assert _fwd.why_not("cuda", device, q.float(), k.float(), v.float(), None, None, False, 1.0, 0.0, False) == (
+        "it takes bfloat16 and float16, these are torch.float32"
+    )
+    assert "head dim 12: 8 to 256 in steps of 8" in (
+        _fwd.why_not("cuda", device, q[..., :12], k[..., :12], v, None, None, False, 1.0, 0.0, False) or ""
+    )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention forward on ``csrc/attention``: 16-bit floats, every mask that is a range of keys per query."""
+
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmkernels.backends.cuda._library import AttentionParams, EntryPoint
+
+TYPES = {torch.float16: 1, torch.bfloat16: 2}
+
+#: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse.
+_POINTERS = struct.Struct("7P")
+
+_attention = EntryPoint("vlmk_attention")
+_check = EntryPoint("vlmk_attention_check")
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    value_dim: int,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    ranges: int | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> AttentionParams | str:
+    """All but the pointers, or why the kernel doesn't take them. ``ranges``: the stride of the ranges over the batch."""
+    if dtype not in TYPES:
+        return f"it takes bfloat16 and float16, these are {dtype}"
+    batch, queries, heads, dim = q_shape
+    params = AttentionParams(
+        start=None if ranges is None else 1,  # for the check: whether there are any
+        stop=None if ranges is None else 1,
+        range_stride_b=ranges or 0,
+        batch=batch,
+        num_queries=queries,
+        num_keys=k_shape[1],
+        num_heads=heads,
+        num_kv_heads=k_shape[2],
+        dim=dim,
+        value_dim=value_dim,
+        type=TYPES[dtype],
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+    )
+    for name, strides in (("q", q_strides), ("k", k_strides), ("v", v_strides)):
+        for axis, stride in zip("bsh", strides, strict=False):
+            setattr(params, f"{name}_stride_{axis}", stride)
+    return _check.why_not(params) or params
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float, softcap: float
+) -> AttentionParams | str:
+    ranges = None if start is None else start.shape[1] if start.shape[0] > 1 else 0
+    shapes = q.shape, k.shape, v.shape[3], q.stride(), k.stride(), v.stride()
+    return _prepared(*shapes, q.dtype, ranges, causal, scale, softcap)
+
+
+def why_not_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> str | None:
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return "q, k and v must begin at multiples of 16 bytes"
+    prepared = _prepare(q, k, v, start, causal, scale, softcap)
+    return prepared if isinstance(prepared, str) else None
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+    plan = plan_attention_fwd(q, k, v, start, stop, causal, scale, softcap, save_lse)
+    assert plan is not None  # why_not_attention_fwd was asked, and all that a plan would copy is copied
+    out, lse = plan(q, k, v, start, stop)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def plan_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    save_lse: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The plan, or None where the ranges must be copied first. It returns no lse unless that is to be saved."""
+    if start is not None and stop is not None and not (start.is_contiguous() and stop.is_contiguous()):
+        return None
+    params = _prepare(q, k, v, start, causal, scale, softcap)
+    if isinstance(params, str):
+        return None
+    batch, queries, heads, _ = q.shape
+    shape, lse_shape, device = (batch, queries, heads, v.shape[3]), (batch, heads, queries), q.device
+    fp32 = q.new_empty(0, dtype=torch.float32)  # naming a dtype costs a microsecond
+    empty, no_keys = 0 in shape, k.shape[1] == 0
+    behind = bytes(params)[_POINTERS.size :]
+
+    def plan(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = q.new_empty(*shape)
+        lse = fp32.new_empty(*lse_shape) if save_lse else None
+        if no_keys:
+            return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
+        if not empty:
+            pointers = _POINTERS.pack(
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                0 if start is None else start.data_ptr(),
+                0 if stop is None else stop.data_ptr(),
+                out.data_ptr(),
+                0 if lse is None else lse.data_ptr(),
+            )
+            _attention(pointers + behind, device)
+        return out, lse
+
+    return plan
