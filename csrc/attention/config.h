@@ -17,6 +17,9 @@ namespace attention {
 constexpr int kGroupQueries = 64;        // of a warpgroup
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
 constexpr int kMaxStages = 4;
+constexpr int kMaxQueryStages = 2;
+constexpr int kPanel = 64;  // columns
+constexpr int kRowBytes = 2 * kPanel;
 
 // What a block works on: its queries' tile, and the keys that any of them sees. Written by the
 // producer for the warpgroups that multiply.
@@ -48,25 +51,31 @@ struct Config {
   static_assert(kGroups == 2 || kGroups == 3);
   static_assert(kKeys % 16 == 0 && kKeys <= 256);
 
-  // A tile lies in panels of columns as wide as one swizzle can be.
-  static constexpr int kPanel = kDepth % 64 == 0 ? 64 : kDepth % 32 == 0 ? 32 : 16;
-  static constexpr int kPanels = kDepth / kPanel;
-  static constexpr int kRowBytes = 2 * kPanel;
+  // A tile lies in panels of 64 columns, the widest that can be swizzled; the last one is filled up
+  // with zeros. Narrower panels would waste no memory, but the copy engine takes as long for a row
+  // of 32 bytes as for one of 128: D 72 at 4,096 keys ran at 350 TFLOP/s in panels of 16 columns
+  // (H100).
+  static constexpr int kPanels = ceil_div(kDepth, kPanel);
+  static constexpr int kRow = kPanels * kRowBytes;
 
-  static constexpr int kQueryBytes = kQueries * kDepth * 2;
-  static constexpr int kTileBytes = kKeys * kDepth * 2;
+  // As many stages as fit of tiles of keys and of values, and a second one of queries for the next
+  // piece of work if there is room.
+  static constexpr int kQueryBytes = kQueries * kRow;
+  static constexpr int kTileBytes = kKeys * kRow;
   static constexpr int kExtraBytes = 1024;  // barriers and Work
-  static constexpr int kFitting = (kSharedLimit - kExtraBytes - kQueryBytes) / (2 * kTileBytes);
+  static constexpr int kRoom = kSharedLimit - kExtraBytes;
+  static constexpr int kQueryStages = kRoom >= 2 * kQueryBytes + 4 * kTileBytes ? 2 : 1;
+  static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
 
   // Bytes from the beginning of shared memory.
-  static constexpr int kKeysAt = kQueryBytes;
+  static constexpr int kKeysAt = kQueryStages * kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
-  static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 4) * 8;
-  static constexpr int kBoundsAt =
-      kWorkAt + 32;  // of each warpgroup's queries: lo, hi, full_lo, full_hi
+  static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 2 * kMaxQueryStages) * 8;
+  // Of each warpgroup's queries: lo, hi, full_lo, full_hi.
+  static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * 32;
   static constexpr int kSharedBytes = kBarriersAt + kExtraBytes;
   static_assert(kSharedBytes <= kSharedLimit);
 
@@ -84,16 +93,17 @@ struct Config {
 // All barriers of a block, as addresses in shared memory.
 struct Barriers {
   uint32_t base;
-  __device__ uint32_t queries_full() const { return base; }
-  __device__ uint32_t queries_empty() const { return base + 8; }
-  __device__ uint32_t keys_full(int stage) const { return base + 16 + 8 * stage; }
-  __device__ uint32_t keys_empty(int stage) const { return base + 16 + 8 * (kMaxStages + stage); }
-  __device__ uint32_t values_full(int stage) const {
-    return base + 16 + 8 * (2 * kMaxStages + stage);
-  }
-  __device__ uint32_t values_empty(int stage) const {
-    return base + 16 + 8 * (3 * kMaxStages + stage);
-  }
+
+  __device__ uint32_t queries_full(int stage) const { return at(stage); }
+  __device__ uint32_t queries_empty(int stage) const { return at(kMaxQueryStages + stage); }
+  __device__ uint32_t keys_full(int stage) const { return at(kFirst + stage); }
+  __device__ uint32_t keys_empty(int stage) const { return at(kFirst + kMaxStages + stage); }
+  __device__ uint32_t values_full(int stage) const { return at(kFirst + 2 * kMaxStages + stage); }
+  __device__ uint32_t values_empty(int stage) const { return at(kFirst + 3 * kMaxStages + stage); }
+
+ private:
+  static constexpr int kFirst = 2 * kMaxQueryStages;
+  __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
 // A place in a ring of stages, and the parity of its turn.

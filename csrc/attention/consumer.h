@@ -40,6 +40,7 @@ struct Consumer {
   Barriers barriers;
   int group;
   float scale;  // of scores, to units of log2
+  Ring<C::kQueryStages> queries{0};
   Ring<C::kStages> keys{0}, values{0};
 
   float scores[C::kKeys / 2];
@@ -58,18 +59,19 @@ struct Consumer {
 
   // scores = queries times keys of the stage at hand.
   __device__ __forceinline__ void start_scores() {
-    const uint32_t q = shared_address(shared) + group * kGroupQueries * C::kRowBytes;
+    const uint32_t q =
+        shared_address(shared) + queries.stage * C::kQueryBytes + group * kGroupQueries * kRowBytes;
     const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes;
-    const uint64_t a = swizzled_descriptor<C::kRowBytes>(q, 16);
-    const uint64_t b = swizzled_descriptor<C::kRowBytes>(k, 16);
+    const uint64_t a = swizzled_descriptor(q, 16);
+    const uint64_t b = swizzled_descriptor(k, 16);
     keep(scores);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / C::kPanel, inside = step * 32 % C::kRowBytes;
+      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
       mma<typename C::Element, C::kKeys>(
-          scores, a + ((panel * C::kQueries * C::kRowBytes + inside) >> 4),
-          b + ((panel * C::kKeys * C::kRowBytes + inside) >> 4), step > 0);
+          scores, a + ((panel * C::kQueries * kRowBytes + inside) >> 4),
+          b + ((panel * C::kKeys * kRowBytes + inside) >> 4), step > 0);
     }
     mma_commit();
   }
@@ -78,13 +80,13 @@ struct Consumer {
     keep(scores);
     release(barriers.keys_empty(keys.stage));
     keys.advance();
-    if (last) release(barriers.queries_empty());
+    if (last) release(barriers.queries_empty(queries.stage));
   }
 
   // sums += weights times values of the stage at hand.
   __device__ __forceinline__ void start_sums(bool add) {
     const uint32_t v = shared_address(shared) + C::kValuesAt + values.stage * C::kTileBytes;
-    const uint64_t b = swizzled_descriptor<C::kRowBytes>(v, C::kKeys * C::kRowBytes);
+    const uint64_t b = swizzled_descriptor(v, C::kKeys * kRowBytes);
     keep(sums);
     keep(weights);
     mma_fence();
@@ -92,7 +94,7 @@ struct Consumer {
     for (int step = 0; step < C::kKeys / 16; ++step) {
       const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2],
                              weights[4 * step + 3]};
-      mma<typename C::Element, C::kWidth, true>(sums, a, b + (step * 16 * C::kRowBytes >> 4),
+      mma<typename C::Element, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4),
                                                 add || step > 0);
     }
     mma_commit();
@@ -112,12 +114,12 @@ struct Consumer {
     if (first == C::kKeys || work.stop_key == p.num_keys) return;
     if (group == 0) {
       char* tile = shared + C::kValuesAt + values.stage * C::kTileBytes;
-      constexpr int kWords = C::kRowBytes / 16;
+      constexpr int kWords = kRowBytes / 16;
       const int count = (C::kKeys - first) * kWords;
 #pragma unroll 1
       for (int panel = 0; panel < C::kPanels; ++panel) {
         auto* words =
-            reinterpret_cast<uint4*>(tile + panel * C::kKeys * C::kRowBytes) + first * kWords;
+            reinterpret_cast<uint4*>(tile + panel * C::kKeys * kRowBytes) + first * kWords;
         for (int i = static_cast<int>(threadIdx.x) % 128; i < count; i += 128) {
           words[i] = make_uint4(0, 0, 0, 0);
         }
@@ -202,7 +204,7 @@ struct Consumer {
       mma_wait<0>();
       end_sums();
     } else {
-      release(barriers.queries_empty());
+      release(barriers.queries_empty(queries.stage));
 #pragma unroll
       for (int j = 0; j < C::kWidth / 2; ++j) sums[j] = 0;
     }
@@ -212,15 +214,16 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Schedule& s) {
-    uint32_t parity = 0;
     // The first warpgroup may begin.
     if (group == C::kGroups - 1) pass_turn();
     for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles;
          tile += static_cast<int>(gridDim.x)) {
-      barrier_wait(barriers.queries_full(), parity);
-      parity ^= 1;
-      const Work work = *reinterpret_cast<const Work*>(shared + C::kWorkAt);
-      work_on(work, reinterpret_cast<const int4*>(shared + C::kBoundsAt)[group]);
+      const int stage = queries.stage;
+      barrier_wait(barriers.queries_full(stage), queries.parity);
+      const Work work = reinterpret_cast<const Work*>(shared + C::kWorkAt)[stage];
+      work_on(work,
+              reinterpret_cast<const int4*>(shared + C::kBoundsAt)[stage * C::kGroups + group]);
+      queries.advance();
     }
   }
 };

@@ -39,14 +39,13 @@ int run(const VlmkAttentionParams& p, void* stream) {
   if (code) return code;
   Maps maps;
   code = encode_tensor_map(maps.queries, p.q, C::kHalf, p.batch, p.num_queries, p.num_heads, p.dim,
-                           p.q_stride_b, p.q_stride_s, p.q_stride_h, C::kQueries, C::kPanel);
+                           p.q_stride_b, p.q_stride_s, p.q_stride_h, C::kQueries);
   if (code) return code;
   code = encode_tensor_map(maps.keys, p.k, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys, C::kPanel);
+                           p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys);
   if (code) return code;
-  code =
-      encode_tensor_map(maps.values, p.v, C::kHalf, p.batch, p.num_keys, p.num_kv_heads,
-                        p.value_dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys, C::kPanel);
+  code = encode_tensor_map(maps.values, p.v, C::kHalf, p.batch, p.num_keys, p.num_kv_heads,
+                           p.value_dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys);
   if (code) return code;
   const int tiles_of_head = ceil_div(p.num_queries, C::kQueries);
   const int64_t tiles = int64_t{tiles_of_head} * p.batch * p.num_heads;
@@ -69,8 +68,8 @@ template <typename T>
 int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);
   if (width <= 64) return run<Config<T, 64, 128, 3>>(p, stream);
-  if (width <= 72) return run<Config<T, 72, 128, 2>>(p, stream);
-  if (width <= 80) return run<Config<T, 80, 128, 2>>(p, stream);
+  if (width <= 72) return run<Config<T, 72, 112, 3>>(p, stream);
+  if (width <= 80) return run<Config<T, 80, 112, 3>>(p, stream);
   if (width <= 88) return run<Config<T, 88, 128, 2>>(p, stream);
   if (width <= 96) return run<Config<T, 96, 128, 2>>(p, stream);
   if (width <= 104) return run<Config<T, 104, 128, 2>>(p, stream);

@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
   if (threadIdx.x == 0) {
-    barrier_init(barriers.queries_full(), 1);
-    barrier_init(barriers.queries_empty(), 4 * C::kGroups);
+    for (int stage = 0; stage < C::kQueryStages; ++stage) {
+      barrier_init(barriers.queries_full(stage), 1);
+      barrier_init(barriers.queries_empty(stage), 4 * C::kGroups);
+    }
     for (int stage = 0; stage < C::kStages; ++stage) {
       barrier_init(barriers.keys_full(stage), 1);
       barrier_init(barriers.keys_empty(stage), 4 * C::kGroups);

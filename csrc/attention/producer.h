@@ -52,10 +52,10 @@ __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const
 template <typename C, int kRows>
 __device__ __forceinline__ void copy_panels(uint32_t destination, const CUtensorMap& map, int row,
                                             int head, int batch, uint32_t barrier) {
-  barrier_expect(barrier, kRows * C::kDepth * 2);
+  barrier_expect(barrier, kRows * C::kRow);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    copy_tile(destination + panel * kRows * C::kRowBytes, map, panel * C::kPanel, row, head, batch,
+    copy_tile(destination + panel * kRows * kRowBytes, map, panel * kPanel, row, head, batch,
               barrier);
   }
 }
@@ -66,8 +66,9 @@ __device__ __forceinline__ void produce(const VlmkAttentionParams& p, const Maps
   const bool leader = lane_index() == 0;
   const uint32_t base = shared_address(shared);
   const int heads_of_key = p.num_heads / p.num_kv_heads;
-  Ring<C::kStages> keys(1), values(1);  // the first turn of a stage waits for nobody
-  uint32_t queries_parity = 1;
+  // The first turn of a stage waits for nobody.
+  Ring<C::kQueryStages> queries(1);
+  Ring<C::kStages> keys(1), values(1);
   if (leader) {
     prefetch_map(maps.queries);
     prefetch_map(maps.keys);
@@ -77,20 +78,21 @@ __device__ __forceinline__ void produce(const VlmkAttentionParams& p, const Maps
        tile += static_cast<int>(gridDim.x)) {
     int4 bounds = make_int4(0, 0, 0, 0);
     const Work work = work_of_tile<C>(p, s, tile, bounds);
-    barrier_wait(barriers.queries_empty(), queries_parity);
-    queries_parity ^= 1;
-    if (leader) *reinterpret_cast<Work*>(shared + C::kWorkAt) = work;
+    barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
+    const int stage = queries.stage;
+    queries.advance();
+    if (leader) reinterpret_cast<Work*>(shared + C::kWorkAt)[stage] = work;
     if (lane_index() < C::kGroups) {
-      reinterpret_cast<int4*>(shared + C::kBoundsAt)[lane_index()] = bounds;
+      reinterpret_cast<int4*>(shared + C::kBoundsAt)[stage * C::kGroups + lane_index()] = bounds;
     }
     __syncwarp();
     if (!leader) continue;
     if (work.num_tiles == 0) {
-      barrier_arrive(barriers.queries_full());
+      barrier_arrive(barriers.queries_full(stage));
       continue;
     }
-    copy_panels<C, C::kQueries>(base, maps.queries, work.first_query, work.head, work.batch,
-                                barriers.queries_full());
+    copy_panels<C, C::kQueries>(base + stage * C::kQueryBytes, maps.queries, work.first_query,
+                                work.head, work.batch, barriers.queries_full(stage));
     const int head = work.head / heads_of_key;
 #pragma unroll 1
     for (int i = 0; i <= work.num_tiles; ++i) {

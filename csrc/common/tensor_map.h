@@ -18,7 +18,7 @@ namespace vlmk {
 // bytes; what lies outside of the tensor is 0.
 inline int encode_tensor_map(CUtensorMap& map, const void* data, bool half, int64_t batch,
                              int64_t rows, int64_t heads, int64_t columns, int64_t stride_b,
-                             int64_t stride_s, int64_t stride_h, int tile_rows, int tile_columns) {
+                             int64_t stride_s, int64_t stride_h, int tile_rows) {
   static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
   if (!encode) {
     // Asked of the driver that is there: the library itself links to none.
@@ -36,16 +36,13 @@ inline int encode_tensor_map(CUtensorMap& map, const void* data, bool half, int6
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
   const cuuint64_t strides[] = {bytes(rows, stride_s), bytes(heads, stride_h),
                                 bytes(batch, stride_b)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(tile_columns),
-                            static_cast<cuuint32_t>(tile_rows), 1, 1};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(tile_rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   const CUresult code =
       encode(&map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
              const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             tile_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-             : tile_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                  : CU_TENSOR_MAP_SWIZZLE_32B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VLMK_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", static_cast<int>(code));
   return 0;
 }

@@ -32,15 +32,11 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
   return ((address & 0x3ffff) >> 4) | uint64_t{k_stride >> 4} << 16 | uint64_t{128 >> 4} << 32;
 }
 
-// Rows of kRowBytes (32, 64 or 128) one after another, swizzled as the copy engine does for this
-// width. Along the rows' direction, groups of 8 rows follow each other; `panel_stride` is from one
-// panel of such columns to the next, where one product spans several (B with its rows along K).
-template <int kRowBytes>
+// Rows of 128 bytes one after another, swizzled as the copy engine does. `panel_stride` is from one
+// panel of 64 columns to the next, where one product spans several (B with its rows along K).
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, uint32_t panel_stride) {
-  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
-  static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
   return ((address & 0x3ffff) >> 4) | uint64_t{panel_stride >> 4} << 16 |
-         uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62;
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
 // Reads of these registers stay behind this place, writes before it: what runs meanwhile is known
