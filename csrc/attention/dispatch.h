@@ -50,8 +50,7 @@ int run(const VlmkAttentionParams& p, void* stream) {
   const int tiles_of_head = ceil_div(p.num_queries, C::kQueries);
   const int64_t tiles = int64_t{tiles_of_head} * p.batch * p.num_heads;
   VLMK_CHECK(tiles <= INT_MAX, "more than 2^31 - 1 tiles of queries");
-  // Without a mask all tiles are alike, and blocks that stay take the next one's queries early. The
-  // longest rows of a mask first, to whichever block is free.
+  // Without a mask all tiles are alike: one head after the other.
   const bool alike = !p.causal && !p.start;
   // Keys and values of a section fill half of a 50 MB L2.
   const int64_t fitting = (24 << 20) / std::max<int64_t>(1, int64_t{p.num_keys} * C::kDepth * 4);
@@ -59,7 +58,7 @@ int run(const VlmkAttentionParams& p, void* stream) {
       alike ? 1 : static_cast<int>(std::max<int64_t>(1, fitting) * (p.num_heads / p.num_kv_heads));
   const Schedule s{static_cast<int32_t>(tiles), tiles_of_head,
                    std::min(section, p.batch * p.num_heads)};
-  const int blocks = alike ? std::min(count, s.tiles) : s.tiles;
+  const int blocks = std::min(count, s.tiles);
   return launch("attention_kernel", attention_kernel<C>, dim3(blocks), dim3(C::kThreads),
                 C::kSharedBytes, stream, p, maps, s);
 }

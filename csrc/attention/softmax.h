@@ -48,28 +48,31 @@ struct Softmax {
     float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = scores[2 * half];
+      // Two chains of each kind: a warp has few others beside it to wait with.
+      float most[2] = {scores[2 * half], scores[2 * half + 1]};
 #pragma unroll
-      for (int i = 0; i < kCount; i += 4) {
-        largest = fmaxf(largest, fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
+      for (int i = 4; i < kCount; i += 4) {
+        most[0] = fmaxf(most[0], scores[i + 2 * half]);
+        most[1] = fmaxf(most[1], scores[i + 2 * half + 1]);
       }
+      float largest = fmaxf(most[0], most[1]);
       largest = of_query(largest, [](float x, float y) { return fmaxf(x, y); });
       const float before = maximum[half];
       maximum[half] = fmaxf(before, largest * scale);
       // A query that has seen no key yet has -inf, and -inf - -inf is NaN.
       const float shift = maximum[half] == -INFINITY ? 0.0f : maximum[half];
       shrink[half] = exp2_approximate(before - shift);
-      float total = 0;
+      float total[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores[i + 2 * half + j];
           x = exp2_approximate(fmaf(x, scale, -shift));
-          total += x;
+          total[j] += x;
         }
       }
-      sum[half] = fmaf(sum[half], shrink[half], total);
+      sum[half] = fmaf(sum[half], shrink[half], total[0] + total[1]);
     }
     return make_float2(shrink[0], shrink[1]);
   }
