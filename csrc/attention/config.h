@@ -18,6 +18,7 @@ constexpr int kGroupQueries = 64;        // of a warpgroup
 constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
 constexpr int kMaxStages = 4;
 constexpr int kMaxQueryStages = 2;
+constexpr int kNoMore = -1;
 constexpr int kPanel = 64;  // columns
 constexpr int kRowBytes = 2 * kPanel;
 
@@ -25,8 +26,9 @@ constexpr int kRowBytes = 2 * kPanel;
 // producer for the warpgroups that multiply.
 struct Work {
   int32_t batch, head, first_query;
-  int32_t first_key, num_tiles;
-  int32_t stop_key;  // behind the last key that any query of the block sees
+  int32_t first_key;
+  int32_t num_tiles;  // of keys; kNoMore behind the last piece of work
+  int32_t stop_key;   // behind the last key that any query of the block sees
 };
 
 // Tiles of queries in the order in which blocks take them.
@@ -34,6 +36,7 @@ struct Schedule {
   int32_t tiles;  // of all heads
   int32_t tiles_of_head;
   int32_t section;  // heads that are worked on side by side
+  int32_t dynamic;  // whoever is free takes the next tile
 };
 
 template <typename T, int kWidth_, int kKeys_, int kGroups_>
@@ -46,9 +49,10 @@ struct Config {
   static constexpr int kGroups = kGroups_;                  // warpgroups that multiply
   static constexpr int kQueries = kGroups * kGroupQueries;
   static constexpr int kThreads = (kGroups + 1) * 128;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static_assert(kGroups == 2 || kGroups == 3);
+  // All 65,536 of a multiprocessor.
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 120;
+  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
+  static_assert(kGroups >= 2 && kGroups <= 4);
   static_assert(kKeys % 16 == 0 && kKeys <= 256);
 
   // A tile lies in panels of 64 columns, the widest that can be swizzled; the last one is filled up

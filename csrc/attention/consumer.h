@@ -22,7 +22,7 @@ namespace attention {
 
 // Barriers in hardware, 0 being that of __syncthreads.
 constexpr int kTurnBarrier = 1;  // and one more for each further warpgroup
-constexpr int kGroupsBarrier = 4;
+constexpr int kGroupsBarrier = 5;
 
 template <int kCount>
 __device__ __forceinline__ void named_wait(int barrier) {
@@ -213,14 +213,14 @@ struct Consumer {
     store_queries<C>(p, work.batch, work.head, query, sums, softmax);
   }
 
-  __device__ __forceinline__ void run(const Schedule& s) {
+  __device__ __forceinline__ void run() {
     // The first warpgroup may begin.
     if (group == C::kGroups - 1) pass_turn();
-    for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles;
-         tile += static_cast<int>(gridDim.x)) {
+    while (true) {
       const int stage = queries.stage;
       barrier_wait(barriers.queries_full(stage), queries.parity);
       const Work work = reinterpret_cast<const Work*>(shared + C::kWorkAt)[stage];
+      if (work.num_tiles == kNoMore) return;
       work_on(work,
               reinterpret_cast<const int4*>(shared + C::kBoundsAt)[stage * C::kGroups + group]);
       queries.advance();

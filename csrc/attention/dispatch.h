@@ -49,30 +49,40 @@ int run(const VlmkAttentionParams& p, void* stream) {
   if (code) return code;
   const int tiles_of_head = ceil_div(p.num_queries, C::kQueries);
   const int64_t tiles = int64_t{tiles_of_head} * p.batch * p.num_heads;
-  VLMK_CHECK(tiles <= INT_MAX, "more than 2^31 - 1 tiles of queries");
-  // Without a mask all tiles are alike: one head after the other.
+  VLMK_CHECK(tiles < INT_MAX / 2, "more than 2^30 tiles of queries");
+  // Without a mask all tiles are alike: one head after the other, dealt out beforehand.
   const bool alike = !p.causal && !p.start;
   // Keys and values of a section fill half of a 50 MB L2.
   const int64_t fitting = (24 << 20) / std::max<int64_t>(1, int64_t{p.num_keys} * C::kDepth * 4);
   const int section =
       alike ? 1 : static_cast<int>(std::max<int64_t>(1, fitting) * (p.num_heads / p.num_kv_heads));
+  const int blocks = static_cast<int>(std::min<int64_t>(count, tiles));
   const Schedule s{static_cast<int32_t>(tiles), tiles_of_head,
-                   std::min(section, p.batch * p.num_heads)};
-  const int blocks = std::min(count, s.tiles);
+                   std::min(section, p.batch * p.num_heads), !alike && tiles > blocks};
+  if (s.dynamic) {
+    VLMK_CUDA(cudaMemsetAsync(p.counter, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream)));
+  }
   return launch("attention_kernel", attention_kernel<C>, dim3(blocks), dim3(C::kThreads),
                 C::kSharedBytes, stream, p, maps, s);
 }
 
+// Tiles of queries times keys, as measured on an H100 (docs/attention.md).
 template <typename T>
 int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);
-  if (width <= 64) return run<Config<T, 64, 128, 3>>(p, stream);
+  const bool masked = p.causal || p.start;
+  if (width <= 64) {
+    return p.num_queries <= 256 && !masked ? run<Config<T, 64, 80, 4>>(p, stream)
+                                           : run<Config<T, 64, 128, 3>>(p, stream);
+  }
   if (width <= 72) return run<Config<T, 72, 112, 3>>(p, stream);
   if (width <= 80) return run<Config<T, 80, 112, 3>>(p, stream);
-  if (width <= 88) return run<Config<T, 88, 128, 2>>(p, stream);
-  if (width <= 96) return run<Config<T, 96, 128, 2>>(p, stream);
-  if (width <= 104) return run<Config<T, 104, 128, 2>>(p, stream);
-  if (width <= 128) return run<Config<T, 128, 128, 2>>(p, stream);
+  if (width <= 88) return run<Config<T, 88, 112, 3>>(p, stream);
+  if (width <= 96) return run<Config<T, 96, 112, 3>>(p, stream);
+  if (width <= 104) return run<Config<T, 104, 80, 3>>(p, stream);
+  if (width <= 128) {
+    return masked ? run<Config<T, 128, 128, 2>>(p, stream) : run<Config<T, 128, 176, 2>>(p, stream);
+  }
   return run<Config<T, 256, 80, 2>>(p, stream);
 }
 

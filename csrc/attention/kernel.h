@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention forward in one kernel, after FlashAttention-3 (Shah et al. 2024): a producer warp and
-// two or three warpgroups that multiply, each 64 queries of the block's tile.
+// two to four warpgroups that multiply, each 64 queries of the block's tile.
 #pragma once
 
 #include "attention/config.h"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     grow_registers<C::kConsumerRegisters>();
     constexpr float kLog2E = 1.4426950408889634f;
     Consumer<C> consumer{p, shared, barriers, warp / 4, p.scale * kLog2E};
-    consumer.run(s);
+    consumer.run();
   }
 }
 

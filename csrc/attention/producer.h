@@ -60,12 +60,37 @@ __device__ __forceinline__ void copy_panels(uint32_t destination, const CUtensor
   }
 }
 
+// The copies of keys and values, in the order in which they are used: the scores of a tile come
+// before the sum of the values of the tile before. By one thread.
+template <typename C>
+__device__ __forceinline__ void copy_tiles(const Maps& maps, const Work& work, int head,
+                                           uint32_t shared, const Barriers& barriers,
+                                           Ring<C::kStages>& keys, Ring<C::kStages>& values) {
+#pragma unroll 1
+  for (int i = 0; i <= work.num_tiles; ++i) {
+    const int row = work.first_key + i * C::kKeys;
+    if (i < work.num_tiles) {
+      barrier_wait(barriers.keys_empty(keys.stage), keys.parity);
+      copy_panels<C, C::kKeys>(shared + C::kKeysAt + keys.stage * C::kTileBytes, maps.keys, row,
+                               head, work.batch, barriers.keys_full(keys.stage));
+      keys.advance();
+    }
+    if (i > 0) {
+      barrier_wait(barriers.values_empty(values.stage), values.parity);
+      copy_panels<C, C::kKeys>(shared + C::kValuesAt + values.stage * C::kTileBytes, maps.values,
+                               row - C::kKeys, head, work.batch,
+                               barriers.values_full(values.stage));
+      values.advance();
+    }
+  }
+}
+
 template <typename C>
 __device__ __forceinline__ void produce(const VlmkAttentionParams& p, const Maps& maps,
-                                        const Schedule& s, char* shared, Barriers barriers) {
+                                        const Schedule& s, char* shared, const Barriers& barriers) {
   const bool leader = lane_index() == 0;
   const uint32_t base = shared_address(shared);
-  const int heads_of_key = p.num_heads / p.num_kv_heads;
+  const int heads_of_key = p.num_heads / p.num_kv_heads, blocks = static_cast<int>(gridDim.x);
   // The first turn of a stage waits for nobody.
   Ring<C::kQueryStages> queries(1);
   Ring<C::kStages> keys(1), values(1);
@@ -74,44 +99,34 @@ __device__ __forceinline__ void produce(const VlmkAttentionParams& p, const Maps
     prefetch_map(maps.keys);
     prefetch_map(maps.values);
   }
-  for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles;
-       tile += static_cast<int>(gridDim.x)) {
+  int tile = static_cast<int>(blockIdx.x);
+  while (true) {
+    const bool more = tile < s.tiles;
+    int taken = tile;
+    // Asked for before it is needed: the answer takes a microsecond.
+    if (s.dynamic && more && leader) taken = atomicAdd(p.counter, 1);
     int4 bounds = make_int4(0, 0, 0, 0);
-    const Work work = work_of_tile<C>(p, s, tile, bounds);
+    Work work;
+    work.num_tiles = kNoMore;
+    if (more) work = work_of_tile<C>(p, s, tile, bounds);
     barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
-    const int stage = queries.stage;
-    queries.advance();
-    if (leader) reinterpret_cast<Work*>(shared + C::kWorkAt)[stage] = work;
+    if (leader) reinterpret_cast<Work*>(shared + C::kWorkAt)[queries.stage] = work;
     if (lane_index() < C::kGroups) {
-      reinterpret_cast<int4*>(shared + C::kBoundsAt)[stage * C::kGroups + lane_index()] = bounds;
+      reinterpret_cast<int4*>(shared + C::kBoundsAt)[queries.stage * C::kGroups + lane_index()] =
+          bounds;
     }
     __syncwarp();
-    if (!leader) continue;
-    if (work.num_tiles == 0) {
-      barrier_arrive(barriers.queries_full(stage));
-      continue;
+    if (leader && work.num_tiles <= 0) {
+      barrier_arrive(barriers.queries_full(queries.stage));
+    } else if (leader) {
+      copy_panels<C, C::kQueries>(base + queries.stage * C::kQueryBytes, maps.queries,
+                                  work.first_query, work.head, work.batch,
+                                  barriers.queries_full(queries.stage));
+      copy_tiles<C>(maps, work, work.head / heads_of_key, base, barriers, keys, values);
     }
-    copy_panels<C, C::kQueries>(base + stage * C::kQueryBytes, maps.queries, work.first_query,
-                                work.head, work.batch, barriers.queries_full(stage));
-    const int head = work.head / heads_of_key;
-#pragma unroll 1
-    for (int i = 0; i <= work.num_tiles; ++i) {
-      // The scores of a tile come before the sum of the values of the tile before.
-      const int row = work.first_key + i * C::kKeys;
-      if (i < work.num_tiles) {
-        barrier_wait(barriers.keys_empty(keys.stage), keys.parity);
-        copy_panels<C, C::kKeys>(base + C::kKeysAt + keys.stage * C::kTileBytes, maps.keys, row,
-                                 head, work.batch, barriers.keys_full(keys.stage));
-        keys.advance();
-      }
-      if (i > 0) {
-        barrier_wait(barriers.values_empty(values.stage), values.parity);
-        copy_panels<C, C::kKeys>(base + C::kValuesAt + values.stage * C::kTileBytes, maps.values,
-                                 row - C::kKeys, head, work.batch,
-                                 barriers.values_full(values.stage));
-        values.advance();
-      }
-    }
+    if (!more) return;
+    queries.advance();
+    tile = blocks + __shfl_sync(kAllLanes, taken, 0);
   }
 }
 

@@ -55,7 +55,7 @@ class AttentionParams(ctypes.Structure):
     """``VlmkAttentionParams``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "start", "stop", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "start", "stop", "out", "lse", "counter")),
         *((f"{name}_stride_{axis}", ctypes.c_int64) for name in "qkv" for axis in "bsh"),
         ("range_stride_b", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),

@@ -12,8 +12,8 @@ from vlmkernels.backends.cuda._library import AttentionParams, EntryPoint
 
 TYPES = {torch.float16: 1, torch.bfloat16: 2}
 
-#: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse.
-_POINTERS = struct.Struct("7P")
+#: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse, counter.
+_POINTERS = struct.Struct("8P")
 
 _attention = EntryPoint("vlmk_attention")
 _check = EntryPoint("vlmk_attention_check")
@@ -123,6 +123,8 @@ def plan_attention_fwd(
     batch, queries, heads, _ = q.shape
     shape, lse_shape, device = (batch, queries, heads, v.shape[3]), (batch, heads, queries), q.device
     fp32 = q.new_empty(0, dtype=torch.float32)  # naming a dtype costs a microsecond
+    # Blocks that are done take the next tile by counting.
+    int32 = q.new_empty(0, dtype=torch.int32) if causal or start is not None else None
     empty, no_keys = 0 in shape, k.shape[1] == 0
     behind = bytes(params)[_POINTERS.size :]
 
@@ -132,6 +134,7 @@ def plan_attention_fwd(
         if no_keys:
             return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
         if not empty:
+            counter = None if int32 is None else int32.new_empty(1)
             pointers = _POINTERS.pack(
                 q.data_ptr(),
                 k.data_ptr(),
@@ -140,6 +143,7 @@ def plan_attention_fwd(
                 0 if stop is None else stop.data_ptr(),
                 out.data_ptr(),
                 0 if lse is None else lse.data_ptr(),
+                0 if counter is None else counter.data_ptr(),
             )
             _attention(pointers + behind, device)
         return out, lse
