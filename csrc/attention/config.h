@@ -49,9 +49,12 @@ struct Config {
   static constexpr int kGroups = kGroups_;                  // warpgroups that multiply
   static constexpr int kQueries = kGroups * kGroupQueries;
   static constexpr int kThreads = (kGroups + 1) * 128;
-  // All 65,536 of a multiprocessor.
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 120;
+  // What the launch gives to all threads alike, dealt out anew: more than that there is not, and a
+  // warpgroup that asks for more waits for ever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters =
+      ((kGroups + 1) * kLaunchRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static_assert(kGroups >= 2 && kGroups <= 4);
   static_assert(kKeys % 16 == 0 && kKeys <= 256);
 

@@ -72,7 +72,7 @@ int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);
   const bool masked = p.causal || p.start;
   if (width <= 64) {
-    return p.num_queries <= 256 && !masked ? run<Config<T, 64, 80, 4>>(p, stream)
+    return p.num_queries <= 256 && !masked ? run<Config<T, 64, 64, 4>>(p, stream)
                                            : run<Config<T, 64, 128, 3>>(p, stream);
   }
   if (width <= 72) return run<Config<T, 72, 112, 3>>(p, stream);
