@@ -60,9 +60,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 // Lists of operands: %0 .. of so many accumulators, and the accumulators with their constraint.
 #define VLMK_4(constraint, x, i) \
   constraint(x[i]), constraint(x[i + 1]), constraint(x[i + 2]), constraint(x[i + 3])
-#define VLMK_OPERANDS_32                                                 \
+#define VLMK_OPERANDS_24                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define VLMK_OPERANDS_32 VLMK_OPERANDS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define VLMK_OPERANDS_36 VLMK_OPERANDS_32 ", %32, %33, %34, %35"
 #define VLMK_OPERANDS_40 VLMK_OPERANDS_36 ", %36, %37, %38, %39"
 #define VLMK_OPERANDS_44 VLMK_OPERANDS_40 ", %40, %41, %42, %43"
@@ -87,9 +88,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 #define VLMK_OPERANDS_120 VLMK_OPERANDS_116 ", %116, %117, %118, %119"
 #define VLMK_OPERANDS_124 VLMK_OPERANDS_120 ", %120, %121, %122, %123"
 #define VLMK_OPERANDS_128 VLMK_OPERANDS_124 ", %124, %125, %126, %127"
-#define VLMK_SUMS_32(c, x)                                                               \
+#define VLMK_SUMS_24(c, x)                                                               \
   VLMK_4(c, x, 0), VLMK_4(c, x, 4), VLMK_4(c, x, 8), VLMK_4(c, x, 12), VLMK_4(c, x, 16), \
-      VLMK_4(c, x, 20), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
+      VLMK_4(c, x, 20)
+#define VLMK_SUMS_32(c, x) VLMK_SUMS_24(c, x), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
 #define VLMK_SUMS_36(c, x) VLMK_SUMS_32(c, x), VLMK_4(c, x, 32)
 #define VLMK_SUMS_40(c, x) VLMK_SUMS_36(c, x), VLMK_4(c, x, 36)
 #define VLMK_SUMS_44(c, x) VLMK_SUMS_40(c, x), VLMK_4(c, x, 40)
@@ -117,6 +119,7 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 
 // Columns of B, accumulators, and the names of the six operands behind those.
 #define VLMK_SHAPES(X)                                        \
+  X(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")         \
   X(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")         \
   X(72, 36, "%36", "%37", "%38", "%39", "%40", "%41")         \
   X(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")         \
@@ -199,6 +202,7 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_MMA_SHARED
 #undef VLMK_SHAPES
 #undef VLMK_4
+#undef VLMK_OPERANDS_24
 #undef VLMK_OPERANDS_32
 #undef VLMK_OPERANDS_36
 #undef VLMK_OPERANDS_40
@@ -224,6 +228,7 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_OPERANDS_120
 #undef VLMK_OPERANDS_124
 #undef VLMK_OPERANDS_128
+#undef VLMK_SUMS_24
 #undef VLMK_SUMS_32
 #undef VLMK_SUMS_36
 #undef VLMK_SUMS_40
