@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel of patch embedding, at sizes that it takes: against torch's convolution in fp64, and at its own edges."""
+"""The CUDA kernels of patch embedding, at sizes that they take: against torch's convolution in fp64, and at their own edges."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,36 @@ FLAVOURS = {
     "vit-b, 96 images": Flavour((96, 3, 224, 224), (16, 16), 196, dim=768, prefix=1),
 }
 
+#: Grids of odd sizes for tests at few images, with every way to have prefix tokens and positions.
+ODD = {
+    "14, 9 x 7": Flavour((1, 3, 101, 128), (14, 14), 63, dim=136, pos="patches"),
+    "14, 25 x 3, prefix": Flavour((1, 3, 42, 352), (14, 14), 75, dim=40, bias=False, prefix=3, pos="patches"),
+    "14, 17 x 11, a table for each image": Flavour((1, 3, 154, 240), (14, 14), 187, dim=200, prefix=1, pos="batch"),
+    "14, 9 x 9, norm": Flavour((1, 3, 126, 128), (14, 14), 81, dim=288, prefix=1, norm=True),
+    "14, 9 x 5, norm of positions": Flavour((1, 3, 70, 128), (14, 14), 45, dim=128, bias=False, pos="patches", norm=True),
+    "16, 5 x 3, prefix": Flavour((1, 3, 48, 80), (16, 16), 15, dim=48, prefix=4),
+    "16, 11 x 13, no positions": Flavour((1, 3, 208, 176), (16, 16), 143, dim=392, prefix=2, pos="none"),
+    "16, 7 x 7, norm": Flavour((1, 3, 112, 112), (16, 16), 49, dim=672, prefix=3, pos="batch", norm=True),
+}
+MODELS = {
+    "vit-b": FLAVOURS["vit-b"],
+    "eva-g": FLAVOURS["eva"],
+    "siglip": FLAVOURS["siglip, 27 patches in 384 pixels"],
+    "clip-l": replace(CLIP, pixels=(1, 3, 336, 336), grid=576),
+}
+#: Of a model and whether its pixels are uint8: so many images go to the kernel for few patches on 132 multiprocessors, and so
+#: many to the other one. Room for how many clusters of 8 there is, and so whether 3 images of CLIP-L are few, is up to the GPU.
+TAKEN = {
+    ("vit-b", True): (14, 15),
+    ("vit-b", False): (14, 15),
+    ("eva-g", True): (5, 6),
+    ("eva-g", False): (6, 7),
+    ("siglip", True): (2, 3),
+    ("siglip", False): (2, 3),
+    ("clip-l", True): (2, 4),
+    ("clip-l", False): (2, 4),
+}
+
 
 @pytest.fixture(autouse=True)
 def _library(device: torch.device) -> None:
@@ -46,11 +77,34 @@ def _library(device: torch.device) -> None:
     assert _fwd.why_not("cuda", device) is None
 
 
+def capacity(flavour: Flavour, device: torch.device) -> int:
+    """At most so many images are taken by the kernel for few patches: it makes a tile on each multiprocessor at once."""
+    tiles = torch.cuda.get_device_properties(device).multi_processor_count // -(-flavour.dim // 128)
+    return tiles * 128 // flavour.grid
+
+
+def of_images(flavour: Flavour, images: int) -> Flavour:
+    return replace(flavour, pixels=(images, *flavour.pixels[1:]))
+
+
+def kernels(function: Callable[[], object]) -> list[str]:
+    """Those of the CUDA library that a function launches."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = ("patch_embed_small_kernel", "patch_embed_kernel")
+    return [name for event in profile.events() for name in names if name in event.name]
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FLAVOURS)
-def test_forward(name: str, dtype: str, uint8: bool, device: torch.device) -> None:
+def test_forward(name: str, dtype: str, uint8: bool, many: bool, device: torch.device) -> None:
     flavour = FLAVOURS[name]
+    if many:
+        flavour = of_images(flavour, capacity(flavour, device) + 2)
     tensors = flavour.inputs(DTYPES[dtype], device, uint8)
     before = {key: t.clone() for key, t in tensors.items()}
     out = embed(flavour, tensors, backend="cuda")
@@ -58,6 +112,64 @@ def test_forward(name: str, dtype: str, uint8: bool, device: torch.device) -> No
     assert compare(out, stock(flavour, double(tensors)), "gemm")
     assert torch.equal(out, embed(flavour, tensors, backend="cuda"))
     assert all(torch.equal(t, before[key]) for key, t in tensors.items())
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_grids_of_few_images(name: str, dtype: str, uint8: bool, images: int, device: torch.device) -> None:
+    """Tiles end in the middle of rows and of images, wherever the next one begins."""
+    flavour = of_images(ODD[name], images)
+    tensors = flavour.inputs(DTYPES[dtype], device, uint8)
+    assert compare(embed(flavour, tensors, backend="cuda"), stock(flavour, double(tensors)), "gemm")
+
+
+@pytest.mark.parametrize(("name", "uint8"), TAKEN)
+def test_who_takes_a_model(name: str, uint8: bool, device: torch.device) -> None:
+    """Up to how many images are few on an H100, as docs/patch_embed.md says."""
+    if torch.cuda.get_device_properties(device).multi_processor_count != 132:
+        pytest.skip("how many are few depends on the multiprocessors: told for 132")
+    few, many = TAKEN[name, uint8]
+    flavour = of_images(MODELS[name], many)
+    tensors = flavour.inputs(torch.bfloat16, device, uint8)
+    exact = stock(flavour, double(tensors))
+    for images, kernel in ((1, "patch_embed_small_kernel"), (few, "patch_embed_small_kernel"), (many, "patch_embed_kernel")):
+        batch = tensors | {"pixels": tensors["pixels"][:images]}
+        assert compare(embed(flavour, batch, backend="cuda"), exact[:images], "gemm")
+        assert kernels(lambda t=batch: embed(flavour, t, backend="cuda")) == [kernel]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
+def test_few_patches_become_many(uint8: bool, device: torch.device) -> None:
+    """The last number of images that the kernel for few patches takes, and the next: both are right, and the kernel changes."""
+    flavour = Flavour((1, 3, 64, 64), (16, 16), 16, dim=96, prefix=1)
+    patches = 128 - 2 * uint8  # of a tile: constants have the place of two
+    few = torch.cuda.get_device_properties(device).multi_processor_count * patches // flavour.grid
+    tensors = of_images(flavour, few + 1).inputs(torch.bfloat16, device, uint8)
+    exact = stock(flavour, double(tensors))
+    for images, kernel in ((few, "patch_embed_small_kernel"), (few + 1, "patch_embed_kernel")):
+        pixels = tensors["pixels"][:images]
+        assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), exact[:images], "gemm")
+        assert kernels(lambda p=pixels: embed(flavour, tensors | {"pixels": p}, backend="cuda")) == [kernel]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["clip-l", "vit-b", "eva"])
+def test_waits_for_what_was_launched_before(name: str, device: torch.device) -> None:
+    """The kernel for few patches starts before the ones before it are done."""
+    flavour = FLAVOURS[name]
+    inputs = [flavour.inputs(torch.bfloat16, device, uint8=True) for _ in range(3)]
+    exact = [embed(flavour, tensors, backend="cuda") for tensors in inputs]
+    tensors = {key: t.clone() for key, t in inputs[0].items()}
+    graph, outs = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for fresh in inputs * 5:
+            for key, t in fresh.items():
+                tensors[key].copy_(t)
+            outs += [embed(flavour, tensors, backend="cuda").clone(), embed(flavour, tensors, backend="cuda")]
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(out, exact[i // 2 % 3]) for i, out in enumerate(outs))
 
 
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
@@ -130,9 +242,10 @@ def test_parameters_of_any_stride(device: torch.device) -> None:
     assert compare(embed(CLIP, tensors | strided, backend="cuda"), exact, "gemm")
 
 
-@pytest.mark.parametrize("name", ["clip-l", "clip-b", "siglip, 27 patches in 384 pixels"])
-def test_nan_stays_in_its_token(name: str, device: torch.device) -> None:
-    flavour = FLAVOURS[name]
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+@pytest.mark.parametrize("name", ["clip-l", "clip-b", "eva", "siglip, 27 patches in 384 pixels"])
+def test_nan_stays_in_its_token(name: str, many: bool, device: torch.device) -> None:
+    flavour = of_images(FLAVOURS[name], 3 + many * capacity(FLAVOURS[name], device))
     tensors = flavour.inputs(torch.bfloat16, device)
     exact = stock(flavour, double(tensors))
     p, width = flavour.patch[0], flavour.pixels[3] // flavour.patch[0]
@@ -143,10 +256,11 @@ def test_nan_stays_in_its_token(name: str, device: torch.device) -> None:
     assert compare(embed(flavour, tensors, backend="cuda"), exact, "gemm")
 
 
+@pytest.mark.parametrize("images", [2, 300], ids=["few", "many"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e4, 1e30])
-def test_weights_of_any_size(scale: float, device: torch.device) -> None:
-    """uint8 pixels are multiplied with whole numbers of 16 bits, whatever the range of the weights."""
-    flavour = Flavour((2, 3, 112, 112), (14, 14), 64, dim=128, pos="none", bias=False)
+def test_weights_of_any_size(scale: float, images: int, device: torch.device) -> None:
+    """uint8 pixels are normalised on the way, whatever the range of the weights."""
+    flavour = Flavour((images, 3, 112, 112), (14, 14), 64, dim=128, pos="none", bias=False)
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
     tensors["weight"] = (tensors["weight"] * torch.linspace(0.1, 10, 128, device=device)[:, None, None, None] * scale).bfloat16()
     tensors["weight"][5] = 0
@@ -171,8 +285,9 @@ def test_fold_follows_the_weight(device: torch.device) -> None:
     assert compare(embed(flavour, tensors, backend="cuda"), stock(flavour, double(tensors)), "gemm")
 
 
-def test_fold_is_no_less_exact_than_normalising_first(device: torch.device) -> None:
-    flavour = FLAVOURS["siglip, 27 patches in 384 pixels"]
+@pytest.mark.parametrize("name", ["eva", "siglip, 27 patches in 384 pixels"])
+def test_fold_is_no_less_exact_than_normalising_first(name: str, device: torch.device) -> None:
+    flavour = FLAVOURS[name]
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
     exact = stock(flavour, double(tensors))
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
@@ -203,11 +318,12 @@ def test_graph_follows_its_inputs(device: torch.device) -> None:
         assert compare(out, stock(CLIP, double(tensors)), "gemm")
 
 
-def test_offsets_past_32_bits(device: torch.device) -> None:
-    flavour = Flavour((2, 3, 28, 112), (14, 14), 16, dim=64)
+@pytest.mark.parametrize(("side", "dim"), [(112, 64), (448, 1024)], ids=["few", "many"])
+def test_offsets_past_32_bits(side: int, dim: int, device: torch.device) -> None:
+    flavour = Flavour((2, 3, side, side), (14, 14), (side // 14) ** 2, dim=dim)
     tensors = flavour.inputs(torch.bfloat16, device, uint8=True)
-    far = torch.zeros(2**32 + 2**16, dtype=torch.uint8, device=device)
-    pixels = far.as_strided(flavour.pixels, (2**32, 28 * 112, 112, 1))
+    far = torch.zeros(2**32 + 2**20, dtype=torch.uint8, device=device)
+    pixels = far.as_strided(flavour.pixels, (2**32, side * side, side, 1))
     pixels.copy_(tensors["pixels"])
     assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), stock(flavour, double(tensors)), "gemm")
 

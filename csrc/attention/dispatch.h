@@ -79,7 +79,7 @@ int dispatch(const VlmkAttentionParams& p, void* stream) {
   if (width <= 72) {
     return masked ? run<Config<T, 72, 112, 3>>(p, stream) : run<Config<T, 72, 64, 4>>(p, stream);
   }
-  if (width <= 80) return run<Config<T, 80, 48, 4>>(p, stream);
+  if (width <= 80) return run<Config<T, 80, 112, 3>>(p, stream);
   if (width <= 88) return run<Config<T, 88, 112, 3>>(p, stream);
   if (width <= 96) return run<Config<T, 96, 112, 3>>(p, stream);
   if (width <= 104) return run<Config<T, 104, 96, 3>>(p, stream);

@@ -31,6 +31,26 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// The same in two halves, but of what was written before, only barriers behind fence_barrier_init
+// are seen: to see the rest takes a fence that waits for all stores.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Until the grids that this one was launched behind are done and what they wrote can be read; where
+// the launch didn't ask for an early start, they are.
+__device__ __forceinline__ void wait_for_previous_grids() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The next grid may start, and wait in its turn.
+__device__ __forceinline__ void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // What this thread stored to shared memory becomes visible to the tensor cores and to bulk copies.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -82,6 +102,15 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint4& x) {
                : "memory");
 }
 
+// To another block's shared memory, counted at a barrier there.
+__device__ __forceinline__ void store_to_block(uint32_t destination, float2 x, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          destination),
+      "f"(x.x), "f"(x.y), "r"(barrier)
+      : "memory");
+}
+
 // 16 bytes from global memory that nobody writes meanwhile, or zeros.
 __device__ __forceinline__ uint4 load_global(const void* source, bool there) {
   uint4 x;
@@ -103,6 +132,13 @@ __device__ __forceinline__ uint4 load_global(const void* source, bool there) {
 // 16 bytes from global memory, past L1.
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
+               : "memory");
+}
+
+// 8 bytes from global memory, or zeros.
+__device__ __forceinline__ void copy_async_8(uint32_t destination, const void* source, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(destination), "l"(source),
+               "r"(there ? 8 : 0)
                : "memory");
 }
 

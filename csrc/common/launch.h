@@ -16,20 +16,25 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// How a kernel is launched, in clusters of so many blocks. It points into itself.
+// How a kernel is launched, in clusters of so many blocks. It points into itself. Blocks that start
+// early do so while the grids before in the stream are not done yet: such a kernel has to call
+// wait_for_previous_grids() before it touches memory.
 struct LaunchConfig {
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  LaunchConfig(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void* stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
+  LaunchConfig(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void* stream,
+               bool early = false) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {cluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = early;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = early ? 2 : 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };
@@ -37,14 +42,22 @@ struct LaunchConfig {
 // A failing cudaLaunchKernelEx also sets the runtime's last error, which the next call would find:
 // it is taken away here.
 template <typename... Params, typename... Args>
-int launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
-                    unsigned cluster, size_t shared_bytes, void* stream, Args&&... args) {
-  const LaunchConfig launch(grid, block, cluster, shared_bytes, stream);
-  const cudaError_t code = cudaLaunchKernelEx(&launch.config, kernel, std::forward<Args>(args)...);
+int launch(const char* name, void (*kernel)(Params...), const LaunchConfig& launch,
+           Args&&... args) {
+  const cudaLaunchConfig_t& config = launch.config;
+  const cudaError_t code = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (code == cudaSuccess) return 0;
   cudaGetLastError();
+  const dim3 grid = config.gridDim, block = config.blockDim;
   return fail(code, "%s<<<(%u, %u, %u), (%u, %u, %u), %zu bytes>>>: %s", name, grid.x, grid.y,
-              grid.z, block.x, block.y, block.z, shared_bytes, cudaGetErrorString(code));
+              grid.z, block.x, block.y, block.z, config.dynamicSmemBytes, cudaGetErrorString(code));
+}
+
+template <typename... Params, typename... Args>
+int launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                    unsigned cluster, size_t shared_bytes, void* stream, Args&&... args) {
+  return launch(name, kernel, LaunchConfig(grid, block, cluster, shared_bytes, stream),
+                std::forward<Args>(args)...);
 }
 
 template <typename... Params, typename... Args>

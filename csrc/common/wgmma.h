@@ -56,9 +56,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 // Lists of operands: %0 .. of so many accumulators, and the accumulators with their constraint.
 #define VLMK_4(constraint, x, i) \
   constraint(x[i]), constraint(x[i + 1]), constraint(x[i + 2]), constraint(x[i + 3])
-#define VLMK_OPERANDS_32                                                 \
+#define VLMK_OPERANDS_24                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define VLMK_OPERANDS_32 VLMK_OPERANDS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define VLMK_OPERANDS_36 VLMK_OPERANDS_32 ", %32, %33, %34, %35"
 #define VLMK_OPERANDS_40 VLMK_OPERANDS_36 ", %36, %37, %38, %39"
 #define VLMK_OPERANDS_44 VLMK_OPERANDS_40 ", %40, %41, %42, %43"
@@ -83,9 +84,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 #define VLMK_OPERANDS_120 VLMK_OPERANDS_116 ", %116, %117, %118, %119"
 #define VLMK_OPERANDS_124 VLMK_OPERANDS_120 ", %120, %121, %122, %123"
 #define VLMK_OPERANDS_128 VLMK_OPERANDS_124 ", %124, %125, %126, %127"
-#define VLMK_SUMS_32(c, x)                                                               \
+#define VLMK_SUMS_24(c, x)                                                               \
   VLMK_4(c, x, 0), VLMK_4(c, x, 4), VLMK_4(c, x, 8), VLMK_4(c, x, 12), VLMK_4(c, x, 16), \
-      VLMK_4(c, x, 20), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
+      VLMK_4(c, x, 20)
+#define VLMK_SUMS_32(c, x) VLMK_SUMS_24(c, x), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
 #define VLMK_SUMS_36(c, x) VLMK_SUMS_32(c, x), VLMK_4(c, x, 32)
 #define VLMK_SUMS_40(c, x) VLMK_SUMS_36(c, x), VLMK_4(c, x, 36)
 #define VLMK_SUMS_44(c, x) VLMK_SUMS_40(c, x), VLMK_4(c, x, 40)
@@ -113,6 +115,7 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 
 // Columns of B, accumulators, and the names of the six operands behind those.
 #define VLMK_SHAPES(X)                                        \
+  X(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")         \
   X(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")         \
   X(72, 36, "%36", "%37", "%38", "%39", "%40", "%41")         \
   X(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")         \
@@ -142,6 +145,9 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
   VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum), \
            o0 ", " o1 ", add, 1, 1, 0, 0", o2, "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
+// No product at all would be the result of a shape that the table lacks.
+#define VLMK_KNOWN(n, ...) || kColumns == n
+
 // sum = a b^T + (add ? sum : 0); with kRowsAlongK, b lies with its rows along K: sum = a b + ...
 // Asynchronous: neither `sum` nor `a` may be touched before mma_wait.
 template <typename T, int kColumns, bool kRowsAlongK = false>
@@ -149,6 +155,7 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (
                                     bool add) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(false VLMK_SHAPES(VLMK_KNOWN));
 #define VLMK_CASE(n, count, ...)                                     \
   if constexpr (kColumns == n && kHalf && kRowsAlongK) {             \
     VLMK_MMA_REGISTERS(n, count, __VA_ARGS__, "f32.f16.f16", "1");   \
@@ -166,6 +173,7 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (
 // The same with A in shared memory, both with K along their rows.
 template <typename T, int kColumns>
 __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(false VLMK_SHAPES(VLMK_KNOWN));
 #define VLMK_CASE(n, count, o0, o1, o2, ...)                  \
   if constexpr (kColumns == n && std::is_same_v<T, __half>) { \
     VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16");     \
@@ -180,6 +188,7 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], uint64_t a, uint
 template <int kColumns>
 __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t (&a)[4],
                                     uint64_t b, bool add) {
+  static_assert(false VLMK_SHAPES(VLMK_KNOWN));
 #define VLMK_CASE(n, count, o0, o1, o2, o3, o4, o5)                                                \
   if constexpr (kColumns == n) {                                                                   \
     VLMK_MMA("m64n" #n "k32", "s32.s8.s8", VLMK_OPERANDS_##count, VLMK_SUMS_##count("+r", sum),    \
@@ -190,11 +199,13 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_CASE
 }
 
+#undef VLMK_KNOWN
 #undef VLMK_MMA
 #undef VLMK_MMA_REGISTERS
 #undef VLMK_MMA_SHARED
 #undef VLMK_SHAPES
 #undef VLMK_4
+#undef VLMK_OPERANDS_24
 #undef VLMK_OPERANDS_32
 #undef VLMK_OPERANDS_36
 #undef VLMK_OPERANDS_40
@@ -220,6 +231,7 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_OPERANDS_120
 #undef VLMK_OPERANDS_124
 #undef VLMK_OPERANDS_128
+#undef VLMK_SUMS_24
 #undef VLMK_SUMS_32
 #undef VLMK_SUMS_36
 #undef VLMK_SUMS_40

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Patch embedding, the host's side: what the kernel takes.
+// Patch embedding, the host's side: what the kernels take, and which one does it.
 #include <climits>
 
 #include "common/error.h"
 #include "patch_embed/config.h"
+#include "patch_embed/small.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
@@ -56,5 +57,10 @@ int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream) {
   const int code = check(p);
   if (code) return code;
   if (p.batch == 0) return 0;
-  return p.pixel_type == VLMK_UINT8 ? embed_uint8(p, stream) : embed_float16(p, stream);
+  const bool bytes = p.pixel_type == VLMK_UINT8;
+  bool done = false;
+  const int small_code =
+      bytes ? small::embed_uint8(p, stream, done) : small::embed_float16(p, stream, done);
+  if (small_code || done) return small_code;
+  return bytes ? embed_uint8(p, stream) : embed_float16(p, stream);
 }
