@@ -142,8 +142,9 @@ struct Consumer {
       unit = 1;
     }
     if (first_key < bounds.z || first_key + C::kKeys > bounds.w) {
-      const int2 relative[2] = {make_int2(range[0].x - first_key, range[0].y - first_key),
-                                make_int2(range[1].x - first_key, range[1].y - first_key)};
+      const int2 seen[2] = {cut(p, range[0]), cut(p, range[1])};
+      const int2 relative[2] = {make_int2(seen[0].x - first_key, seen[0].y - first_key),
+                                make_int2(seen[1].x - first_key, seen[1].y - first_key)};
       mask_scores<C::kKeys>(scores, relative);
     }
     return softmax.step(scores, unit);

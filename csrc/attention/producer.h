@@ -35,7 +35,7 @@ __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const
   work.head = head - work.batch * p.num_heads;
   work.first_query = (s.tiles_of_head - 1 - inside / heads) * C::kQueries;
   int lo = p.num_keys, hi = 0;
-#pragma unroll 1
+#pragma unroll
   for (int group = 0; group < C::kGroups; ++group) {
     const int4 bounds = bounds_of_queries(p, work.batch, work.first_query + group * kGroupQueries);
     if (lane_index() == group) own_bounds = bounds;

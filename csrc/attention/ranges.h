@@ -17,15 +17,20 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 
-// [x, y): cut to the keys there are; empty behind the last query.
+// [x, y) as it is given, which may reach beyond the keys; empty behind the last query.
 __device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int batch, int query) {
   if (query >= p.num_queries) return make_int2(0, 0);
   if (p.start) {
     const int64_t at = batch * p.range_stride_b + query;
-    return make_int2(max(p.start[at], 0), min(p.stop[at], p.num_keys));
+    return make_int2(p.start[at], p.stop[at]);
   }
-  if (p.causal) return make_int2(0, min(query + 1 + p.num_keys - p.num_queries, p.num_keys));
+  if (p.causal) return make_int2(0, query + 1 + p.num_keys - p.num_queries);
   return make_int2(0, p.num_keys);
+}
+
+// Apart from the load, so that a warp waits for it where it needs the range.
+__device__ __forceinline__ int2 cut(const VlmkAttentionParams& p, int2 range) {
+  return make_int2(max(range.x, 0), min(range.y, p.num_keys));
 }
 
 // Of the 64 queries from `first` on: [x, y) is the hull of their ranges, (num_keys, 0) if all are
@@ -43,7 +48,7 @@ __device__ __forceinline__ int4 bounds_of_queries(const VlmkAttentionParams& p, 
 #pragma unroll
   for (int i = 0; i < kGroupQueries; i += 32) {
     const int query = first + i + lane_index();
-    int2 range = range_of_query(p, batch, query);
+    int2 range = cut(p, range_of_query(p, batch, query));
     // As [num_keys, 0) an empty range widens no hull and empties the intersection.
     if (range.x >= range.y) range = make_int2(p.num_keys, 0);
     lo = min(lo, range.x);
