@@ -5,7 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -150,6 +150,36 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_verify_compares_a_forward_without_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = verify.torch.device("cpu")
+    before = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
+    assert [check.bound for check in before] == [8.0] and not verify._only_forward("rope", "torch", cpu)
+    monkeypatch.setattr(verify, "_only_forward", lambda *_: True)
+    monkeypatch.setattr(verify, "_evaluate", _only_outputs(verify._evaluate))
+    (check,) = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
+    assert check.status == "ok" and check.output.startswith("out")
+
+
+def _only_outputs(evaluate: Callable[..., dict]) -> Callable[..., dict]:
+    """``evaluate``, of which a backend but the reference has no gradients."""
+
+    def run(case: verify.Case, tensors: dict, backend: str) -> dict:
+        assert backend == "reference" or not case.gradients
+        return evaluate(case, tensors, backend)
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["attention / D64 dense / bfloat16", "patch_embed / class token, norm (CLIP) / bfloat16"])
+def test_verify_covers_kernels_without_a_backward(case: str) -> None:
+    device = verify.torch.device("cuda")
+    if OPS[f"{case.partition(' ')[0]}_fwd"].why_not("cuda", device) is not None:
+        pytest.skip("the CUDA library does not run here")
+    (check,) = verify.verify(device, backends=["cuda"], words=[case])
+    assert check.status == "ok" and check.output == "out"
 
 
 @pytest.mark.gpu

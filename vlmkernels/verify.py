@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator on every backend that runs here, against the fp64 reference on the same rounded inputs."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from vlmkernels import BackendError, KeyRanges
-from vlmkernels.ops._op import BACKENDS
+from vlmkernels.ops._op import BACKENDS, OPS
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
@@ -90,7 +89,7 @@ def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
             _attention_case(f"D{dim} ranges softcap", dim, (2, 2, 2, queries, keys), ranged=True, softcap=5.0),
         ):
             every = dim == 64 or case.name.endswith("MQA")
-            yield case if every else dataclasses.replace(case, dtypes=(torch.bfloat16,))
+            yield case if every else replace(case, dtypes=(torch.bfloat16,))
     yield _attention_case("D64 value 96 short queries", 64, (3, 4, 4, 8, keys), value_dim=96)
 
 
@@ -124,13 +123,14 @@ def _attention_case(
 
 def _patch_embed_cases(small: bool) -> Iterator[Case]:
     size, dim = (30, 48) if small else (100, 768)
+    whole = 28 if small else 112  # pixels of whole patches of 14; rows of 112 are what the CUDA kernel takes, as 224 and 336 are
     every: dict[str, Any] = {"bias": True, "prefix": 1, "positions": True}
     yield _patch_embed_case("conv + bias (SigLIP, size 14 does not divide)", 14, size, dim, bias=True, positions=True)
     yield _patch_embed_case("class token (ViT)", 16, size + 2, dim, **every)
-    yield _patch_embed_case("class token, norm (CLIP)", 14, 28, dim, prefix=1, positions=True, norm=True)
-    yield _patch_embed_case("registers, patch positions (DINOv2)", 14, 28, dim, bias=True, prefix=5, positions="patches")
-    yield _patch_embed_case("uint8 NCHW", 14, 28, dim, uint8=True, **every)
-    yield _patch_embed_case("uint8 NHWC", 14, 28, dim, uint8=True, layout="channels_last", **every)
+    yield _patch_embed_case("class token, norm (CLIP)", 14, whole, dim, prefix=1, positions=True, norm=True)
+    yield _patch_embed_case("registers, patch positions (DINOv2)", 14, whole, dim, bias=True, prefix=5, positions="patches")
+    yield _patch_embed_case("uint8 NCHW", 14, whole, dim, uint8=True, **every)
+    yield _patch_embed_case("uint8 NHWC", 14, whole, dim, uint8=True, layout="channels_last", **every)
     yield _patch_embed_case("3-D patches (Qwen2-VL)", (2, 14, 14), 28, dim)
     yield _patch_embed_case("rows cyx (Qwen2-VL)", (2, 14, 14), 0, dim, layout="rows")
     yield _patch_embed_case("rows of one frame (Qwen2-VL, still)", (2, 14, 14), 0, dim, layout="rows", still=True)
@@ -285,7 +285,19 @@ def check(case: Case, dtype: torch.dtype, backends: Sequence[str], device: torch
     rounded = {name: _to(x, device, dtype) for name, x in case.inputs().items()}
     exact = _evaluate(case, {name: _to(x, device, torch.float64) for name, x in rounded.items()}, "reference")
     for backend in backends:
-        yield _check_backend(case, dtype, backend, rounded, exact)
+        if _only_forward(case.op, backend, device):
+            outputs = {name: x for name, x in exact.items() if name.startswith("out")}
+            yield _check_backend(replace(case, gradients=()), dtype, backend, rounded, outputs)
+        else:
+            yield _check_backend(case, dtype, backend, rounded, exact)
+
+
+def _only_forward(op: str, backend: str, device: torch.device) -> bool:
+    """Whether it runs the operator's forward pass and leaves the backward to another backend."""
+    forward, backward = (OPS.get(f"{op}_{direction}") for direction in ("fwd", "bwd"))
+    if forward is None or backward is None:
+        return False
+    return forward.why_not(backend, device) is None and backward.why_not(backend, device) is not None
 
 
 def _check_backend(case: Case, dtype: torch.dtype, backend: str, rounded: Inputs, exact: Inputs) -> Check:
