@@ -8,14 +8,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/hopper.h"
 #include "common/launch.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention {
 
-constexpr int kGroupQueries = 64;        // of a warpgroup
-constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
+constexpr int kGroupQueries = 64;  // of a warpgroup
 constexpr int kMaxStages = 4;
 constexpr int kMaxQueryStages = 2;
 constexpr int kNoMore = -1;

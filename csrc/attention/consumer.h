@@ -20,18 +20,9 @@
 namespace vlmk {
 namespace attention {
 
-// Barriers in hardware, 0 being that of __syncthreads.
+// Barriers in hardware.
 constexpr int kTurnBarrier = 1;  // and one more for each further warpgroup
 constexpr int kGroupsBarrier = 5;
-
-template <int kCount>
-__device__ __forceinline__ void named_wait(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
-template <int kCount>
-__device__ __forceinline__ void named_arrive(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
 
 template <typename C>
 struct Consumer {

@@ -14,15 +14,13 @@
 namespace vlmk {
 namespace attention {
 
-constexpr int kMaxDevices = 64;
-
 // The multiprocessors of the current GPU, after the kernel's share of shared memory is raised.
 template <typename C>
 int multiprocessors(int& count) {
   static std::atomic<int> known[kMaxDevices];
   int device = 0;
-  VLMK_CUDA(cudaGetDevice(&device));
-  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  const int code = current_device(device);
+  if (code) return code;
   count = known[device].load(std::memory_order_relaxed);
   if (count > 0) return 0;
   VLMK_CUDA(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -8,12 +8,11 @@
 #include <cstdint>
 
 #include "attention/config.h"
+#include "common/hopper.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 

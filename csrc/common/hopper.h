@@ -9,6 +9,9 @@
 
 namespace vlmk {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kSharedLimit = 227 << 10;  // bytes of shared memory that a block can have
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -86,6 +89,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// A barrier in hardware, of `kCount` threads in whole warps; 0 is that of __syncthreads.
+template <int kCount>
+__device__ __forceinline__ void named_wait(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+template <int kCount>
+__device__ __forceinline__ void named_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 
 // Reads of shared memory in the order of the program, between barriers.

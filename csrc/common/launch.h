@@ -16,6 +16,15 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+constexpr int kMaxDevices = 64;
+
+// The calling thread's GPU, as an index into what is remembered for each.
+inline int current_device(int& device) {
+  VLMK_CUDA(cudaGetDevice(&device));
+  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  return 0;
+}
+
 // How a kernel is launched, in clusters of so many blocks. It points into itself. Blocks that start
 // early do so while the grids before in the stream are not done yet: such a kernel has to call
 // wait_for_previous_grids() before it touches memory.

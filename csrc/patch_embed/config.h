@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/hopper.h"
 #include "common/launch.h"
 #include "vlmkernels.h"
 
@@ -21,8 +22,7 @@ constexpr int kStageRows = 4;  // rows of pixels of each patch in half a slot
 constexpr int kMaxSlots = 6;   // of the ring of pixels of each warpgroup
 constexpr int kMaxCluster = 8;
 constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, whole 16 bytes
-constexpr int kPadding = 112;            // bytes of a row in a stage that segments may leave unused
-constexpr int kSharedLimit = 227 << 10;  // of a block on sm_90
+constexpr int kPadding = 112;  // bytes of a row in a stage that segments may leave unused
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
 

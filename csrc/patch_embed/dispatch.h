@@ -13,8 +13,6 @@
 namespace vlmk {
 namespace patch_embed {
 
-constexpr int kMaxDevices = 64;
-
 struct Plan {
   int64_t cost;  // of the busiest block, in columns times tiles
   Schedule schedule{1, 1, 1, 0, 0, Divisor(1), Divisor(1)};
@@ -25,8 +23,8 @@ template <typename C>
 int most_clusters(int cluster, int& count) {
   static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];  // one more than the count
   int device = 0;
-  VLMK_CUDA(cudaGetDevice(&device));
-  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  const int code = current_device(device);
+  if (code) return code;
   std::atomic<int>& cached = known[device][cluster];
   count = cached.load(std::memory_order_relaxed) - 1;
   if (count >= 0) return 0;

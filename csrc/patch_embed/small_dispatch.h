@@ -14,16 +14,14 @@ namespace vlmk {
 namespace patch_embed {
 namespace small {
 
-constexpr int kMaxDevices = 64;
-
 // How many clusters of this size the GPU holds at once, a block on each SM; 0 where the kernel
 // can't run.
 template <typename C>
 int most_clusters(int cluster, int& count) {
   static std::atomic<int> known[kMaxDevices][kMaxColumnGroups + 1];  // one more than the count
   int device = 0, processors = 0;
-  VLMK_CUDA(cudaGetDevice(&device));
-  VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  const int code = current_device(device);
+  if (code) return code;
   std::atomic<int>& cached = known[device][cluster];
   count = cached.load(std::memory_order_relaxed) - 1;
   if (count >= 0) return 0;

@@ -16,9 +16,7 @@ namespace patch_embed {
 namespace small {
 
 // The threads that multiply.
-__device__ __forceinline__ void sync_groups() {
-  asm volatile("bar.sync 1, %0;" ::"n"(128 * kGroups) : "memory");
-}
+__device__ __forceinline__ void sync_groups() { named_wait<128 * kGroups>(1); }
 
 // The sum over the four lanes that hold a row.
 __device__ __forceinline__ float sum_of_four_lanes(float x) {

@@ -94,7 +94,7 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
     if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = own[h];
   }
   fence_async_proxy();
-  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  named_wait<128>(group + 1);
   if (thread == 0) barrier_expect(barrier, (s.cluster - 1) * kTile * 8);
   if (thread < s.cluster && thread != rank) {
     const uint32_t here = shared_address(parts + rank * kTile);

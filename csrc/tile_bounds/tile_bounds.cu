@@ -4,6 +4,7 @@
 // so latency is all that counts.
 #include <climits>
 
+#include "common/hopper.h"
 #include "common/launch.h"
 #include "vlmkernels.h"
 
@@ -12,7 +13,6 @@ namespace vlmk {
 constexpr int kTile = VLMK_TILE;
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The tile of this warp, or -1 in the warps past the last tile.
 __device__ int64_t warp_tile(int64_t num_tiles) {
