@@ -25,6 +25,7 @@ if not ON_GPU:
         raise RuntimeError("Triton was imported before tests/conftest.py could set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
 
+from vlmkernels.backends.cuda._library import path  # noqa: E402
 from vlmkernels.ops._op import OPS, ORDER, Op  # noqa: E402
 from vlmkernels.testing import interpreter  # noqa: E402
 
@@ -67,6 +68,17 @@ def runnable(*ops: str) -> list[str]:
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def cuda_library(device: torch.device) -> None:
+    """Skips where the CUDA kernels have no place to be; a library that is there and does not load fails."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernels are for compute capability 9.0")
+    if path() is None:
+        pytest.skip("the CUDA library was not built")
+    for name in ("attention_fwd", "patch_embed_fwd"):
+        assert OPS[name].why_not("cuda", device) is None
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ import torch
 from test_attention import MASKS, make_qkv, make_ranges
 
 from vlmkernels import BackendError, KeyRanges, attention
-from vlmkernels.backends.cuda._library import path
 from vlmkernels.ops.attention import _fwd
 from vlmkernels.testing import compare
 from vlmkernels.testing.inputs import QKV_VIEWS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # B, H, Hk, Sq, Sk, D, Dv: each width of tile, with head dims that fill it and that don't, and lengths about its edges.
@@ -36,16 +35,6 @@ SHAPES = {
     "more-queries-than-keys": (1, 2, 2, 500, 130, 80, 80),
     "many-tiles": (3, 50, 50, 390, 390, 64, 64),
 }
-
-
-@pytest.fixture(autouse=True)
-def _library(device: torch.device) -> None:
-    """Skips where the kernel has no place to be; a library that is there and does not load fails."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-    if path() is None:
-        pytest.skip("the CUDA library was not built")
-    assert _fwd.why_not("cuda", device) is None
 
 
 def check(inputs: list[torch.Tensor], ranges: KeyRanges | None = None, **options) -> None:

@@ -314,9 +314,10 @@ def test_fusion_leaves_nothing_behind() -> None:
     model = tower.build(CPU, torch.float32)
     try:
         fused = embeddings.fused_model(model)
-    except Unavailable as error:
-        pytest.skip(str(error))
-    assert torch.equal(fused.patch_embed.linear_proj.weight, model.patch_embed.proj.weight.flatten(1))
+    except Unavailable as error:  # transformers 5.17
+        assert "fusion_config is refused" in str(error)
+    else:
+        assert torch.equal(fused.patch_embed.linear_proj.weight, model.patch_embed.proj.weight.flatten(1))
     assert not patching.get_patch_mapping()
     with pytest.raises(Unavailable, match="fusion_config changes nothing"):
         embeddings.fused_model(TOWERS[0].build(CPU, torch.float32))

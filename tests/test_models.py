@@ -60,6 +60,15 @@ def test_attention_of_published_models(backend: str, shape: AttentionShape, devi
     assert compare(out, exact, "gemm")
 
 
+#: Models that the CUDA kernel leaves to others, and the reason that it gives.
+NOT_IN_CUDA = {
+    "DINOv2-L/14 reg4@518": "a stride of pixels of 804972 elements: multiples of 16 bytes",
+    "SigLIP2-B/16 NaFlex": "it takes rows of pixels that are contiguous",
+    "Qwen2-VL@448": "it takes square patches of images of three channels",
+    "Qwen3-VL@448": "it takes square patches of images of three channels",
+}
+
+
 @pytest.mark.backends("patch_embed_fwd", exclude=("reference",))
 @pytest.mark.parametrize("shape", PATCH_EMBED, ids=names(PATCH_EMBED))
 def test_patch_embedding_of_published_models(backend: str, shape: PatchEmbedShape, device: torch.device) -> None:
@@ -82,9 +91,8 @@ def test_patch_embedding_of_published_models(backend: str, shape: PatchEmbedShap
         pair = None if norm is None else (*norm.to(device, HALF).to(dtype), 1e-5)
         return patch_embed(**given, patch_size=shape.patch, norm=pair, **layout, backend=name)
 
-    try:
-        out = run(HALF, backend)
-    except BackendError as error:
-        assert backend == "cuda", error  # the portable backends take every published model
-        pytest.skip(str(error))
-    assert compare(out, run(torch.float64, "reference"), "gemm")
+    if backend == "cuda" and shape.name in NOT_IN_CUDA:
+        with pytest.raises(BackendError, match=NOT_IN_CUDA[shape.name]):
+            run(HALF, backend)
+        return
+    assert compare(run(HALF, backend), run(torch.float64, "reference"), "gemm")

@@ -10,11 +10,10 @@ from test_patch_embed import CLIP_MEAN, CLIP_STD, Flavour, double, embed, gradie
 from torch import Tensor
 
 from vlmkernels import BackendError
-from vlmkernels.backends.cuda._library import path
 from vlmkernels.ops.patch_embed import _fwd
 from vlmkernels.testing.compare import compare
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP = Flavour((3, 3, 112, 112), (14, 14), 64, dim=1024, bias=False, prefix=1, norm=True)
@@ -65,16 +64,6 @@ TAKEN = {
     ("clip-l", True): (2, 4),
     ("clip-l", False): (2, 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def _library(device: torch.device) -> None:
-    """Skips where the kernel has no place to be; a library that is there and does not load fails."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-    if path() is None:
-        pytest.skip("the CUDA library was not built")
-    assert _fwd.why_not("cuda", device) is None
 
 
 def capacity(flavour: Flavour, device: torch.device) -> int:

@@ -15,6 +15,8 @@ import torch
 
 ABI_VERSION = 4
 FILE = "vlmkernels/lib/libvlmkernels.so"
+#: The types of elements, as the structures name them.
+TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class TileBoundsParams(ctypes.Structure):

@@ -8,9 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmkernels.backends.cuda._library import AttentionParams, EntryPoint
-
-TYPES = {torch.float16: 1, torch.bfloat16: 2}
+from vlmkernels.backends.cuda._library import TYPES, AttentionParams, EntryPoint
 
 #: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse, counter.
 _POINTERS = struct.Struct("8P")
@@ -34,7 +32,7 @@ def _prepared(
     softcap: float,
 ) -> AttentionParams | str:
     """All but the pointers, or why the kernel doesn't take them. ``ranges``: the stride of the ranges over the batch."""
-    if dtype not in TYPES:
+    if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
     batch, queries, heads, dim = q_shape
     params = AttentionParams(
@@ -135,16 +133,8 @@ def plan_attention_fwd(
             return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
         if not empty:
             counter = None if int32 is None else int32.new_empty(1)
-            pointers = _POINTERS.pack(
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                0 if start is None else start.data_ptr(),
-                0 if stop is None else stop.data_ptr(),
-                out.data_ptr(),
-                0 if lse is None else lse.data_ptr(),
-                0 if counter is None else counter.data_ptr(),
-            )
+            tensors = (q, k, v, start, stop, out, lse, counter)
+            pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
             _attention(pointers + behind, device)
         return out, lse
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmkernels.backends.cuda._library import EntryPoint, PatchEmbedParams
-
-TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
+from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedParams
 
 #: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
 _POINTERS = struct.Struct("9P")
