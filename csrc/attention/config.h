@@ -85,16 +85,6 @@ struct Config {
   static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * 32;
   static constexpr int kSharedBytes = kBarriersAt + kExtraBytes;
   static_assert(kSharedBytes <= kSharedLimit);
-
-  __device__ static uint32_t pack(float x, float y) {
-    if constexpr (kHalf) {
-      const __half2 pair = __floats2half2_rn(x, y);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
 };
 
 // All barriers of a block, as addresses in shared memory.

@@ -10,7 +10,6 @@
 #include <cstdint>
 
 #include "attention/config.h"
-#include "attention/producer.h"
 #include "attention/ranges.h"
 #include "attention/softmax.h"
 #include "common/hopper.h"

@@ -6,6 +6,7 @@
 
 #include "attention/config.h"
 #include "attention/ranges.h"
+#include "common/float16.h"
 
 namespace vlmk {
 namespace attention {
@@ -90,7 +91,8 @@ template <typename C>
 __device__ __forceinline__ void pack_weights(uint32_t (&packed)[C::kKeys / 4],
                                              const float (&scores)[C::kKeys / 2]) {
 #pragma unroll
-  for (int i = 0; i < C::kKeys / 4; ++i) packed[i] = C::pack(scores[2 * i], scores[2 * i + 1]);
+  for (int i = 0; i < C::kKeys / 4; ++i)
+    packed[i] = pack<typename C::Element>(scores[2 * i], scores[2 * i + 1]);
 }
 
 // 4 x 4 words of four neighbouring lanes, transposed.
@@ -128,7 +130,9 @@ __device__ __forceinline__ void store_queries(const VlmkAttentionParams& p, int 
         const int at = 4 * (block + i) + 2 * half;
         if (block + i < C::kWidth / 8) {
           // What nobody sees is 0, even times infinity.
-          word[i] = total == 0 ? 0 : C::pack(sums[at] * inverse, sums[at + 1] * inverse);
+          word[i] = total == 0
+                        ? 0
+                        : pack<typename C::Element>(sums[at] * inverse, sums[at + 1] * inverse);
         } else {
           word[i] = 0;
         }

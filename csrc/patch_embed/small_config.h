@@ -115,16 +115,7 @@ struct Config {
       return __bfloat1622float2(x);
     }
   }
-  __device__ static uint32_t to_tokens(float x, float y) {
-    if constexpr (std::is_same_v<Token, __half>) {
-      return to_bits(__floats2half2_rn(x, y));
-    } else {
-      return to_bits(__floats2bfloat162_rn(x, y));
-    }
-  }
 };
-
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
 // The ring of chunks: the next one's slot, and how often the ring has been gone through.
 template <typename C>

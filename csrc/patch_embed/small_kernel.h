@@ -49,9 +49,9 @@ __device__ __forceinline__ void multiply_tile(const VlmkPatchEmbedParams& p, con
       if constexpr (C::kBytes) {
         if (channel > 0 && (C::kGroupsK > 1 || part == 0)) sums.scale(s.rescale[channel]);
         const float all = s.missing[channel];
-        const uint32_t high = C::to_tokens(all, all);
+        const uint32_t high = pack<typename C::Token>(all, all);
         const float rest = all - C::to_floats(high).x;
-        operands.missing = lane / 4 == 6 ? high : C::to_tokens(rest, rest);
+        operands.missing = lane / 4 == 6 ? high : pack<typename C::Token>(rest, rest);
       }
       barrier_wait(ring.full(), ring.round & 1);
       fence_async_proxy();
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     patch_embed_small_kernel(const __grid_constant__ VlmkPatchEmbedParams p,
                              const __grid_constant__ Schedule s) {
   extern __shared__ __align__(1024) char shared[];
-  const int warp = static_cast<int>(__shfl_sync(~0u, threadIdx.x / 32, 0));
+  const int warp = warp_index();
   const int first_column = static_cast<int>(blockIdx.x) * C::kColumns;
   const Ring<C> ring(shared_address(shared));
   if (warp == 0) {

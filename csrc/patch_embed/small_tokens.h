@@ -196,7 +196,7 @@ struct Tokens {
         const float4 x = columns[unit][i];
         if (column + 16 * i < p.dim) {
           *reinterpret_cast<uint2*>(there + 16 * i) =
-              make_uint2(C::to_tokens(x.x, x.y), C::to_tokens(x.z, x.w));
+              make_uint2(pack<typename C::Token>(x.x, x.y), pack<typename C::Token>(x.z, x.w));
         }
       }
     }
@@ -255,7 +255,8 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row) {
       for (int j = 0; j < kTimes; ++j) {
         uint4 packed;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) (&packed.x)[e] = C::to_tokens(x[j][2 * e], x[j][2 * e + 1]);
+        for (int e = 0; e < 4; ++e)
+          (&packed.x)[e] = pack<typename C::Token>(x[j][2 * e], x[j][2 * e + 1]);
         if (first + 256 * j < p.dim) {
           *reinterpret_cast<uint4*>(static_cast<Token*>(tokens) + out + column(j)) = packed;
         }
