@@ -150,13 +150,6 @@ struct Config {
       return __float2bfloat16_rn(x);
     }
   }
-  __device__ static Pair to_tokens(float x, float y) {
-    if constexpr (std::is_same_v<Token, __half>) {
-      return __floats2half2_rn(x, y);
-    } else {
-      return __floats2bfloat162_rn(x, y);
-    }
-  }
 };
 
 // The launches, each in a file of its own: uint8.cu and float16.cu.

@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_tokens(const VlmkPatchEmbedParams& p, cons
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const int i = (4 * g + u) * 4 + 2 * h;
-        (&packed.x)[u] = to_bits(C::to_tokens(total[i], total[i + 1]));
+        (&packed.x)[u] = pack<typename C::Token>(total[i], total[i + 1]);
       }
       if (place.there && first_column + 32 * g < p.dim) {
         *reinterpret_cast<uint4*>(out + 32 * g) = packed;
@@ -233,7 +233,7 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
   const auto store = [&](void* tokens, int d, const float (&x)[8]) {
     uint4 packed;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) (&packed.x)[j] = to_bits(C::to_tokens(x[2 * j], x[2 * j + 1]));
+    for (int j = 0; j < 4; ++j) (&packed.x)[j] = pack<typename C::Token>(x[2 * j], x[2 * j + 1]);
     *reinterpret_cast<uint4*>(static_cast<Token*>(tokens) + out + d) = packed;
   };
   float mean = 0.0f, rstd = 1.0f;
