@@ -2,6 +2,7 @@
 // What a variant of the attention kernel is made of: tiles, layout of shared memory, registers.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,27 +23,36 @@ constexpr int kNoMore = -1;
 constexpr int kPanel = 64;  // columns
 constexpr int kRowBytes = 2 * kPanel;
 
+struct Maps {
+  CUtensorMap queries, keys, values, out;
+};
+
 // What a block works on: its queries' tile, and the keys that any of them sees. Written by the
 // producer for the warpgroups that multiply.
-struct Work {
+struct alignas(16)
+    Work {  // read 16 bytes at a time, or nvcc loses sight of it being the same for all lanes
   int32_t batch, head, first_query;
   int32_t first_key;
   int32_t num_tiles;  // of keys; kNoMore behind the last piece of work
   int32_t stop_key;   // behind the last key that any query of the block sees
 };
 
-// Tiles of queries in the order in which blocks take them.
+// The order in which blocks take tiles of queries.
 struct Schedule {
   int32_t tiles;  // of all heads
   int32_t tiles_of_head;
-  int32_t section;  // heads that are worked on side by side
-  int32_t dynamic;  // whoever is free takes the next tile
+  int32_t chunk;  // tiles of a head at a time
+  // Whoever is free takes the next tile. Else they are dealt out, in turns that shift: the last
+  // tile of a head has few rows, and must not always fall to the same blocks.
+  int32_t dynamic;
 };
 
-template <typename T, int kWidth_, int kKeys_, int kGroups_>
+// kMasked: with ranges, or causal. Without, every query sees every key.
+template <typename T, int kWidth_, int kKeys_, int kGroups_, bool kMasked_>
 struct Config {
   using Element = T;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr bool kMasked = kMasked_;
   static constexpr int kWidth = kWidth_;                    // columns of a head
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
   static constexpr int kKeys = kKeys_;                      // of a tile
@@ -72,6 +82,11 @@ struct Config {
   static constexpr int kExtraBytes = 1024;  // barriers and Work
   static constexpr int kRoom = kSharedLimit - kExtraBytes;
   static constexpr int kQueryStages = kRoom >= 2 * kQueryBytes + 4 * kTileBytes ? 2 : 1;
+  // With a second stage, a tile's results are gathered where its queries were.
+  static constexpr bool kStaged = kQueryStages == 2;
+  // Without a mask all warpgroups see all tiles, and need not go through the keys of a tile of
+  // queries before its first scores: those can begin before the tile before is stored.
+  static constexpr bool kOverlapped = kStaged && !kMasked;
   static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
@@ -82,7 +97,7 @@ struct Config {
   static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
   static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 2 * kMaxQueryStages) * 8;
   // Of each warpgroup's queries: lo, hi, full_lo, full_hi.
-  static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * 32;
+  static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * static_cast<int>(sizeof(Work));
   static constexpr int kSharedBytes = kBarriersAt + kExtraBytes;
   static_assert(kSharedBytes <= kSharedLimit);
 };

@@ -12,6 +12,7 @@
 #include "attention/config.h"
 #include "attention/ranges.h"
 #include "attention/softmax.h"
+#include "attention/store.h"
 #include "common/hopper.h"
 #include "common/wgmma.h"
 #include "vlmkernels.h"
@@ -26,12 +27,19 @@ constexpr int kGroupsBarrier = 5;
 template <typename C>
 struct Consumer {
   const VlmkAttentionParams& p;
+  const Maps& maps;
   char* shared;
   Barriers barriers;
   int group;
   float scale;  // of scores, to units of log2
   Ring<C::kQueryStages> queries{0};
   Ring<C::kStages> keys{0}, values{0};
+
+  // The tile of queries at hand, and the tiles of keys that any query of this warpgroup sees.
+  Work work;
+  int begin, end;
+  int4 bounds;    // see bounds_of_queries
+  int2 range[2];  // of this thread's two queries
 
   float scores[C::kKeys / 2];
   uint32_t weights[C::kKeys / 4];
@@ -66,11 +74,15 @@ struct Consumer {
     mma_commit();
   }
 
-  __device__ __forceinline__ void end_scores(bool last) {
+  __device__ __forceinline__ void end_scores() {
     keep(scores);
     release(barriers.keys_empty(keys.stage));
     keys.advance();
-    if (last) release(barriers.queries_empty(queries.stage));
+  }
+
+  // No scores of the tile of queries at hand are to come.
+  __device__ __forceinline__ void end_queries() {
+    if (!C::kStaged) release(barriers.queries_empty(queries.stage));
   }
 
   // sums += weights times values of the stage at hand.
@@ -99,7 +111,7 @@ struct Consumer {
 
   // The last tile may reach behind what any query of the block sees, where infinity and NaN may
   // lie: times a weight of 0 they are NaN.
-  __device__ __forceinline__ void clear_unseen(const Work& work) {
+  __device__ __forceinline__ void clear_unseen() {
     const int first = work.stop_key - work.first_key - (work.num_tiles - 1) * C::kKeys;
     if (first == C::kKeys || work.stop_key == p.num_keys) return;
     if (group == 0) {
@@ -119,102 +131,203 @@ struct Consumer {
     named_wait<128 * C::kGroups>(kGroupsBarrier);
   }
 
-  __device__ __forceinline__ void wait_values(const Work& work, int i) {
+  __device__ __forceinline__ void wait_values(int i) {
     barrier_wait(barriers.values_full(values.stage), values.parity);
-    if (i == work.num_tiles - 1) clear_unseen(work);
+    if (C::kMasked && i == work.num_tiles - 1) clear_unseen();
   }
 
-  __device__ __forceinline__ float2 attend(Softmax& softmax, const int4& bounds,
-                                           const int2 (&range)[2], int first_key) {
+  // The scores of tile i become weights; true if the sums so far have to shrink.
+  __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
+    const int first_key = work.first_key + i * C::kKeys;
     float unit = scale;
     if (p.softcap > 0) {
       cap_scores(scores, scale, p.softcap);
       unit = 1;
     }
-    if (first_key < bounds.z || first_key + C::kKeys > bounds.w) {
-      const int2 seen[2] = {cut(p, range[0]), cut(p, range[1])};
-      const int2 relative[2] = {make_int2(seen[0].x - first_key, seen[0].y - first_key),
-                                make_int2(seen[1].x - first_key, seen[1].y - first_key)};
-      mask_scores<C::kKeys>(scores, relative);
+    if constexpr (C::kMasked) {
+      if (first_key < bounds.z || first_key + C::kKeys > bounds.w) {
+        const int2 seen[2] = {cut(p, range[0]), cut(p, range[1])};
+        const int2 relative[2] = {make_int2(seen[0].x - first_key, seen[0].y - first_key),
+                                  make_int2(seen[1].x - first_key, seen[1].y - first_key)};
+        mask_scores<C::kKeys>(scores, relative);
+      }
+    } else if (i == work.num_tiles - 1) {
+      mask_end<C::kKeys>(scores, p.num_keys - first_key);
     }
     return softmax.step(scores, unit);
   }
 
-  // A tile that no query of this warpgroup sees.
-  __device__ __forceinline__ void pass_tile(const Work& work, int i) {
+  __device__ __forceinline__ void pass_scores() {
     barrier_wait(barriers.keys_full(keys.stage), keys.parity);
     release(barriers.keys_empty(keys.stage));
     keys.advance();
     wait_turn();
     pass_turn();
-    wait_values(work, i);
+  }
+
+  __device__ __forceinline__ void pass_values(int i) {
+    wait_values(i);
     release(barriers.values_empty(values.stage));
     values.advance();
   }
 
-  __device__ __forceinline__ void work_on(const Work& work, int4 bounds) {
-    // Of the block's tiles, those that this warpgroup's queries see.
-    const int begin = bounds.y > bounds.x ? (bounds.x - work.first_key) / C::kKeys : work.num_tiles;
-    const int end = bounds.y > bounds.x ? ceil_div(bounds.y - work.first_key, C::kKeys) : begin;
-    const int query = work.first_query + group * kGroupQueries +
-                      static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_index() / 4;
-    const int2 range[2] = {range_of_query(p, work.batch, query),
-                           range_of_query(p, work.batch, query + 8)};
-    Softmax softmax;
-    for (int i = 0; i < begin; ++i) pass_tile(work, i);
-    if (begin < end) {
+  __device__ __forceinline__ Work work_at(int stage) const {
+    return reinterpret_cast<const Work*>(shared + C::kWorkAt)[stage];
+  }
+
+  // This thread's first query of two.
+  __device__ __forceinline__ int own_query(const Work& work) const {
+    return work.first_query + static_cast<int>(threadIdx.x) / 32 * 16 + lane_index() / 4;
+  }
+
+  // Waits for the next tile of queries; false if there is none.
+  __device__ __forceinline__ bool take() {
+    barrier_wait(barriers.queries_full(queries.stage), queries.parity);
+    work = work_at(queries.stage);
+    if (work.num_tiles == kNoMore) return false;
+    const int first = work.first_query + group * kGroupQueries;
+    if constexpr (C::kMasked) {
+      bounds =
+          reinterpret_cast<const int4*>(shared + C::kBoundsAt)[queries.stage * C::kGroups + group];
+      const bool any = bounds.y > bounds.x;
+      begin = any ? (bounds.x - work.first_key) / C::kKeys : work.num_tiles;
+      end = any ? ceil_div(bounds.y - work.first_key, C::kKeys) : begin;
+      const int own = own_query(work);
+      range[0] = range_of_query(p, work.batch, own);
+      range[1] = range_of_query(p, work.batch, own + 8);
+    } else {
+      begin = 0;
+      end = first < p.num_queries ? work.num_tiles : 0;
+    }
+    return true;
+  }
+
+  // The scores of the first tile.
+  __device__ __forceinline__ void begin_scores(bool there) {
+    if (there) {
+      barrier_wait(barriers.keys_full(keys.stage), keys.parity);
+      wait_turn();
+    }
+    start_scores();
+    if (there) pass_turn();
+  }
+
+  // From the scores of the first tile on, which are there, until the last product is under way.
+  __device__ __forceinline__ void attend_tiles(Softmax& softmax) {
+    if (begin == end - 1) end_queries();
+    attend(softmax, begin);
+    pack_weights<C>(weights, scores);
+    for (int i = begin + 1; i < end; ++i) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       wait_turn();
       start_scores();
+      wait_values(i - 1);
+      start_sums(i - 1 > begin);
       pass_turn();
-      mma_wait<0>();
-      end_scores(begin == end - 1);
-      attend(softmax, bounds, range, work.first_key + begin * C::kKeys);
-      pack_weights<C>(weights, scores);
-      for (int i = begin + 1; i < end; ++i) {
-        barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-        wait_turn();
-        start_scores();
-        wait_values(work, i - 1);
-        start_sums(i - 1 > begin);
-        pass_turn();
-        mma_wait<1>();
-        end_scores(i == end - 1);
-        const float2 shrink = attend(softmax, bounds, range, work.first_key + i * C::kKeys);
-        mma_wait<0>();
-        end_sums();
-#pragma unroll
-        for (int j = 0; j < C::kWidth / 2; j += 4) {
-          sums[j] *= shrink.x, sums[j + 1] *= shrink.x;
-          sums[j + 2] *= shrink.y, sums[j + 3] *= shrink.y;
-        }
-        pack_weights<C>(weights, scores);
-      }
-      wait_values(work, end - 1);
-      start_sums(end - 1 > begin);
+      mma_wait<1>();
+      end_scores();
+      if (i == end - 1) end_queries();
+      const bool grows = attend(softmax, i);
       mma_wait<0>();
       end_sums();
-    } else {
-      release(barriers.queries_empty(queries.stage));
+      if (grows) {
 #pragma unroll
-      for (int j = 0; j < C::kWidth / 2; ++j) sums[j] = 0;
+        for (int j = 0; j < C::kWidth / 2; ++j) sums[j] *= softmax.shrink[j / 2 % 2];
+      }
+      pack_weights<C>(weights, scores);
     }
-    for (int i = end; i < work.num_tiles; ++i) pass_tile(work, i);
+    wait_values(end - 1);
+    start_sums(end - 1 > begin);
+  }
+
+  __device__ __forceinline__ void pass_tiles(int from, int to) {
+    for (int i = from; i < to; ++i) {
+      pass_scores();
+      pass_values(i);
+    }
+  }
+
+  // The results of the tile of queries that was left last.
+  __device__ __forceinline__ void store(Softmax& softmax) {
     softmax.finish();
-    store_queries<C>(p, work.batch, work.head, query, sums, softmax);
+    if constexpr (C::kStaged) {
+      const int stage = queries.stage ^ 1;
+      const Work done = work_at(stage);
+      store_staged<C>(p, maps.out, done, shared_address(shared) + stage * C::kQueryBytes, sums,
+                      softmax);
+      store_lse(p, done, own_query(done), softmax);
+    } else {
+      store_direct<C>(p, work, own_query(work), sums, softmax);
+      store_lse(p, work, own_query(work), softmax);
+    }
+  }
+
+  __device__ __forceinline__ void end_store() {
+    if constexpr (C::kStaged) {
+      store_wait_read();
+      release(barriers.queries_empty(queries.stage ^ 1));
+    }
+  }
+
+  // While the results of a tile of queries are stored, the first scores of the next are under way.
+  __device__ __forceinline__ void run_overlapped() {
+    bool more = take();
+    begin_scores(more);
+    mma_wait<0>();
+    while (more) {
+      end_scores();
+      Softmax softmax;
+      const bool idle = begin >= end;
+      if (!idle) {
+        attend_tiles(softmax);
+      } else {
+        end_queries();
+        pass_values(0);
+        pass_tiles(1, work.num_tiles);
+      }
+      queries.advance();
+      more = take();
+      begin_scores(more);
+      mma_wait<1>();
+      if (!idle) {
+        end_sums();
+        store(softmax);
+      }
+      mma_wait<0>();
+      end_store();
+    }
+  }
+
+  __device__ __forceinline__ void run_apart() {
+    while (take()) {
+      Softmax softmax;
+      pass_tiles(0, begin);
+      if (begin < end) {
+        begin_scores(true);
+        mma_wait<0>();
+        end_scores();
+        attend_tiles(softmax);
+        mma_wait<0>();
+        end_sums();
+      } else {
+        end_queries();
+#pragma unroll
+        for (int j = 0; j < C::kWidth / 2; ++j) sums[j] = 0;
+      }
+      pass_tiles(end, work.num_tiles);
+      queries.advance();
+      store(softmax);
+      end_store();
+    }
   }
 
   __device__ __forceinline__ void run() {
     // The first warpgroup may begin.
     if (group == C::kGroups - 1) pass_turn();
-    while (true) {
-      const int stage = queries.stage;
-      barrier_wait(barriers.queries_full(stage), queries.parity);
-      const Work work = reinterpret_cast<const Work*>(shared + C::kWorkAt)[stage];
-      if (work.num_tiles == kNoMore) return;
-      work_on(work,
-              reinterpret_cast<const int4*>(shared + C::kBoundsAt)[stage * C::kGroups + group]);
-      queries.advance();
+    if constexpr (C::kOverlapped) {
+      run_overlapped();
+    } else {
+      run_apart();
     }
   }
 };

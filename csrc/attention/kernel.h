@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp >= 4 * C::kGroups) {
     shrink_registers<C::kProducerRegisters>();
-    if (warp == 4 * C::kGroups) produce<C>(p, maps, s, shared, barriers);
+    if (warp == 4 * C::kGroups) Producer<C>{p, maps, s, shared, barriers}.run();
   } else {
     grow_registers<C::kConsumerRegisters>();
     constexpr float kLog2E = 1.4426950408889634f;
-    Consumer<C> consumer{p, shared, barriers, warp / 4, p.scale * kLog2E};
+    Consumer<C> consumer{p, maps, shared, barriers, warp / 4, p.scale * kLog2E};
     consumer.run();
   }
 }

@@ -3,8 +3,6 @@
 // and copies queries, keys and values to shared memory.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 #include "attention/config.h"
@@ -16,31 +14,33 @@
 namespace vlmk {
 namespace attention {
 
-struct Maps {
-  CUtensorMap queries, keys, values;
-};
-
-// Over the last tile of `section` heads first, then the one before it: the longest rows of a causal
-// mask start first, while the keys of a section stay in L2. Lane g is given the bounds of warpgroup
-// g's queries.
+// Tiles of queries go in chunks, from the end of an image: one head's tiles of a chunk, then the
+// next head's. The longest rows of a causal mask start first, the keys that tiles share stay in L2,
+// and so do memory's bursts that lie across two heads' rows. Lane g is given the bounds of
+// warpgroup g's queries.
 template <typename C>
 __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const Schedule& s,
                                              int tile, int4& own_bounds) {
-  const int per_section = s.section * s.tiles_of_head;
-  const int section = tile / per_section, inside = tile - section * per_section;
-  const int heads = min(s.section, p.batch * p.num_heads - section * s.section);
-  const int head = section * s.section + inside % heads;
+  const int per_image = p.num_heads * s.tiles_of_head, per_chunk = p.num_heads * s.chunk;
+  const int image = tile / per_image, in_image = tile - image * per_image;
+  const int chunk = in_image / per_chunk, in_chunk = in_image - chunk * per_chunk;
+  const int tiles = min(s.chunk, s.tiles_of_head - chunk * s.chunk);
+  const int head = in_chunk / tiles;
+  const int from_end = chunk * s.chunk + in_chunk - head * tiles;
   Work work;
-  work.batch = head / p.num_heads;
-  work.head = head - work.batch * p.num_heads;
-  work.first_query = (s.tiles_of_head - 1 - inside / heads) * C::kQueries;
-  int lo = p.num_keys, hi = 0;
+  work.batch = image;
+  work.head = head;
+  work.first_query = (s.tiles_of_head - 1 - from_end) * C::kQueries;
+  int lo = C::kMasked ? p.num_keys : 0, hi = C::kMasked ? 0 : p.num_keys;
+  if constexpr (C::kMasked) {
 #pragma unroll
-  for (int group = 0; group < C::kGroups; ++group) {
-    const int4 bounds = bounds_of_queries(p, work.batch, work.first_query + group * kGroupQueries);
-    if (lane_index() == group) own_bounds = bounds;
-    lo = min(lo, bounds.x);
-    hi = max(hi, bounds.y);
+    for (int group = 0; group < C::kGroups; ++group) {
+      const int4 bounds =
+          bounds_of_queries(p, work.batch, work.first_query + group * kGroupQueries);
+      if (lane_index() == group) own_bounds = bounds;
+      lo = min(lo, bounds.x);
+      hi = max(hi, bounds.y);
+    }
   }
   work.first_key = lo;
   work.stop_key = hi;
@@ -48,87 +48,105 @@ __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const
   return work;
 }
 
-// All panels of a tile.
-template <typename C, int kRows>
-__device__ __forceinline__ void copy_panels(uint32_t destination, const CUtensorMap& map, int row,
-                                            int head, int batch, uint32_t barrier) {
-  barrier_expect(barrier, kRows * C::kRow);
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) {
-    copy_tile(destination + panel * kRows * kRowBytes, map, panel * kPanel, row, head, batch,
-              barrier);
-  }
-}
-
-// The copies of keys and values, in the order in which they are used: the scores of a tile come
-// before the sum of the values of the tile before. By one thread.
 template <typename C>
-__device__ __forceinline__ void copy_tiles(const Maps& maps, const Work& work, int head,
-                                           uint32_t shared, const Barriers& barriers,
-                                           Ring<C::kStages>& keys, Ring<C::kStages>& values) {
-#pragma unroll 1
-  for (int i = 0; i <= work.num_tiles; ++i) {
-    const int row = work.first_key + i * C::kKeys;
-    if (i < work.num_tiles) {
-      barrier_wait(barriers.keys_empty(keys.stage), keys.parity);
-      copy_panels<C, C::kKeys>(shared + C::kKeysAt + keys.stage * C::kTileBytes, maps.keys, row,
-                               head, work.batch, barriers.keys_full(keys.stage));
-      keys.advance();
-    }
-    if (i > 0) {
-      barrier_wait(barriers.values_empty(values.stage), values.parity);
-      copy_panels<C, C::kKeys>(shared + C::kValuesAt + values.stage * C::kTileBytes, maps.values,
-                               row - C::kKeys, head, work.batch,
-                               barriers.values_full(values.stage));
-      values.advance();
-    }
-  }
-}
-
-template <typename C>
-__device__ __forceinline__ void produce(const VlmkAttentionParams& p, const Maps& maps,
-                                        const Schedule& s, char* shared, const Barriers& barriers) {
-  const bool leader = lane_index() == 0;
-  const uint32_t base = shared_address(shared);
-  const int heads_of_key = p.num_heads / p.num_kv_heads, blocks = static_cast<int>(gridDim.x);
+struct Producer {
+  const VlmkAttentionParams& p;
+  const Maps& maps;
+  const Schedule& schedule;
+  char* shared;
+  Barriers barriers;
   // The first turn of a stage waits for nobody.
-  Ring<C::kQueryStages> queries(1);
-  Ring<C::kStages> keys(1), values(1);
-  if (leader) {
-    prefetch_map(maps.queries);
-    prefetch_map(maps.keys);
-    prefetch_map(maps.values);
+  Ring<C::kQueryStages> queries{1};
+  Ring<C::kStages> keys{1}, values{1};
+  int tile = static_cast<int>(blockIdx.x), round = 0;
+
+  // All panels of a tile.
+  template <int kRows>
+  __device__ __forceinline__ void copy(uint32_t destination, const CUtensorMap& map, int row,
+                                       int head, int batch, uint32_t barrier) {
+    if (lane_index() != 0) return;
+    barrier_expect(barrier, kRows * C::kRow);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      copy_tile(destination + panel * kRows * kRowBytes, map, panel * kPanel, row, head, batch,
+                barrier);
+    }
   }
-  int tile = static_cast<int>(blockIdx.x);
-  while (true) {
-    const bool more = tile < s.tiles;
-    int taken = tile;
+
+  // Finds what the next tile of queries sees, tells the warpgroups, and copies the queries.
+  __device__ __forceinline__ Work next() {
+    const bool more = tile < schedule.tiles;
+    int taken = 0;
     // Asked for before it is needed: the answer takes a microsecond.
-    if (s.dynamic && more && leader) taken = atomicAdd(p.counter, 1);
+    if (schedule.dynamic && more && lane_index() == 0) taken = atomicAdd(p.counter, 1);
     int4 bounds = make_int4(0, 0, 0, 0);
     Work work;
     work.num_tiles = kNoMore;
-    if (more) work = work_of_tile<C>(p, s, tile, bounds);
-    barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
-    if (leader) reinterpret_cast<Work*>(shared + C::kWorkAt)[queries.stage] = work;
-    if (lane_index() < C::kGroups) {
-      reinterpret_cast<int4*>(shared + C::kBoundsAt)[queries.stage * C::kGroups + lane_index()] =
-          bounds;
+    if (more) work = work_of_tile<C>(p, schedule, tile, bounds);
+    const int stage = queries.stage;
+    barrier_wait(barriers.queries_empty(stage), queries.parity);
+    if (lane_index() == 0) reinterpret_cast<Work*>(shared + C::kWorkAt)[stage] = work;
+    if (C::kMasked && lane_index() < C::kGroups) {
+      reinterpret_cast<int4*>(shared + C::kBoundsAt)[stage * C::kGroups + lane_index()] = bounds;
     }
     __syncwarp();
-    if (leader && work.num_tiles <= 0) {
-      barrier_arrive(barriers.queries_full(queries.stage));
-    } else if (leader) {
-      copy_panels<C, C::kQueries>(base + queries.stage * C::kQueryBytes, maps.queries,
-                                  work.first_query, work.head, work.batch,
-                                  barriers.queries_full(queries.stage));
-      copy_tiles<C>(maps, work, work.head / heads_of_key, base, barriers, keys, values);
+    if (work.num_tiles <= 0) {
+      if (lane_index() == 0) barrier_arrive(barriers.queries_full(stage));
+    } else {
+      copy<C::kQueries>(shared_address(shared) + stage * C::kQueryBytes, maps.queries,
+                        work.first_query, work.head, work.batch, barriers.queries_full(stage));
     }
-    if (!more) return;
     queries.advance();
-    tile = blocks + __shfl_sync(kAllLanes, taken, 0);
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    ++round;
+    tile = schedule.dynamic ? blocks + __shfl_sync(kAllLanes, taken, 0)
+                            : round * blocks + (block + round) % blocks;
+    return work;
   }
-}
+
+  __device__ __forceinline__ void copy_keys(int row, int head, int batch) {
+    barrier_wait(barriers.keys_empty(keys.stage), keys.parity);
+    copy<C::kKeys>(shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes, maps.keys, row,
+                   head, batch, barriers.keys_full(keys.stage));
+    keys.advance();
+  }
+
+  __device__ __forceinline__ void copy_values(int row, int head, int batch) {
+    barrier_wait(barriers.values_empty(values.stage), values.parity);
+    copy<C::kKeys>(shared_address(shared) + C::kValuesAt + values.stage * C::kTileBytes,
+                   maps.values, row, head, batch, barriers.values_full(values.stage));
+    values.advance();
+  }
+
+  // Copies are started in the order in which they are used: the scores of a tile come before the
+  // sum of the values of the tile before. The last values of a tile of queries wait for their stage
+  // longer than the next queries do, if these have a second one.
+  __device__ __forceinline__ void run() {
+    if (lane_index() == 0) {
+      prefetch_map(maps.queries);
+      prefetch_map(maps.keys);
+      prefetch_map(maps.values);
+    }
+    const int heads_of_key = p.num_heads / p.num_kv_heads;
+    int row = kNoMore, head = 0, batch = 0;  // of values that are still to be copied
+    while (true) {
+      const Work work = next();
+      if (C::kStaged && row != kNoMore) copy_values(row, head, batch);
+      if (work.num_tiles == kNoMore) return;
+      row = kNoMore;
+      head = work.head / heads_of_key;
+      batch = work.batch;
+#pragma unroll 1
+      for (int i = 0; i < work.num_tiles; ++i) {
+        const int at = work.first_key + i * C::kKeys;
+        copy_keys(at, head, batch);
+        if (i > 0) copy_values(row, head, batch);
+        row = at;
+      }
+      if (!C::kStaged && work.num_tiles > 0) copy_values(row, head, batch);
+    }
+  }
+};
 
 }  // namespace attention
 }  // namespace vlmk

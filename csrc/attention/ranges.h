@@ -91,5 +91,17 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kKeys / 2], const in
   }
 }
 
+// Scores of the columns from `count` on become -inf.
+template <int kKeys>
+__device__ __forceinline__ void mask_end(float (&scores)[kKeys / 2], int count) {
+  if (count >= kKeys) return;
+  const int to = scores_before(count);
+#pragma unroll
+  for (int i = 0; i < kKeys / 4; ++i) {
+    float* pair = &scores[i / 2 * 4 + i % 2];
+    if (i >= to) pair[0] = pair[2] = -INFINITY;
+  }
+}
+
 }  // namespace attention
 }  // namespace vlmk

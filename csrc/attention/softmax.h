@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The running softmax of a thread's two queries, in units of log2, and what becomes of the sums.
+// The running softmax of a thread's two queries, in units of log2.
 #pragma once
 
 #include <cstdint>
@@ -38,15 +38,21 @@ __device__ __forceinline__ void cap_scores(float (&scores)[kCount], float scale_
   }
 }
 
-struct Softmax {
-  float maximum[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0, 0};  // of this thread's columns
+// How far above the maximum a score may lie before the maximum follows, in units of log2: as a
+// weight of 256 it is exact to the same bits, and mostly no sum has to be rescaled
+// (FlashAttention-4, Zadouri et al. 2026).
+constexpr float kSlack = 8;
 
-  // Turns scores into weights relative to the new maximum, and returns by what those relative to
-  // the old one shrink.
+struct Softmax {
+  float maximum[2] = {-INFINITY, -INFINITY};  // or up to kSlack less
+  float sum[2] = {0, 0};                      // of this thread's columns
+  float shrink[2];
+
+  // Turns scores into weights relative to the maximum. True if that has grown for any query of the
+  // warp, and all that was summed before has to shrink.
   template <int kCount>
-  __device__ __forceinline__ float2 step(float (&scores)[kCount], float scale) {
-    float shrink[2];
+  __device__ __forceinline__ bool step(float (&scores)[kCount], float scale) {
+    float largest[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Two chains of each kind: a warp has few others beside it to wait with.
@@ -56,26 +62,42 @@ struct Softmax {
         most[0] = fmaxf(most[0], scores[i + 2 * half]);
         most[1] = fmaxf(most[1], scores[i + 2 * half + 1]);
       }
-      float largest = fmaxf(most[0], most[1]);
-      largest = of_query(largest, [](float x, float y) { return fmaxf(x, y); });
-      const float before = maximum[half];
-      maximum[half] = fmaxf(before, largest * scale);
-      // A query that has seen no key yet has -inf, and -inf - -inf is NaN.
-      const float shift = maximum[half] == -INFINITY ? 0.0f : maximum[half];
-      shrink[half] = exp2_approximate(before - shift);
+      largest[half] =
+          of_query(fmaxf(most[0], most[1]), [](float x, float y) { return fmaxf(x, y); });
+      largest[half] *= scale;
+    }
+    const bool grows =
+        __any_sync(kAllLanes, largest[0] > maximum[0] + kSlack || largest[1] > maximum[1] + kSlack);
+    if (grows) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float before = maximum[half];
+        maximum[half] = fmaxf(before, largest[half]);
+        shrink[half] = exp2_approximate(before - shift(half));
+        sum[half] *= shrink[half];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float minus = -shift(half);
       float total[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores[i + 2 * half + j];
-          x = exp2_approximate(fmaf(x, scale, -shift));
+          x = exp2_approximate(fmaf(x, scale, minus));
           total[j] += x;
         }
       }
-      sum[half] = fmaf(sum[half], shrink[half], total[0] + total[1]);
+      sum[half] += total[0] + total[1];
     }
-    return make_float2(shrink[0], shrink[1]);
+    return grows;
+  }
+
+  // A query that has seen no key yet has -inf, and -inf - -inf is NaN.
+  __device__ __forceinline__ float shift(int half) const {
+    return maximum[half] == -INFINITY ? 0.0f : maximum[half];
   }
 
   __device__ __forceinline__ void finish() {
@@ -93,62 +115,6 @@ __device__ __forceinline__ void pack_weights(uint32_t (&packed)[C::kKeys / 4],
 #pragma unroll
   for (int i = 0; i < C::kKeys / 4; ++i)
     packed[i] = pack<typename C::Element>(scores[2 * i], scores[2 * i + 1]);
-}
-
-// 4 x 4 words of four neighbouring lanes, transposed.
-__device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
-  const bool upper = lane_index() & 2, odd = lane_index() & 1;
-  uint32_t a = __shfl_xor_sync(kAllLanes, upper ? word[0] : word[2], 2);
-  uint32_t b = __shfl_xor_sync(kAllLanes, upper ? word[1] : word[3], 2);
-  word[0] = upper ? a : word[0], word[2] = upper ? word[2] : a;
-  word[1] = upper ? b : word[1], word[3] = upper ? word[3] : b;
-  a = __shfl_xor_sync(kAllLanes, odd ? word[0] : word[1], 1);
-  b = __shfl_xor_sync(kAllLanes, odd ? word[2] : word[3], 1);
-  word[0] = odd ? a : word[0], word[1] = odd ? word[1] : a;
-  word[2] = odd ? b : word[2], word[3] = odd ? word[3] : b;
-}
-
-// Divides the sums of a thread's two queries and stores them, 16 bytes a thread; and the
-// log-sum-exp.
-template <typename C>
-__device__ __forceinline__ void store_queries(const VlmkAttentionParams& p, int batch, int head,
-                                              int query, const float (&sums)[C::kWidth / 2],
-                                              const Softmax& softmax) {
-  const int quarter = lane_index() % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = query + 8 * half;
-    const float total = softmax.sum[half];
-    const float inverse = total == 0 ? 0.0f : 1 / total;
-    auto* out = static_cast<typename C::Element*>(p.out) +
-                ((int64_t{batch} * p.num_queries + row) * p.num_heads + head) * p.value_dim;
-#pragma unroll
-    for (int block = 0; block < C::kWidth / 8; block += 4) {
-      uint32_t word[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (block + i) + 2 * half;
-        if (block + i < C::kWidth / 8) {
-          // What nobody sees is 0, even times infinity.
-          word[i] = total == 0
-                        ? 0
-                        : pack<typename C::Element>(sums[at] * inverse, sums[at + 1] * inverse);
-        } else {
-          word[i] = 0;
-        }
-      }
-      transpose_words(word);
-      const int column = 8 * (block + quarter);
-      if (row < p.num_queries && column < p.value_dim) {
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
-      }
-    }
-    if (p.lse && quarter == 0 && row < p.num_queries) {
-      constexpr float kLn2 = 0.6931471805599453f;
-      p.lse[(int64_t{batch} * p.num_heads + head) * p.num_queries + row] =
-          total == 0 ? -INFINITY : (softmax.maximum[half] + log2f(total)) * kLn2;
-    }
-  }
 }
 
 }  // namespace attention

@@ -171,6 +171,24 @@ __device__ __forceinline__ void copy_to_block(uint32_t destination, uint32_t sou
       : "memory");
 }
 
+// Until all bulk stores that this thread has committed have read shared memory.
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Matrices of 8 x 8 16-bit floats, dealt out like sums of wgmma, to rows of 16 bytes: lane i names
+// row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&x)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(x[0]),
+               "r"(x[1])
+               : "memory");
+}
+
 // A place that ptxas moves nothing across: a loop that ends at once. `never` is false, but not in a
 // way that the compiler could know.
 __device__ __forceinline__ void stay_behind(bool never) {

@@ -65,4 +65,18 @@ __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMa
       : "memory");
 }
 
+// Starts the copy of a tile from shared memory; what lies outside of the tensor is left out.
+__device__ __forceinline__ void store_tile(const CUtensorMap& map, uint32_t source, int column,
+                                           int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
+          &map),
+      "r"(column), "r"(row), "r"(head), "r"(batch), "r"(source)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 }  // namespace vlmk

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// The results of a warp's 16 queries: sums over the sum of the weights, and the log-sum-exp.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/config.h"
+#include "attention/ranges.h"
+#include "attention/softmax.h"
+#include "common/float16.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention {
+
+// Two neighbouring sums as results. What nobody sees is 0, even times infinity.
+template <typename C>
+__device__ __forceinline__ uint32_t quotient(float x, float y, float total) {
+  const float inverse = __fdividef(1.0f, total);
+  return C::kMasked && total == 0 ? 0 : pack<typename C::Element>(x * inverse, y * inverse);
+}
+
+__device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Work& work, int own,
+                                          const Softmax& softmax) {
+  if (!p.lse) return;
+  constexpr float kLn2 = 0.6931471805599453f;
+  float* lse = p.lse + (int64_t{work.batch} * p.num_heads + work.head) * p.num_queries;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = own + 8 * half;
+    const float total = softmax.sum[half];
+    if (lane_index() % 4 == 0 && query < p.num_queries) {
+      lse[query] = total == 0 ? -INFINITY : (softmax.maximum[half] + __log2f(total)) * kLn2;
+    }
+  }
+}
+
+// By way of shared memory, where the warp's queries were. The copy goes on until store_wait_read().
+template <typename C>
+__device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const CUtensorMap& map,
+                                             const Work& work, uint32_t stage,
+                                             const float (&sums)[C::kWidth / 2],
+                                             const Softmax& softmax) {
+  const int lane = lane_index(), first = static_cast<int>(threadIdx.x) / 32 * 16;
+  const uint32_t rows = stage + first * kRowBytes;
+  // Rows of 128 bytes, swizzled: words of 16 bytes change places by the number of the row.
+  const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+  for (int block = 0; block < C::kWidth / 8; block += 2) {
+    const uint32_t at = (row + block / 8 * C::kQueries * kRowBytes) ^ (block % 8 << 4);
+    const float* x = &sums[4 * block];
+    const uint32_t low = quotient<C>(x[0], x[1], softmax.sum[0]);
+    const uint32_t high = quotient<C>(x[2], x[3], softmax.sum[1]);
+    if (block + 1 < C::kWidth / 8) {
+      store_matrices(at, {low, high, quotient<C>(x[4], x[5], softmax.sum[0]),
+                          quotient<C>(x[6], x[7], softmax.sum[1])});
+    } else {
+      store_matrices(at, {low, high});
+    }
+  }
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0 && work.first_query + first < p.num_queries) {
+#pragma unroll
+    for (int panel = 0; panel < ceil_div(C::kWidth, kPanel); ++panel) {
+      store_tile(map, rows + panel * C::kQueries * kRowBytes, panel * kPanel,
+                 work.first_query + first, work.head, work.batch);
+    }
+    store_commit();
+  }
+}
+
+// 4 x 4 words of four neighbouring lanes, transposed.
+__device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
+  const bool upper = lane_index() & 2, odd = lane_index() & 1;
+  uint32_t a = __shfl_xor_sync(kAllLanes, upper ? word[0] : word[2], 2);
+  uint32_t b = __shfl_xor_sync(kAllLanes, upper ? word[1] : word[3], 2);
+  word[0] = upper ? a : word[0], word[2] = upper ? word[2] : a;
+  word[1] = upper ? b : word[1], word[3] = upper ? word[3] : b;
+  a = __shfl_xor_sync(kAllLanes, odd ? word[0] : word[1], 1);
+  b = __shfl_xor_sync(kAllLanes, odd ? word[2] : word[3], 1);
+  word[0] = odd ? a : word[0], word[1] = odd ? word[1] : a;
+  word[2] = odd ? b : word[2], word[3] = odd ? word[3] : b;
+}
+
+// Straight to memory, 16 bytes a thread.
+template <typename C>
+__device__ __forceinline__ void store_direct(const VlmkAttentionParams& p, const Work& work,
+                                             int own, const float (&sums)[C::kWidth / 2],
+                                             const Softmax& softmax) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = own + 8 * half;
+    auto* out =
+        static_cast<typename C::Element*>(p.out) +
+        ((int64_t{work.batch} * p.num_queries + query) * p.num_heads + work.head) * p.value_dim;
+#pragma unroll
+    for (int block = 0; block < C::kWidth / 8; block += 4) {
+      uint32_t word[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4 && block + i < C::kWidth / 8; ++i) {
+        const int at = 4 * (block + i) + 2 * half;
+        word[i] = quotient<C>(sums[at], sums[at + 1], softmax.sum[half]);
+      }
+      transpose_words(word);
+      const int column = 8 * (block + lane_index() % 4);
+      if (query < p.num_queries && column < p.value_dim) {
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+  }
+}
+
+}  // namespace attention
+}  // namespace vlmk
