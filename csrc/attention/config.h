@@ -65,6 +65,9 @@ struct Config {
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters =
       ((kGroups + 1) * kLaunchRegisters - kProducerRegisters) / kGroups / 8 * 8;
+  // Where no query of a warpgroup sees more of a tile than this, the rest has no part in the
+  // softmax.
+  static constexpr int kPart = kMasked ? kKeys / 32 * 16 : 32;
   static_assert(kGroups >= 2 && kGroups <= 4);
   static_assert(kKeys % 16 == 0 && kKeys <= 256);
 

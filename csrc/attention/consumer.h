@@ -136,25 +136,33 @@ struct Consumer {
     if (C::kMasked && i == work.num_tiles - 1) clear_unseen();
   }
 
-  // The scores of tile i become weights; true if the sums so far have to shrink.
-  __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
-    const int first_key = work.first_key + i * C::kKeys;
+  // The scores of a tile's first kColumns become weights, the others 0; true if the sums so far
+  // have to shrink.
+  template <int kColumns>
+  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
     float unit = scale;
     if (p.softcap > 0) {
-      cap_scores(scores, scale, p.softcap);
+      cap_scores<kColumns / 2>(scores, scale, p.softcap);
       unit = 1;
     }
     if constexpr (C::kMasked) {
-      if (first_key < bounds.z || first_key + C::kKeys > bounds.w) {
+      if (first_key < bounds.z || first_key + kColumns > bounds.w) {
         const int2 seen[2] = {cut(p, range[0]), cut(p, range[1])};
         const int2 relative[2] = {make_int2(seen[0].x - first_key, seen[0].y - first_key),
                                   make_int2(seen[1].x - first_key, seen[1].y - first_key)};
-        mask_scores<C::kKeys>(scores, relative);
+        mask_scores<kColumns>(scores, relative);
       }
-    } else if (i == work.num_tiles - 1) {
-      mask_end<C::kKeys>(scores, p.num_keys - first_key);
+    } else if (first_key + kColumns > p.num_keys) {
+      mask_end<kColumns>(scores, p.num_keys - first_key);
     }
-    return softmax.step(scores, unit);
+    return softmax.step<kColumns / 2>(scores, unit);
+  }
+
+  __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
+    const int first_key = work.first_key + i * C::kKeys;
+    const int stop_key = C::kMasked ? bounds.y : p.num_keys;
+    return first_key + C::kPart >= stop_key ? attend_columns<C::kPart>(softmax, first_key)
+                                            : attend_columns<C::kKeys>(softmax, first_key);
   }
 
   __device__ __forceinline__ void pass_scores() {

@@ -74,16 +74,16 @@ __device__ __forceinline__ uint32_t low_bits(int count) {
 }
 
 // Scores of keys outside of the two queries' ranges become -inf. A range is relative to the tile.
-template <int kKeys>
-__device__ __forceinline__ void mask_scores(float (&scores)[kKeys / 2], const int2 (&range)[2]) {
+template <int kColumns, int kAll>
+__device__ __forceinline__ void mask_scores(float (&scores)[kAll], const int2 (&range)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int from = scores_before(range[half].x), to = scores_before(range[half].y);
 #pragma unroll
-    for (int first = 0; first < kKeys / 4; first += 32) {
+    for (int first = 0; first < kColumns / 4; first += 32) {
       const uint32_t seen = low_bits(to - first) & ~low_bits(from - first);
 #pragma unroll
-      for (int i = 0; i < 32 && first + i < kKeys / 4; ++i) {
+      for (int i = 0; i < 32 && first + i < kColumns / 4; ++i) {
         float& score = scores[(first + i) / 2 * 4 + 2 * half + i % 2];
         if (!(seen >> i & 1)) score = -INFINITY;
       }
@@ -92,12 +92,11 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kKeys / 2], const in
 }
 
 // Scores of the columns from `count` on become -inf.
-template <int kKeys>
-__device__ __forceinline__ void mask_end(float (&scores)[kKeys / 2], int count) {
-  if (count >= kKeys) return;
+template <int kColumns, int kAll>
+__device__ __forceinline__ void mask_end(float (&scores)[kAll], int count) {
   const int to = scores_before(count);
 #pragma unroll
-  for (int i = 0; i < kKeys / 4; ++i) {
+  for (int i = 0; i < kColumns / 4; ++i) {
     float* pair = &scores[i / 2 * 4 + i % 2];
     if (i >= to) pair[0] = pair[2] = -INFINITY;
   }

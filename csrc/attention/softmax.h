@@ -26,9 +26,8 @@ __device__ __forceinline__ float of_query(float x, Combine combine) {
 
 // softcap * tanh(scale * s / softcap), in units of log2: tanh(x) = 1 - 2 / (exp(2 x) + 1) overflows
 // at neither end.
-template <int kCount>
-__device__ __forceinline__ void cap_scores(float (&scores)[kCount], float scale_log2,
-                                           float softcap) {
+template <int kCount, int kAll>
+__device__ __forceinline__ void cap_scores(float (&scores)[kAll], float scale_log2, float softcap) {
   constexpr float kLog2E = 1.4426950408889634f;
   const float inner = 2 * scale_log2 / softcap, outer = softcap * kLog2E;
 #pragma unroll
@@ -48,10 +47,11 @@ struct Softmax {
   float sum[2] = {0, 0};                      // of this thread's columns
   float shrink[2];
 
-  // Turns scores into weights relative to the maximum. True if that has grown for any query of the
-  // warp, and all that was summed before has to shrink.
-  template <int kCount>
-  __device__ __forceinline__ bool step(float (&scores)[kCount], float scale) {
+  // Turns the first kCount scores into weights relative to the maximum, the others, which nobody
+  // sees, into 0. True if the maximum has grown for any query of the warp, and all that was summed
+  // before has to shrink.
+  template <int kCount, int kAll>
+  __device__ __forceinline__ bool step(float (&scores)[kAll], float scale) {
     float largest[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -92,6 +92,8 @@ struct Softmax {
       }
       sum[half] += total[0] + total[1];
     }
+#pragma unroll
+    for (int i = kCount; i < kAll; ++i) scores[i] = 0;
     return grows;
   }
 
