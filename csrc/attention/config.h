@@ -28,9 +28,9 @@ struct Maps {
 };
 
 // What a block works on: its queries' tile, and the keys that any of them sees. Written by the
-// producer for the warpgroups that multiply.
-struct alignas(16)
-    Work {  // read 16 bytes at a time, or nvcc loses sight of it being the same for all lanes
+// producer for the warpgroups that multiply. Read 16 bytes at a time: else nvcc loses sight of it
+// being the same for all lanes, and spills registers.
+struct alignas(16) Work {
   int32_t batch, head, first_query;
   int32_t first_key;
   int32_t num_tiles;  // of keys; kNoMore behind the last piece of work

@@ -118,14 +118,13 @@ def fused_model(model: Any) -> Any:
     try:
         # A tower without anything to fuse is not worth loading.
         if hasattr(model, "from_pretrained"):
-            try:
-                fusion.register_fusion_patches(type(model), config, settings)
-            except ValueError as error:  # 5.17 refuses the towers that its weights' conversion renames
-                raise Unavailable(f"fusion_config is refused: {error}") from error
+            fusion.register_fusion_patches(type(model), config, settings)
         if not patching.get_patch_mapping():
             raise Unavailable("fusion_config changes nothing here: it is for a Conv3d in patch_embed")
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         fused = type(model).from_pretrained(None, config=config, state_dict=state, fusion_config=settings)
+    except ValueError as error:  # 5.17 refuses towers whose weights it renames, some only when they are loaded
+        raise Unavailable(f"fusion_config is refused: {error}") from error
     finally:
         patching.clear_patch_mapping()  # else it is applied to whatever is loaded next, by a part of the class name
     parameter = next(model.parameters())
