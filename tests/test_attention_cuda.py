@@ -61,6 +61,14 @@ def test_every_head_dim(dim, device):
     check(make_qkv(shape, torch.bfloat16, device), make_ranges("random", shape, device))
 
 
+@pytest.mark.parametrize("keys", [333, 1700])
+@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
+def test_dense_tiles(dim, keys, device):
+    """Without a mask the tile depends on the number of keys, and up to 256 queries on theirs."""
+    for queries in (200, 300):
+        check(make_qkv((2, 2, 1, queries, keys, dim, dim), torch.bfloat16, device))
+
+
 @pytest.mark.parametrize("view", QKV_VIEWS)
 def test_views(view, device):
     """As they come of fused projections; what the copy engine can't address is refused, and goes to another backend."""
@@ -119,6 +127,15 @@ def test_large_logits(device):
     q, k, v = (x.detach() for x in make_qkv((1, 1, 1, 20, 550, 64, 64), torch.bfloat16, device))
     for keys, values in ((k, v), (k.flip(1), v.flip(1))):
         check([q * 30, keys, values])
+
+
+@pytest.mark.parametrize("mask", ["dense", "causal"])
+def test_rising_logits(mask, device):
+    """The maximum grows from tile to tile, at first by less than what it may lag behind, then by more."""
+    shape = (1, 2, 2, 300, 900, 64, 64)
+    q, k, v = (x.detach() for x in make_qkv(shape, torch.bfloat16, device))
+    rise = torch.linspace(0.1, 8, 900, device=device)[None, :, None, None]
+    check([2 * q, (k * rise).bfloat16(), v], causal=mask == "causal")
 
 
 def test_nothing_to_see(device):
