@@ -8,7 +8,7 @@ from test_attention import MASKS, make_qkv, make_ranges
 from vlmkernels import BackendError, KeyRanges, attention
 from vlmkernels.ops.attention import _fwd
 from vlmkernels.testing import compare
-from vlmkernels.testing.inputs import QKV_VIEWS
+from vlmkernels.testing.inputs import NOT_ADDRESSABLE, QKV_VIEWS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
 
@@ -73,7 +73,7 @@ def test_dense_tiles(dim, keys, device):
 def test_views(view, device):
     """As they come of fused projections; what the copy engine can't address is refused, and goes to another backend."""
     q, k, v = QKV_VIEWS[view]((2, 70, 130, 4, 2, 72), torch.bfloat16, device)
-    if view in ("offset", "expanded"):
+    if view in NOT_ADDRESSABLE:
         with pytest.raises(BackendError, match="multiples? of 16 bytes"):
             attention(q, k, v, backend="cuda")
         assert compare(attention(q, k, v), attention(q.double(), k.double(), v.double(), backend="reference"), "gemm")

@@ -57,6 +57,8 @@ def expanded(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> QKV:
 QKV_VIEWS: dict[str, Callable[[Sizes, torch.dtype, torch.device], QKV]] = {
     make.__name__: make for make in (contiguous, transposed, packed_qkv, strided, offset, expanded)
 }
+#: Those that the copy engine of Hopper can't address, and the CUDA kernel refuses.
+NOT_ADDRESSABLE = ("offset", "expanded")
 
 
 def _normal(dtype: torch.dtype, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
