@@ -22,6 +22,8 @@ constexpr int kMaxQueryStages = 2;
 constexpr int kNoMore = -1;
 constexpr int kPanel = 64;  // columns
 constexpr int kRowBytes = 2 * kPanel;
+constexpr int kTailQueries = 8;  // at most
+constexpr int kTailWarps = 3;
 
 struct Maps {
   CUtensorMap queries, keys, values, out;
@@ -39,7 +41,8 @@ struct alignas(16) Work {
 
 // The order in which blocks take tiles of queries.
 struct Schedule {
-  int32_t tiles;  // of all heads
+  int32_t main_queries;  // of a head, in tiles; the others are a tail
+  int32_t tiles;         // of all heads
   int32_t tiles_of_head;
   int32_t chunk;  // tiles of a head at a time
   // Whoever is free takes the next tile. Else they are dealt out, in turns that shift: the last
@@ -62,9 +65,14 @@ struct Config {
   // What the launch gives to all threads alike, dealt out anew: more than that there is not, and a
   // warpgroup that asks for more waits for ever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters =
-      ((kGroups + 1) * kLaunchRegisters - kProducerRegisters) / kGroups / 8 * 8;
+  // Tails (tail.h) need more, and are taken apart where that leaves enough for scores, weights,
+  // sums and 40 others.
+  static constexpr int kTailRegisters = 80;
+  static constexpr int registers_beside(int producer) {
+    return ((kGroups + 1) * kLaunchRegisters - producer) / kGroups / 8 * 8;
+  }
+  static constexpr bool kTailsFit =
+      kWidth <= 80 && kKeys / 2 + kKeys / 4 + kWidth / 2 + 40 <= registers_beside(kTailRegisters);
   // Where no query of a warpgroup sees more of a tile than this, the rest has no part in the
   // softmax.
   static constexpr int kPart = kMasked ? kKeys / 32 * 16 : 32;
@@ -90,6 +98,13 @@ struct Config {
   // Without a mask all warpgroups see all tiles, and need not go through the keys of a tile of
   // queries before its first scores: those can begin before the tile before is stored.
   static constexpr bool kOverlapped = kStaged && !kMasked;
+  static constexpr bool kTails = kOverlapped && kTailsFit;
+  static constexpr int kProducerRegisters = kTails ? kTailRegisters : kGroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = registers_beside(kProducerRegisters);
+  // A tile is weighed with the maximum at hand, and its keys are kept until that turns out to do.
+  // Where memory is slow to bring rows that begin within its bursts, or two stages of keys are all
+  // there is, that costs more than it saves: D 88 5 %, D 104 3 %, D 256 2 % (H100).
+  static constexpr bool kTrusting = kWidth <= 80 || kWidth == 96 || kWidth == 128;
   static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
@@ -101,7 +116,11 @@ struct Config {
   static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 2 * kMaxQueryStages) * 8;
   // Of each warpgroup's queries: lo, hi, full_lo, full_hi.
   static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * static_cast<int>(sizeof(Work));
-  static constexpr int kSharedBytes = kBarriersAt + kExtraBytes;
+  // What two of the tail's warps have for the third: sums, maxima, sums of weights.
+  static constexpr int kExchangeAt = kBarriersAt + kExtraBytes;
+  static constexpr int kExchangeBytes =
+      kTails ? (kTailWarps - 1) * 32 * (ceil_div(kWidth, 16) * 4 + 4) * 4 : 0;
+  static constexpr int kSharedBytes = kExchangeAt + kExchangeBytes;
   static_assert(kSharedBytes <= kSharedLimit);
 };
 

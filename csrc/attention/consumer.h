@@ -14,6 +14,7 @@
 #include "attention/softmax.h"
 #include "attention/store.h"
 #include "common/hopper.h"
+#include "common/mma.h"
 #include "common/wgmma.h"
 #include "vlmkernels.h"
 
@@ -28,10 +29,10 @@ template <typename C>
 struct Consumer {
   const VlmkAttentionParams& p;
   const Maps& maps;
+  const Schedule& schedule;
   char* shared;
   Barriers barriers;
   int group;
-  float scale;  // of scores, to units of log2
   Ring<C::kQueryStages> queries{0};
   Ring<C::kStages> keys{0}, values{0};
 
@@ -74,8 +75,32 @@ struct Consumer {
     mma_commit();
   }
 
-  __device__ __forceinline__ void end_scores() {
-    keep(scores);
+  // This warp's scores of the same stage once more, by its own products.
+  __device__ __forceinline__ void multiply_keys_again() {
+    const int lane = lane_index(), first = static_cast<int>(threadIdx.x) / 32 * 16;
+    const uint32_t q =
+        shared_address(shared) + queries.stage * C::kQueryBytes + (first + lane % 16) * kRowBytes;
+    const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes +
+                       (lane % 8 + lane / 16 * 8) * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) scores[i] = 0;
+#pragma unroll 1
+    for (int step = 0; step < C::kDepth / 16; ++step) {
+      const int panel = step * 16 / kPanel, word = step * 2 % (kRowBytes / 16);
+      uint32_t a[4], b[4];
+      load_matrices(a, q + panel * C::kQueries * kRowBytes + ((word + lane / 16 ^ lane % 8) << 4));
+      const uint32_t rows =
+          k + panel * C::kKeys * kRowBytes + ((word + lane / 8 % 2 ^ lane % 8) << 4);
+#pragma unroll
+      for (int i = 0; i < C::kKeys / 16; ++i) {
+        load_matrices(b, rows + i * 16 * kRowBytes);
+        mma_add<typename C::Element>(&scores[8 * i], a, b[0], b[1]);
+        mma_add<typename C::Element>(&scores[8 * i + 4], a, b[2], b[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end_keys() {
     release(barriers.keys_empty(keys.stage));
     keys.advance();
   }
@@ -136,12 +161,12 @@ struct Consumer {
     if (C::kMasked && i == work.num_tiles - 1) clear_unseen();
   }
 
-  // The scores of a tile's first kColumns become weights, the others 0; true if the sums so far
-  // have to shrink.
+  // Softcap and mask, on the scores of a tile's first kColumns; their unit over log2.
   template <int kColumns>
-  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
+  __device__ __forceinline__ float finish_scores(int first_key) {
+    const float scale = p.scale * kLog2E;
     float unit = scale;
-    if (p.softcap > 0) {
+    if (C::kMasked && p.softcap > 0) {
       cap_scores<kColumns / 2>(scores, scale, p.softcap);
       unit = 1;
     }
@@ -155,14 +180,40 @@ struct Consumer {
     } else if (first_key + kColumns > p.num_keys) {
       mask_end<kColumns>(scores, p.num_keys - first_key);
     }
-    return softmax.step<kColumns / 2>(scores, unit);
+    return unit;
+  }
+
+  // No use any more for the keys of tile i, nor for the queries if it is the last.
+  __device__ __forceinline__ void end_scores(int i) {
+    end_keys();
+    if (i == end - 1) end_queries();
+  }
+
+  // The scores of a tile's first kColumns become weights, the others 0; true if the sums so far
+  // have to shrink. Whether the maximum must grow shows in the weights: to look for it beforehand
+  // would be a fifth of the softmax's instructions, which are what bounds it.
+  template <int kColumns>
+  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
+    const float unit = finish_scores<kColumns>(first_key);
+    if (C::kTrusting && softmax.settled) {
+      if (softmax.weigh<kColumns / 2>(scores, unit)) return false;
+      multiply_keys_again();
+      finish_scores<kColumns>(first_key);
+    }
+    const bool grows = softmax.raise<kColumns / 2>(scores, unit);
+    softmax.weigh<kColumns / 2>(scores, unit);
+    return grows;
   }
 
   __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
     const int first_key = work.first_key + i * C::kKeys;
     const int stop_key = C::kMasked ? bounds.y : p.num_keys;
-    return first_key + C::kPart >= stop_key ? attend_columns<C::kPart>(softmax, first_key)
-                                            : attend_columns<C::kKeys>(softmax, first_key);
+    if (!C::kTrusting) end_scores(i);
+    const bool grows = first_key + C::kPart >= stop_key
+                           ? attend_columns<C::kPart>(softmax, first_key)
+                           : attend_columns<C::kKeys>(softmax, first_key);
+    if (C::kTrusting) end_scores(i);
+    return grows;
   }
 
   __device__ __forceinline__ void pass_scores() {
@@ -205,7 +256,7 @@ struct Consumer {
       range[1] = range_of_query(p, work.batch, own + 8);
     } else {
       begin = 0;
-      end = first < p.num_queries ? work.num_tiles : 0;
+      end = first < schedule.main_queries ? work.num_tiles : 0;
     }
     return true;
   }
@@ -222,7 +273,6 @@ struct Consumer {
 
   // From the scores of the first tile on, which are there, until the last product is under way.
   __device__ __forceinline__ void attend_tiles(Softmax& softmax) {
-    if (begin == end - 1) end_queries();
     attend(softmax, begin);
     pack_weights<C>(weights, scores);
     for (int i = begin + 1; i < end; ++i) {
@@ -233,8 +283,7 @@ struct Consumer {
       start_sums(i - 1 > begin);
       pass_turn();
       mma_wait<1>();
-      end_scores();
-      if (i == end - 1) end_queries();
+      keep(scores);
       const bool grows = attend(softmax, i);
       mma_wait<0>();
       end_sums();
@@ -261,9 +310,9 @@ struct Consumer {
     if constexpr (C::kStaged) {
       const int stage = queries.stage ^ 1;
       const Work done = work_at(stage);
+      store_lse(p, done, own_query(done), softmax);
       store_staged<C>(p, maps.out, done, shared_address(shared) + stage * C::kQueryBytes, sums,
                       softmax);
-      store_lse(p, done, own_query(done), softmax);
     } else {
       store_direct<C>(p, work, own_query(work), sums, softmax);
       store_lse(p, work, own_query(work), softmax);
@@ -281,29 +330,29 @@ struct Consumer {
   __device__ __forceinline__ void run_overlapped() {
     bool more = take();
     begin_scores(more);
-    mma_wait<0>();
     while (more) {
-      end_scores();
-      Softmax softmax;
-      const bool idle = begin >= end;
-      if (!idle) {
+      mma_wait<0>();
+      keep(scores);
+      if (begin < end) {
+        Softmax softmax;
         attend_tiles(softmax);
-      } else {
-        end_queries();
-        pass_values(0);
-        pass_tiles(1, work.num_tiles);
-      }
-      queries.advance();
-      more = take();
-      begin_scores(more);
-      mma_wait<1>();
-      if (!idle) {
+        queries.advance();
+        more = take();
+        begin_scores(more);
+        mma_wait<1>();
         end_sums();
         store(softmax);
+      } else {
+        end_keys();
+        pass_values(0);
+        pass_tiles(1, work.num_tiles);
+        queries.advance();
+        more = take();
+        begin_scores(more);
       }
-      mma_wait<0>();
       end_store();
     }
+    mma_wait<0>();
   }
 
   __device__ __forceinline__ void run_apart() {
@@ -313,7 +362,7 @@ struct Consumer {
       if (begin < end) {
         begin_scores(true);
         mma_wait<0>();
-        end_scores();
+        keep(scores);
         attend_tiles(softmax);
         mma_wait<0>();
         end_sums();

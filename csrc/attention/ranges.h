@@ -16,6 +16,14 @@ namespace attention {
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 
+// threadIdx.x for what is seldom worked out: it is asked for anew, where nvcc would rather keep all
+// that depends on it in registers.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // [x, y) as it is given, which may reach beyond the keys; empty behind the last query.
 __device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int batch, int query) {
   if (query >= p.num_queries) return make_int2(0, 0);

@@ -7,6 +7,7 @@
 #include "attention/config.h"
 #include "attention/ranges.h"
 #include "common/float16.h"
+#include "common/hopper.h"
 
 namespace vlmk {
 namespace attention {
@@ -17,41 +18,43 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
-// Over the four threads that share a query.
-template <typename Combine>
-__device__ __forceinline__ float of_query(float x, Combine combine) {
-  x = combine(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return combine(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
+constexpr float kLog2E = 1.4426950408889634f;
 
 // softcap * tanh(scale * s / softcap), in units of log2: tanh(x) = 1 - 2 / (exp(2 x) + 1) overflows
 // at neither end.
 template <int kCount, int kAll>
 __device__ __forceinline__ void cap_scores(float (&scores)[kAll], float scale_log2, float softcap) {
-  constexpr float kLog2E = 1.4426950408889634f;
   const float inner = 2 * scale_log2 / softcap, outer = softcap * kLog2E;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    if (i % 8 == 0) stay_behind(softcap < 0);  // more of them at a time take more registers
     const float e = exp2_approximate(scores[i] * inner);
     scores[i] = outer - 2 * outer * __fdividef(1.0f, e + 1);
   }
 }
 
-// How far above the maximum a score may lie before the maximum follows, in units of log2. A weight
-// of 256 is as exact as one of 1, and sums seldom have to be rescaled: FlashAttention-4's rule for
-// Blackwell. With it D 64 at 8,192 keys gained 5 % (H100).
+// How far above the maximum a score may lie before the maximum follows, in units of log2, where it
+// is looked for. A weight of 256 is as exact as one of 1, and sums seldom have to be rescaled:
+// FlashAttention-4's rule for Blackwell. With it D 64 at 8,192 keys gained 5 % (H100).
 constexpr float kSlack = 8;
 
-struct Softmax {
-  float maximum[2] = {-INFINITY, -INFINITY};  // or up to kSlack less
+// What a thread's weights of a tile may add up to, for one query, without anybody looking for the
+// maximum again: 64 weights after it was looked for. fp16 holds up to 65,504.
+constexpr float kMost = 16384;
+
+// Of a thread's two queries. The lanes that share them differ in the bits from kFirstBit up to
+// before kLastBit.
+template <int kFirstBit, int kLastBit>
+struct SoftmaxOver {
+  float maximum[2] = {-INFINITY, -INFINITY};  // or less
   float sum[2] = {0, 0};                      // of this thread's columns
   float shrink[2];
+  bool settled = false;  // every query of the warp has a maximum
 
-  // Turns the first kCount scores into weights relative to the maximum, the others, which nobody
-  // sees, into 0. True if the maximum has grown for any query of the warp, and all that was summed
-  // before has to shrink.
+  // Looks for the maximum of the first kCount scores. True if it has grown for any query of the
+  // warp, and all that was summed before has to shrink.
   template <int kCount, int kAll>
-  __device__ __forceinline__ bool step(float (&scores)[kAll], float scale) {
+  __device__ __forceinline__ bool raise(const float (&scores)[kAll], float scale) {
     float largest[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -76,25 +79,47 @@ struct Softmax {
         shrink[half] = exp2_approximate(before - shift(half));
         sum[half] *= shrink[half];
       }
+      settled = __all_sync(kAllLanes, maximum[0] > -INFINITY && maximum[1] > -INFINITY);
     }
+    return grows;
+  }
+
+  // Turns the first kCount scores into weights relative to the maximum, the others, which nobody
+  // sees, into 0. False if the maximum is far too small for any query of the warp: then the scores
+  // are lost, and nothing has been added to the sums.
+  template <int kCount, int kAll>
+  __device__ __forceinline__ bool weigh(float (&scores)[kAll], float scale) {
+    float total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float minus = -shift(half);
-      float total[2] = {0, 0};
+      float part[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores[i + 2 * half + j];
           x = exp2_approximate(fmaf(x, scale, minus));
-          total[j] += x;
+          part[j] += x;
         }
       }
-      sum[half] += total[0] + total[1];
+      total[half] = part[0] + part[1];
     }
+    if (__any_sync(kAllLanes, total[0] > kMost || total[1] > kMost)) return false;
+    sum[0] += total[0], sum[1] += total[1];
 #pragma unroll
     for (int i = kCount; i < kAll; ++i) scores[i] = 0;
-    return grows;
+    return true;
+  }
+
+  // Over the lanes that share a query.
+  template <typename Combine>
+  static __device__ __forceinline__ float of_query(float x, Combine combine) {
+#pragma unroll
+    for (int bit = kFirstBit; bit < kLastBit; bit *= 2) {
+      x = combine(x, __shfl_xor_sync(kAllLanes, x, bit));
+    }
+    return x;
   }
 
   // A query that has seen no key yet has -inf, and -inf - -inf is NaN.
@@ -108,7 +133,16 @@ struct Softmax {
       sum[half] = of_query(sum[half], [](float x, float y) { return x + y; });
     }
   }
+
+  // After finish().
+  __device__ __forceinline__ float log_sum_exp(int half) const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum[half] == 0 ? -INFINITY : (maximum[half] + __log2f(sum[half])) * kLn2;
+  }
 };
+
+// Four neighbouring lanes share a query, as wgmma deals out its sums.
+using Softmax = SoftmaxOver<1, 4>;
 
 // Weights as the operand of the next product.
 template <typename C>

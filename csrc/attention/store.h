@@ -25,15 +25,11 @@ __device__ __forceinline__ uint32_t quotient(float x, float y, float total) {
 __device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Work& work, int own,
                                           const Softmax& softmax) {
   if (!p.lse) return;
-  constexpr float kLn2 = 0.6931471805599453f;
   float* lse = p.lse + (int64_t{work.batch} * p.num_heads + work.head) * p.num_queries;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = own + 8 * half;
-    const float total = softmax.sum[half];
-    if (lane_index() % 4 == 0 && query < p.num_queries) {
-      lse[query] = total == 0 ? -INFINITY : (softmax.maximum[half] + __log2f(total)) * kLn2;
-    }
+    if (thread_again() % 4 == 0 && query < p.num_queries) lse[query] = softmax.log_sum_exp(half);
   }
 }
 
@@ -43,7 +39,7 @@ __device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const
                                              const Work& work, uint32_t stage,
                                              const float (&sums)[C::kWidth / 2],
                                              const Softmax& softmax) {
-  const int lane = lane_index(), first = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int thread = thread_again(), lane = thread % 32, first = thread / 32 * 16;
   const uint32_t rows = stage + first * kRowBytes;
   // Rows of 128 bytes, swizzled: words of 16 bytes change places by the number of the row.
   const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);

@@ -122,7 +122,7 @@ def plan_attention_fwd(
     shape, lse_shape, device = (batch, queries, heads, v.shape[3]), (batch, heads, queries), q.device
     fp32 = q.new_empty(0, dtype=torch.float32)  # naming a dtype costs a microsecond
     # Blocks that are done take the next tile by counting.
-    int32 = q.new_empty(0, dtype=torch.int32) if causal or start is not None else None
+    int32 = q.new_empty(0, dtype=torch.int32) if causal or start is not None or softcap > 0 else None
     empty, no_keys = 0 in shape, k.shape[1] == 0
     behind = bytes(params)[_POINTERS.size :]
 
