@@ -120,7 +120,8 @@ typedef struct {
   const int32_t* stop;
   void* out;        /* [batch, num_queries, num_heads, value_dim] contiguous */
   float* lse;       /* [batch, num_heads, num_queries] contiguous, natural logarithm; or null */
-  int32_t* counter; /* one number, for this launch alone: with ranges, causal or softcap. Need not be set */
+  int32_t* counter; /* one number, for this launch alone: with ranges, causal or softcap. Need not
+                       be set */
   int64_t q_stride_b, q_stride_s, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;

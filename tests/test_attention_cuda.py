@@ -64,8 +64,8 @@ def test_every_head_dim(dim, device):
 @pytest.mark.parametrize("keys", [333, 1700])
 @pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
 def test_dense_tiles(dim, keys, device):
-    """Without a mask the tile depends on the number of keys, and up to 256 queries on theirs."""
-    for queries in (200, 300):
+    """Without a mask the tile depends on how many queries or keys there are."""
+    for queries in (200, 257, 300):
         check(make_qkv((2, 2, 1, queries, keys, dim, dim), torch.bfloat16, device))
 
 
@@ -138,6 +138,34 @@ def test_rising_logits(mask, device):
     check([2 * q, (k * rise).bfloat16(), v], causal=mask == "causal")
 
 
+@pytest.mark.parametrize("mask", ["dense", "causal"])
+@pytest.mark.parametrize("jump", [40, 3000, -3000])
+@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 128])
+def test_jumping_logits(dim, jump, mask, device):
+    """Later logits are so much larger that weights relative to the maximum so far overflow; or so much smaller."""
+    q, k, v = (x.detach().clone() for x in make_qkv((1, 2, 2, 150, 900, dim, dim), torch.bfloat16, device))
+    q[..., 0] = dim**0.5
+    k[:, :300, :, 0], k[:, 300:, :, 0] = 0, jump
+    check([q, k, v], causal=mask == "causal")
+
+
+@pytest.mark.parametrize("tail", [1, 5, 8, 9])
+@pytest.mark.parametrize("dim", [40, 64, 80])
+def test_tails(dim, tail, device):
+    """Without a mask, up to 8 queries behind a multiple of 64 go another way than those before them."""
+    for queries, keys in ((256 + tail, 256 + tail), (576 + tail, 100), (64 + tail, 333)):
+        q, k, v = (x.detach() for x in make_qkv((2, 4, 2, queries, keys, dim, dim), torch.bfloat16, device))
+        check([q, k, v])
+        out, exact = attention(q, k, v, backend="cuda"), attention(q.double(), k.double(), v.double(), backend="reference")
+        assert compare(out[:, -tail:], exact[:, -tail:], "gemm")
+        spoiled = q.clone()
+        spoiled[1, -1, 3], spoiled[0, 5, 1] = float("nan"), float("nan")
+        again = attention(spoiled, k, v, backend="cuda")
+        bad = again.isnan()
+        assert bad[1, -1, 3].all() and bad[0, 5, 1].all() and bad.sum() == 2 * dim
+        assert torch.equal(again[~bad], out[~bad])
+
+
 def test_nothing_to_see(device):
     q, k, v = (x.detach() for x in make_qkv((1, 2, 2, 70, 30, 64, 64), torch.bfloat16, device))
     nothing = torch.zeros(1, 70, dtype=torch.int32, device=device)
@@ -153,7 +181,7 @@ def test_nothing_to_see(device):
 @pytest.mark.parametrize("where", ["q", "k"])
 def test_offsets_past_2_31(where, device):
     """Rows so far apart that the last one lies past 2^31 elements."""
-    s, d = 300, 64
+    s, d = 257, 64
     wide = torch.empty(s * (1 << 23), dtype=torch.bfloat16, device=device)
     far = wide.as_strided((1, s, 1, d), (0, 1 << 23, d, 1)).normal_()
     near = torch.randn(1, s, 1, d, dtype=torch.bfloat16, device=device)
