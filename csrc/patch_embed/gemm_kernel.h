@@ -52,43 +52,48 @@ __device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, 
   }
 }
 
-// The thread's columns of its two tokens, 8 in every 32: first their positions, then what they come
-// to, which is stored little by little while the next tile is multiplied: stored at once, tokens
-// would hold up the products.
+// A thread's part of a tile: columns of two tokens.
+struct Part {
+  int row[2] = {-1, -1};  // of the result, -1 where there is no such patch
+  int column = 0;         // the first: there are 8 in every 32
+
+  __device__ __forceinline__ bool there(const VlmkPatchEmbedParams& p, int h, int g) const {
+    return row[h] >= 0 && column + 32 * g < p.dim;
+  }
+};
+
+// What a part comes to. Eights of it are stored one after another while the next tile is
+// multiplied, and give way to the positions of that one. All at once they would hold up its
+// products.
 template <typename C>
 struct Tokens {
   using Token = typename C::Token;
   uint4 eights[2][C::kEights];
-  int row[2] = {-1, -1};  // of the result, -1 where there is no such patch
-  int column = 0;         // the first
+  Part part;
 
-  __device__ __forceinline__ void load_positions(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                                 const int (&patch)[2], int column) {
+  __device__ __forceinline__ void store(const VlmkPatchEmbedParams& p, int g) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int image = s.grid.divide(patch[h]), n = patch[h] - image * s.grid.divisor;
-      const auto* pos = static_cast<const Token*>(p.pos) + image * p.pos_stride_b +
-                        (n + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + column;
-#pragma unroll
-      for (int g = 0; g < C::kEights; ++g) {
-        const bool add = p.pos && patch[h] < s.patches && column + 32 * g < p.dim;
-        eights[h][g] = load_global(pos + 32 * g, add);
-      }
+      auto* out = static_cast<Token*>(p.out) + int64_t{part.row[h]} * p.dim + part.column;
+      if (part.there(p, h, g)) *reinterpret_cast<uint4*>(out + 32 * g) = eights[h][g];
     }
   }
 
-  __device__ __forceinline__ void add_up(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                         const int (&patch)[2], int first_column,
-                                         const float (&sum)[C::kSums]) {
-    column = first_column;
+  __device__ __forceinline__ void load_positions(const VlmkPatchEmbedParams& p, const Part& next,
+                                                 const Token* const (&positions)[2], int g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int before = (s.grid.divide(patch[h]) + 1) * p.num_prefix;
-      row[h] = patch[h] < s.patches ? patch[h] + before : -1;
+      eights[h][g] = load_global(positions[h] + 32 * g, p.pos && next.there(p, h, g));
     }
-    const auto* bias = static_cast<const Token*>(p.bias) + column;
+  }
+
+  // The part whose positions were loaded.
+  __device__ __forceinline__ void add_up(const VlmkPatchEmbedParams& p, const Part& next_part,
+                                         const float (&sum)[C::kSums]) {
+    part = next_part;
+    const auto* bias = static_cast<const Token*>(p.bias) + part.column;
     const auto load_bias = [&](int g) {
-      return load_global(bias + 32 * g, p.bias && column + 32 * g < p.dim);
+      return load_global(bias + 32 * g, p.bias && part.column + 32 * g < p.dim);
     };
     uint4 next = load_bias(0);
 #pragma unroll
@@ -108,20 +113,13 @@ struct Tokens {
       }
     }
   }
-
-  __device__ __forceinline__ void store(const VlmkPatchEmbedParams& p, int g) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      auto* out = static_cast<Token*>(p.out) + int64_t{row[h]} * p.dim + column + 32 * g;
-      if (row[h] >= 0 && column + 32 * g < p.dim) *reinterpret_cast<uint4*>(out) = eights[h][g];
-    }
-  }
 };
 
 // All tiles of one warpgroup.
 template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
                                             int group, Ring<C> ring) {
+  using Token = typename C::Token;
   const int lane = lane_index();
   // Of two patches that are copied as one, each warpgroup takes one.
   const uint64_t pixels = row_descriptor(
@@ -137,8 +135,8 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     const uint32_t slot = ring.slot * C::kStageBytes >> 4;
 #pragma unroll
     for (int i = 0; i < kStageRows; ++i) {
-      mma<typename C::Token, C::kColumns>(sum, pixels + slot + i * pixels_step,
-                                          weights + slot + (i * kPatch * 2 >> 4), !first || i > 0);
+      mma<Token, C::kColumns>(sum, pixels + slot + i * pixels_step,
+                              weights + slot + (i * kPatch * 2 >> 4), !first || i > 0);
     }
     mma_commit();
     meanwhile();
@@ -148,27 +146,36 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
   };
 #pragma unroll 1
   for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles; tile += gridDim.x) {
-#pragma unroll
-    for (int step = 0; step < C::kEights; ++step) {
-      multiply(step == 0, [&] { tokens.store(p, step); });
-    }
-    const int row = s.column_tiles.divide(tile);
-    const int column = (tile - row * s.column_tiles.divisor) * C::kColumns + lane % 4 * 8;
-    int patch[2];
+    const int row_tile = s.column_tiles.divide(tile);
+    const int column_tile = tile - row_tile * s.column_tiles.divisor;
+    Part part;
+    part.column = column_tile * C::kColumns + lane % 4 * 8;
+    const Token* positions[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int own = group_thread() / 32 * 16 + 8 * h + lane / 4;
-      patch[h] = row * kPatches + (s.in_pairs() ? 2 * own + group : 64 * group + own);
+      const int patch = row_tile * kPatches + (s.in_pairs() ? 2 * own + group : 64 * group + own);
+      const int image = s.grid.divide(patch), n = patch - image * s.grid.divisor;
+      if (patch < s.patches) part.row[h] = patch + (image + 1) * p.num_prefix;
+      positions[h] = static_cast<const Token*>(p.pos) + image * p.pos_stride_b +
+                     (n + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + part.column;
     }
-    tokens.load_positions(p, s, patch, column);
-    stay_behind(p.batch < 0);
+#pragma unroll
+    for (int step = 0; step <= C::kEights; ++step) {
+      multiply(step == 0, [&] {
+        if (step < C::kEights) tokens.store(p, step);
+        // One behind: the registers of this step's may still be read.
+        if (step > 0) tokens.load_positions(p, part, positions, step - 1);
+        stay_behind(p.batch < 0);  // ptxas would put the loads of all steps in one place
+      });
+    }
 #pragma unroll 1
-    for (int step = C::kEights; step < s.steps; ++step) multiply(false, [] {});
+    for (int step = C::kEights + 1; step < s.steps; ++step) multiply(false, [] {});
     mma_wait<0>();
     if (group_thread() == 0) barrier_arrive(ring.empty_before());
     // ptxas would unpack the positions, and so wait for them, before the last products.
     stay_behind(p.batch < 0);
-    tokens.add_up(p, s, patch, column, sum);
+    tokens.add_up(p, part, sum);
   }
 #pragma unroll
   for (int g = 0; g < C::kEights; ++g) tokens.store(p, g);
