@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which variant of the kernel runs, how tiles are dealt out, and where the copy engine finds them.
 #include <algorithm>
+#include <atomic>
 
 #include "common/launch.h"
 #include "common/tensor_map.h"
@@ -42,44 +43,60 @@ int encode_maps(Maps& maps, const VlmkPatchEmbedParams& p, int run, int columns)
                       {kStageDepth, 2, static_cast<cuuint32_t>(columns / 8), 4});
 }
 
+// The GPU's multiprocessors, each of which holds one block of either variant.
+template <typename Narrow, typename Wide>
+int multiprocessors(int& count) {
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0;
+  const int code = current_device(device);
+  if (code) return code;
+  count = known[device].load(std::memory_order_relaxed);
+  if (count > 0) return 0;
+  constexpr cudaFuncAttribute kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_gemm_kernel<Narrow>, kShared, Narrow::kSharedBytes));
+  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_gemm_kernel<Wide>, kShared, Wide::kSharedBytes));
+  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  known[device].store(count, std::memory_order_relaxed);
+  return 0;
+}
+
 template <typename C>
-int launch_variant(const VlmkPatchEmbedParams& p, const Schedule& s, int processors, void* stream) {
-  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_gemm_kernel<C>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+int run(const VlmkPatchEmbedParams& p, const Schedule& s, int blocks, void* stream) {
   Maps maps;
   const int code = encode_maps(maps, p, s.run_bytes / 2, C::kColumns);
   if (code) return code;
-  return launch("patch_embed_gemm_kernel", patch_embed_gemm_kernel<C>,
-                dim3(std::min(s.tiles, processors)), dim3(kThreads), C::kSharedBytes, stream, p, s,
-                maps);
+  return launch("patch_embed_gemm_kernel", patch_embed_gemm_kernel<C>, dim3(blocks), dim3(kThreads),
+                C::kSharedBytes, stream, p, s, maps);
 }
 
-// With 256 or 192 columns in a tile, whichever is done first.
+// With 192 or 256 columns in a tile, whichever is done first.
 template <typename Token>
 int embed_tokens(const VlmkPatchEmbedParams& p, void* stream) {
-  int device = 0, processors = 0;
-  const int code = current_device(device);
+  using Narrow = Config<Token, 192>;
+  using Wide = Config<Token, 256>;
+  int processors = 0;
+  const int code = multiprocessors<Narrow, Wide>(processors);
   if (code) return code;
-  VLMK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int patches = p.batch * p.grid_y * p.grid_x, row_tiles = ceil_div(patches, kPatches);
-  const int run = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;
+  const int run_length = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;
   const auto tiles = [&](int columns) { return row_tiles * ceil_div(p.dim, columns); };
   // A tile costs more than its columns: copies of its pixels, which take twice as long where they
   // are of one patch, and its end. As long as so many more columns (H100):
-  const int more = run == kPatch ? 160 : 48;
+  const int more = run_length == kPatch ? 160 : 48;
   const auto cost = [&](int columns) {
     return int64_t{ceil_div(tiles(columns), processors)} * (columns + more);
   };
-  const int columns = cost(256) <= cost(192) ? 256 : 192;
+  const bool wide = cost(Wide::kColumns) <= cost(Narrow::kColumns);
+  const int columns = wide ? Wide::kColumns : Narrow::kColumns;
   const Schedule s{patches,
                    tiles(columns),
                    ceil_div(depth_of(p), kStageDepth),
-                   2 * run,
+                   2 * run_length,
                    Divisor(ceil_div(p.dim, columns)),
                    Divisor(p.grid_y * p.grid_x),
                    Divisor(p.grid_x)};
-  return columns == 256 ? launch_variant<Config<Token, 256>>(p, s, processors, stream)
-                        : launch_variant<Config<Token, 192>>(p, s, processors, stream);
+  const int blocks = std::min(s.tiles, processors);
+  return wide ? run<Wide>(p, s, blocks, stream) : run<Narrow>(p, s, blocks, stream);
 }
 
 int embed(const VlmkPatchEmbedParams& p, void* stream) {

@@ -23,7 +23,9 @@ constexpr int kPatches = 64 * kGroups;  // of a tile
 constexpr int kStageRows = 4;           // rows of pixels of each patch
 constexpr int kStageDepth = kStageRows * kPatch;
 constexpr int kStepBytes = kPatches * kPatch * 2;  // one row of pixels of each patch
+// Together no more than a block of this size is launched with: more are waited for without end.
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
 
 // Copies of pixels, a map for each channel, and of weights.
 struct Maps {
