@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 4
+#define VLMK_ABI_VERSION 5
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -64,15 +64,15 @@ VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
 #define VLMK_FLOAT16 1
 #define VLMK_BFLOAT16 2
 
-/* Images of 3 channels in patches of 14 x 14 or 16 x 16 pixels. Token n of image b, behind the
- * image's num_prefix prefix tokens:
+/* Images of 3 channels in patches of 14 x 14 or 16 x 16 pixels, or rows of pixels that are patches
+ * already. Token n of image b, behind the image's num_prefix prefix tokens:
  *   total = sum_k pixel[k] weight[k] + bias + pos
  *   out = norm_weight ? LayerNorm(total) : total
  * The pointers pixels, weight, prefix, pos, out and total and the strides of pixels are multiples
  * of 16 bytes; dim and the strides of pos are multiples of 8. */
 typedef struct {
   const void* pixels; /* patch (b, gy, gx): columns gx * patch and on, contiguous */
-  const void* weight; /* [dim, 3 * patch * patch] contiguous, in token_type like all that follow */
+  const void* weight; /* [dim, pixels of a patch] contiguous, in token_type like all that follow */
   const void* bias;   /* [dim] or null */
   const void* prefix; /* [num_prefix, dim] */
   const void* pos;    /* rows of dim, or null; of the patches only unless pos_on_prefix */
@@ -89,7 +89,8 @@ typedef struct {
   int32_t batch;
   int32_t grid_y;
   int32_t grid_x;
-  int32_t patch;
+  int32_t patch; /* 14 or 16; 0 for rows: grid_y of them, pixel_stride_gy apart, grid_x being 1 */
+  int32_t depth; /* pixels of a row, in the order of the weight's columns; of rows only */
   int32_t dim;
   int32_t num_prefix;
   int32_t pos_on_prefix;

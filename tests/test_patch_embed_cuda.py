@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ FLAVOURS = {
     "one row of 9": Flavour((7, 3, 20, 128), (14, 14), 9, dim=8, pos="none"),
     "one patch": Flavour((1, 3, 16, 16), (16, 16), 1, dim=32, bias=False, pos="none"),
     "4 side by side": Flavour((9, 3, 64, 64), (16, 16), 16, dim=264, prefix=2),
+    "vit-l, rows of 21": Flavour((2, 3, 336, 336), (16, 16), 441, dim=1024, prefix=1),
+    "siglip2 of 16 pixels": Flavour((1, 3, 384, 384), (16, 16), 576, dim=1152),
+    "a column of 4": Flavour((5, 3, 64, 16), (16, 16), 4, dim=392, bias=False, prefix=1, pos="batch"),
     # So many tiles that warpgroups take turns.
     "clip-l, 128 images": replace(CLIP, pixels=(128, 3, 112, 112)),
     "vit-b, 96 images": Flavour((96, 3, 224, 224), (16, 16), 196, dim=768, prefix=1),
@@ -66,6 +70,9 @@ TAKEN = {
 }
 
 
+SMALL, LARGE, GEMM = "patch_embed_small_kernel", "patch_embed_kernel", "patch_embed_gemm_kernel"
+
+
 def capacity(flavour: Flavour, device: torch.device) -> int:
     """At most so many images are taken by the kernel for few patches: it makes a tile on each multiprocessor at once."""
     tiles = torch.cuda.get_device_properties(device).multi_processor_count // -(-flavour.dim // 128)
@@ -82,8 +89,7 @@ def kernels(function: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
-    names = ("patch_embed_small_kernel", "patch_embed_kernel")
-    return [name for event in profile.events() for name in names if name in event.name]
+    return [name for event in profile.events() for name in (SMALL, LARGE, GEMM) if name in event.name]
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
@@ -123,7 +129,7 @@ def test_who_takes_a_model(name: str, uint8: bool, device: torch.device) -> None
     flavour = of_images(MODELS[name], many)
     tensors = flavour.inputs(torch.bfloat16, device, uint8)
     exact = stock(flavour, double(tensors))
-    for images, kernel in ((1, "patch_embed_small_kernel"), (few, "patch_embed_small_kernel"), (many, "patch_embed_kernel")):
+    for images, kernel in ((1, SMALL), (few, SMALL), (many, GEMM if (name, uint8) == ("vit-b", False) else LARGE)):
         batch = tensors | {"pixels": tensors["pixels"][:images]}
         assert compare(embed(flavour, batch, backend="cuda"), exact[:images], "gemm")
         assert kernels(lambda t=batch: embed(flavour, t, backend="cuda")) == [kernel]  # type: ignore[misc]
@@ -137,7 +143,7 @@ def test_few_patches_become_many(uint8: bool, device: torch.device) -> None:
     few = torch.cuda.get_device_properties(device).multi_processor_count * patches // flavour.grid
     tensors = of_images(flavour, few + 1).inputs(torch.bfloat16, device, uint8)
     exact = stock(flavour, double(tensors))
-    for images, kernel in ((few, "patch_embed_small_kernel"), (few + 1, "patch_embed_kernel")):
+    for images, kernel in ((few, SMALL), (few + 1, LARGE if uint8 else GEMM)):
         pixels = tensors["pixels"][:images]
         assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), exact[:images], "gemm")
         assert kernels(lambda p=pixels: embed(flavour, tensors | {"pixels": p}, backend="cuda")) == [kernel]  # type: ignore[misc]
@@ -211,16 +217,17 @@ def aligned_layouts(pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("images", [3, 503], ids=["few", "many"])
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("patch", [14, 16])
-def test_layouts(patch: int, uint8: bool, device: torch.device) -> None:
-    flavour = Flavour((3, 3, 5 * patch + 1, 112), (patch, patch), 5 * (112 // patch), dim=64, prefix=1)
+def test_layouts(patch: int, uint8: bool, images: int, device: torch.device) -> None:
+    flavour = Flavour((images, 3, 5 * patch + 1, 112), (patch, patch), 5 * (112 // patch), dim=64, prefix=1)
     tensors = flavour.inputs(torch.float16, device, uint8)
     exact = stock(flavour, double(tensors))
     for name, pixels in aligned_layouts(tensors["pixels"]).items():
         assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), exact, "gemm"), name
-    expanded = tensors["pixels"][:1].expand(3, -1, -1, -1)
-    assert compare(embed(flavour, tensors | {"pixels": expanded}, backend="cuda"), exact[:1].expand(3, -1, -1), "gemm")
+    expanded = tensors["pixels"][:1].expand(images, -1, -1, -1)
+    assert compare(embed(flavour, tensors | {"pixels": expanded}, backend="cuda"), exact[:1].expand(images, -1, -1), "gemm")
 
 
 def test_parameters_of_any_stride(device: torch.device) -> None:
@@ -315,6 +322,99 @@ def test_offsets_past_32_bits(side: int, dim: int, device: torch.device) -> None
     pixels = far.as_strided(flavour.pixels, (2**32, side * side, side, 1))
     pixels.copy_(tensors["pixels"])
     assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), stock(flavour, double(tensors)), "gemm")
+
+
+def test_offsets_past_32_bits_in_pixels_of_16(device: torch.device) -> None:
+    flavour = Flavour((2, 3, 1024, 1024), (16, 16), 4096, dim=392)
+    tensors = flavour.inputs(torch.bfloat16, device)
+    far = torch.zeros(2**31 + 2**22, dtype=torch.bfloat16, device=device)
+    pixels = far.as_strided(flavour.pixels, (2**31, 2**20, 1024, 1))
+    pixels.copy_(tensors["pixels"])
+    assert kernels(lambda: embed(flavour, tensors | {"pixels": pixels}, backend="cuda")) == [GEMM]
+    assert compare(embed(flavour, tensors | {"pixels": pixels}, backend="cuda"), stock(flavour, double(tensors)), "gemm")
+
+
+def rows_of(shape: tuple[int, ...], patch: tuple[int, ...], columns: str = "cyx", **changes: Any) -> Flavour:
+    options = {"layout": "rows", "columns": columns}
+    return replace(Flavour(shape, patch, shape[-2], weight="linear", options=options), **changes)
+
+
+#: Rows of both orders, in one image or several.
+ROWS = {
+    "qwen3-vl": rows_of((4000, 1536), (2, 16, 16), dim=1152),
+    "rows of 1152, no bias": rows_of((1601, 1152), (2, 12, 16), dim=1280, bias=False),
+    "naflex": rows_of((4, 401, 768), (16, 16), "yxc", dim=1152, pos="batch"),
+    "naflex with a class token": rows_of((16, 99, 768), (16, 16), "yxc", dim=392, prefix=1, pos="batch"),
+    "tokens of one image": rows_of((1, 1601, 768), (16, 16), dim=200, prefix=3, pos="patches"),
+    "two rows of each image": rows_of((800, 2, 768), (16, 16), "yxc", dim=8, prefix=1, pos="none"),
+    "70,000 rows, as short as they may be": rows_of((70_000, 576), (1, 24, 24), dim=40, channels=1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str, dtype: str, device: torch.device) -> None:
+    flavour = ROWS[name]
+    tensors = flavour.inputs(DTYPES[dtype], device)
+    exact = stock(flavour, double(tensors))
+    out = embed(flavour, tensors, backend="cuda")
+    assert compare(out, exact, "gemm")
+    assert torch.equal(out, embed(flavour, tensors, backend="cuda"))
+    assert kernels(lambda: embed(flavour, tensors, backend="cuda")) == [GEMM]
+
+
+def test_views_of_rows(device: torch.device) -> None:
+    flavour = ROWS["naflex"]
+    tensors = flavour.inputs(torch.bfloat16, device)
+    exact = stock(flavour, double(tensors))
+    pixels, weight = tensors["pixels"], tensors["weight"]
+    wider = torch.full((8, 450, 776), float("nan"), device=device, dtype=torch.bfloat16)[1::2, 3:404, :768]
+    wider.copy_(pixels)
+    transposed = pixels.transpose(0, 1).contiguous().transpose(0, 1)
+    for view in (wider, transposed):
+        assert compare(embed(flavour, tensors | {"pixels": view}, backend="cuda"), exact, "gemm")
+    conv = weight.view(-1, 16, 16, 3).permute(0, 3, 1, 2).contiguous()
+    assert compare(embed(flavour, tensors | {"weight": conv}, backend="cuda"), exact, "gemm")
+    odd = torch.zeros(4, 401, 772, device=device, dtype=torch.bfloat16)[..., :768]
+    odd.copy_(pixels)
+    with pytest.raises(BackendError, match="a stride of pixels of .* elements: multiples of 16 bytes"):
+        embed(flavour, tensors | {"pixels": odd}, backend="cuda")
+
+
+def test_rows_of_still_images(device: torch.device) -> None:
+    flavour = ROWS["qwen3-vl"]
+    tensors = flavour.inputs(torch.bfloat16, device)
+    once = torch.randn(4000, 768, device=device, dtype=torch.bfloat16)
+    repeated = once.view(4000, 3, 1, 256).expand(-1, -1, 2, -1).reshape(4000, 1536)
+    exact = stock(flavour, double(tensors | {"pixels": repeated}))
+    assert compare(embed(flavour, tensors | {"pixels": once}, backend="cuda"), exact, "gemm")
+
+
+def test_nan_stays_in_its_row(device: torch.device) -> None:
+    flavour = ROWS["qwen3-vl"]
+    tensors = flavour.inputs(torch.bfloat16, device)
+    exact = stock(flavour, double(tensors))
+    for row in (0, 127, 128, 3999):
+        tensors["pixels"][row, 1535] = float("nan")
+        exact[row] = float("nan")
+    assert compare(embed(flavour, tensors, backend="cuda"), exact, "gemm")
+
+
+def test_rows_that_it_leaves_to_others(device: torch.device) -> None:
+    flavour = ROWS["qwen3-vl"]
+    tensors = flavour.inputs(torch.bfloat16, device)
+    with pytest.raises(BackendError, match="rows with nothing to add"):
+        embed(replace(flavour, pos="none"), {key: t for key, t in tensors.items() if key != "pos_embed"}, backend="cuda")
+    for others, reason in (
+        (rows_of((1600, 1176), (2, 14, 14), dim=64), "rows of 1176 pixels: multiples of 64, at least 576"),
+        (rows_of((1600, 192), (8, 8), dim=64), "rows of 192 pixels: multiples of 64, at least 576"),
+        (rows_of((3, 511, 768), (16, 16), dim=64), "1533 rows: at least 1536"),
+    ):
+        with pytest.raises(BackendError, match=reason):
+            embed(others, others.inputs(torch.bfloat16, device), backend="cuda")
+    normed = replace(flavour, norm=True)
+    with pytest.raises(BackendError, match="rows: of 16 bits, without a norm"):
+        embed(normed, normed.inputs(torch.bfloat16, device), backend="cuda")
 
 
 def test_no_images(device: torch.device) -> None:

@@ -13,41 +13,84 @@
 
 namespace vlmk {
 
-// A tensor [batch, rows, heads, columns] of 16-bit floats, columns contiguous, strides in elements
-// and multiples of 8; where there is one batch or one head, its stride does not matter. A tile is
-// `tile_rows` rows of 64 columns of one head, swizzled in 128 bytes; what lies outside of the
-// tensor is 0.
-inline int encode_tensor_map(CUtensorMap& map, const void* data, bool half, int64_t batch,
-                             int64_t rows, int64_t heads, int64_t columns, int64_t stride_b,
-                             int64_t stride_s, int64_t stride_h, int tile_rows) {
+// A function of the driver that is there: the library itself links to none. Each is known by its
+// type.
+template <typename Function>
+int find_in_driver(const char* name, Function*& function) {
   static std::atomic<void*> known{nullptr};
   void* found = known.load(std::memory_order_relaxed);
   if (!found) {
-    // Asked of the driver that is there: the library itself links to none.
     cudaDriverEntryPointQueryResult result;
-    VLMK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                               cudaEnableDefault, &result));
-    VLMK_CHECK(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+    VLMK_CUDA(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
+    VLMK_CHECK(result == cudaDriverEntryPointSuccess, "the driver has no %s", name);
     known.store(found, std::memory_order_relaxed);
   }
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  const auto bytes = [](int64_t count, int64_t stride) {
-    return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
-  };
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                              static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[] = {bytes(rows, stride_s), bytes(heads, stride_h),
-                                bytes(batch, stride_b)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(tile_rows), 1, 1};
+  function = reinterpret_cast<Function*>(found);
+  return 0;
+}
+
+inline CUtensorMapDataType map_type(bool half) {
+  return half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+// A tensor of four dimensions, the first of them contiguous, of 16-bit floats, with strides in
+// bytes; a tile is a box of it, swizzled in 128 bytes; what lies outside of the tensor is 0.
+inline int encode_tiles(CUtensorMap& map, const void* data, bool half, const cuuint64_t (&sizes)[4],
+                        const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4]) {
+  decltype(cuTensorMapEncodeTiled)* encode = nullptr;
+  const int missing = find_in_driver("cuTensorMapEncodeTiled", encode);
+  if (missing) return missing;
   const cuuint32_t steps[] = {1, 1, 1, 1};
   // No promotion in L2: with a head's row of 144 or 160 bytes come neighbours that nobody reads
   // yet. In lines of 256 bytes, D 72 at 4,096 keys ran at 430 TFLOP/s instead of 508 (H100).
   const CUresult code =
-      encode(&map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, map_type(half), 4, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VLMK_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", static_cast<int>(code));
+  return 0;
+}
+
+// A tensor [batch, rows, heads, columns] of 16-bit floats, columns contiguous, strides in elements
+// and multiples of 8; where there is one batch or one head, its stride does not matter. A tile is
+// `tile_rows` rows of 64 columns of one head.
+inline int encode_tensor_map(CUtensorMap& map, const void* data, bool half, int64_t batch,
+                             int64_t rows, int64_t heads, int64_t columns, int64_t stride_b,
+                             int64_t stride_s, int64_t stride_h, int tile_rows) {
+  const auto bytes = [](int64_t count, int64_t stride) {
+    return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
+  };
+  return encode_tiles(map, data, half,
+                      {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                       static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)},
+                      {bytes(rows, stride_s), bytes(heads, stride_h), bytes(batch, stride_b)},
+                      {64, static_cast<cuuint32_t>(tile_rows), 1, 1});
+}
+
+// A tensor [batch, depth, height, width, columns] of 16-bit floats, columns contiguous, the other
+// strides in bytes. A copy gathers `count` runs of 16, 32 or 64 columns, from one place to the next
+// along width, height and batch, at the depth that it names; they are swizzled in as many bytes as
+// a run has, and 0 behind the last column and the last image. Dimensions may overlap and lie in any
+// order.
+inline int encode_gathering(CUtensorMap& map, const void* data, bool half,
+                            const cuuint64_t (&sizes)[5], const cuuint64_t (&strides)[4], int run,
+                            int count) {
+  decltype(cuTensorMapEncodeIm2col)* encode = nullptr;
+  const int missing = find_in_driver("cuTensorMapEncodeIm2col", encode);
+  if (missing) return missing;
+  // The window of a convolution that is as deep as the tensor, and so has one place along depth.
+  // Corners are in the order of width, height, depth, contrary to the manual.
+  const int from[] = {0, 0, 0}, to[] = {0, 0, 1 - static_cast<int>(sizes[3])};
+  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+  const CUtensorMapSwizzle swizzle = run == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
+                                     : run == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                 : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUresult code =
+      encode(&map, map_type(half), 5, const_cast<void*>(data), sizes, strides, from, to,
+             static_cast<cuuint32_t>(run), static_cast<cuuint32_t>(count), steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  VLMK_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeIm2col: error %d", static_cast<int>(code));
   return 0;
 }
 
@@ -62,6 +105,18 @@ __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMa
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
       "%3, %4, %5}], [%6];" ::"r"(destination),
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier)
+      : "memory");
+}
+
+// Starts the copy of runs from (x, y, batch) on.
+__device__ __forceinline__ void copy_gathered(uint32_t destination, const CUtensorMap& map,
+                                              int column, int x, int y, int batch, int depth,
+                                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, 0, %5}], [%6], {0, 0, %7};" ::"r"(destination),
+      "l"(&map), "r"(column), "r"(x), "r"(y), "r"(batch), "r"(barrier),
+      "h"(static_cast<uint16_t>(depth))
       : "memory");
 }
 

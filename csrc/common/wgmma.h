@@ -39,6 +39,13 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, uint32
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// The same with rows of 32, 64 or 128 bytes, swizzled over as many, for K along the rows.
+__device__ __forceinline__ uint64_t row_descriptor(uint32_t address, int row_bytes) {
+  const unsigned swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return ((address & 0x3ffff) >> 4) | uint64_t{static_cast<uint32_t>(row_bytes) >> 1} << 32 |
+         uint64_t{swizzle} << 62;
+}
+
 // Reads of these registers stay behind this place, writes before it: what runs meanwhile is known
 // to nobody but the hardware.
 template <typename T, int kCount>

@@ -67,15 +67,33 @@ struct Schedule {
   Divisor grid_y;  // rows of an image
 };
 
+// What a token's type T is to the kernels: pairs of it, and the way to floats and back.
+template <typename T>
+struct TokenType {
+  using Token = T;
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+  __device__ static float to_float(__half x) { return __half2float(x); }
+  __device__ static float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+  __device__ static float2 to_floats(__half2 x) { return __half22float2(x); }
+  __device__ static float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+  __device__ static Pair from_bits(uint32_t x) { return *reinterpret_cast<Pair*>(&x); }
+  __device__ static Token to_token(float x) {
+    if constexpr (std::is_same_v<Token, __half>) {
+      return __float2half_rn(x);
+    } else {
+      return __float2bfloat16_rn(x);
+    }
+  }
+};
+
 template <int kPatch_, int kColumns_, typename Pixel_, typename Token_, bool kNormed_>
-struct Config {
+struct Config : TokenType<Token_> {
   using Pixel = Pixel_;
-  using Token = Token_;
   // uint8 is multiplied as it is, less 128. The folded weight is a whole number of 16 bits, each
   // half of which is a column of bytes.
   static constexpr bool kFold = std::is_same_v<Pixel, uint8_t>;
   using Sum = std::conditional_t<kFold, int32_t, float>;
-  using Pair = std::conditional_t<std::is_same_v<Token, __half>, __half2, __nv_bfloat162>;
 
   static constexpr bool kNormed = kNormed_;
   static constexpr int kPatch = kPatch_;      // pixels, in both directions
@@ -136,19 +154,6 @@ struct Config {
     // Two lanes that are read together are 64 bytes apart: see kPitch.
     if constexpr (kRowBytes == 32) i = (i & 4) | (i & 1) << 1 | (i >> 1 & 1);
     return 16 * warp + 8 * h + i;
-  }
-
-  __device__ static float to_float(__half x) { return __half2float(x); }
-  __device__ static float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-  __device__ static float2 to_floats(__half2 x) { return __half22float2(x); }
-  __device__ static float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-  __device__ static Pair from_bits(uint32_t x) { return *reinterpret_cast<Pair*>(&x); }
-  __device__ static Token to_token(float x) {
-    if constexpr (std::is_same_v<Token, __half>) {
-      return __float2half_rn(x);
-    } else {
-      return __float2bfloat16_rn(x);
-    }
   }
 };
 

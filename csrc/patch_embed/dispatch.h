@@ -7,6 +7,7 @@
 #include <climits>
 
 #include "common/launch.h"
+#include "patch_embed/gemm.h"
 #include "patch_embed/kernel.h"
 #include "vlmkernels.h"
 
@@ -91,8 +92,12 @@ int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
     return p.norm_weight ? dispatch<14, Pixel, Token, true>(p, stream)
                          : dispatch<14, Pixel, Token, false>(p, stream);
   }
-  return p.norm_weight ? dispatch<16, Pixel, Token, true>(p, stream)
-                       : dispatch<16, Pixel, Token, false>(p, stream);
+  if (p.norm_weight) return dispatch<16, Pixel, Token, true>(p, stream);
+  if constexpr (std::is_same_v<Pixel, uint8_t>) {
+    return dispatch<16, Pixel, Token, false>(p, stream);
+  } else {
+    return gemm::embed(p, stream);
+  }
 }
 
 }  // namespace patch_embed

@@ -4,6 +4,7 @@
 
 #include "common/error.h"
 #include "patch_embed/config.h"
+#include "patch_embed/gemm.h"
 #include "patch_embed/small.h"
 #include "vlmkernels.h"
 
@@ -19,9 +20,20 @@ int check_pitch(const VlmkPatchEmbedParams& p) {
   return 0;
 }
 
+int check_rows(const VlmkPatchEmbedParams& p) {
+  using namespace gemm;
+  VLMK_CHECK(p.pixel_type != VLMK_UINT8 && !p.norm_weight, "rows: of 16 bits, without a norm");
+  VLMK_CHECK(p.depth % kDepthStep == 0 && p.depth >= kMinDepth,
+             "rows of %d pixels: multiples of %d, at least %d", p.depth, kDepthStep, kMinDepth);
+  VLMK_CHECK(p.grid_x == 1, "rows: grid_x %d", p.grid_x);
+  VLMK_CHECK(p.batch == 0 || p.batch * p.grid_y >= kMinRows, "%d rows: at least %d",
+             p.batch * p.grid_y, kMinRows);
+  return 0;
+}
+
 int check(const VlmkPatchEmbedParams& p) {
   const bool bytes = p.pixel_type == VLMK_UINT8;
-  VLMK_CHECK(p.patch == 14 || p.patch == 16, "patch %d: 14 or 16", p.patch);
+  VLMK_CHECK(p.patch == 0 || p.patch == 14 || p.patch == 16, "patch %d: 14 or 16", p.patch);
   VLMK_CHECK(p.token_type == VLMK_FLOAT16 || p.token_type == VLMK_BFLOAT16, "token_type %d",
              p.token_type);
   VLMK_CHECK(bytes || p.pixel_type == p.token_type, "pixel_type %d", p.pixel_type);
@@ -30,6 +42,8 @@ int check(const VlmkPatchEmbedParams& p) {
   const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
   VLMK_CHECK(2 * p.batch * tokens < INT_MAX - kTile, "more than 2^30 tokens");
   VLMK_CHECK(p.dim > 0 && p.dim % 8 == 0, "dim %d: a multiple of 8", p.dim);
+  const int rows_code = p.patch == 0 ? check_rows(p) : 0;
+  if (rows_code) return rows_code;
   const bool wide = p.patch == 14 && p.dim % 128 == 0 && p.dim / 128 <= kMaxCluster;
   const bool narrow = p.dim % 96 == 0 && p.dim / 96 <= kMaxCluster;
   VLMK_CHECK(!p.norm_weight || narrow || wide, "dim %d with a norm: at most 8 times 96%s", p.dim,
@@ -41,7 +55,7 @@ int check(const VlmkPatchEmbedParams& p) {
   }
   VLMK_CHECK(p.pos_stride_b % 8 == 0 && p.pos_stride_n % 8 == 0,
              "the strides of pos: multiples of 8 elements");
-  return check_pitch(p);
+  return p.patch == 0 ? 0 : check_pitch(p);
 }
 
 }  // namespace patch_embed
@@ -57,6 +71,7 @@ int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream) {
   const int code = check(p);
   if (code) return code;
   if (p.batch == 0) return 0;
+  if (p.patch == 0) return gemm::embed(p, stream);
   const bool bytes = p.pixel_type == VLMK_UINT8;
   bool done = false;
   const int small_code =

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -45,8 +45,8 @@ class PatchEmbedParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "total")),
         *((f"pixel_stride_{name}", ctypes.c_int64) for name in ("b", "gy", "c", "y")),
         *((f"pos_stride_{name}", ctypes.c_int64) for name in ("b", "n")),
-        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "dim", "num_prefix", "pos_on_prefix")),
-        *((name, ctypes.c_int32) for name in ("pixel_type", "token_type")),
+        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "depth", "dim")),
+        *((name, ctypes.c_int32) for name in ("num_prefix", "pos_on_prefix", "pixel_type", "token_type")),
         ("pixel_scale", ctypes.c_float * 3),
         ("pixel_shift", ctypes.c_float * 3),
         ("eps", ctypes.c_float),

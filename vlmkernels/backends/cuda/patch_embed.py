@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, in one kernel."""
+"""Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, or rows with positions, in one kernel."""
 
 import functools
+import math
 import struct
 from collections.abc import Callable
 
@@ -17,10 +18,22 @@ _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
 
 
+def _rows_format(patches: Tensor) -> torch.memory_format | None:
+    """In which order pixels and weight lie in memory where the patches are rows; None where they are pieces of images.
+
+    The product does not care for the order of the columns: (c, t, y, x) or (t, y, x, c), but it is the same for both.
+    """
+    if patches.shape[1:3] != (1, 1) or patches.shape[3] < 2 or patches.stride(3) == patches.shape[7]:
+        return None
+    row, formats = patches[:1, 0, 0, 0], (torch.contiguous_format, torch.channels_last_3d)
+    return next((x for x in formats if row.is_contiguous(memory_format=x)), None)
+
+
 @functools.lru_cache(maxsize=1024)
 def _prepared(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
+    rows: bool,
     pixel_dtype: torch.dtype,
     dim: int,
     dtype: torch.dtype,
@@ -37,9 +50,13 @@ def _prepared(
     stride_b, _, stride_gy, stride_gx, stride_c, _, stride_y, stride_x = strides
     if dtype not in (torch.float16, torch.bfloat16) or pixel_dtype not in (torch.uint8, dtype):
         return f"it takes uint8 or 16-bit pixels and 16-bit weights, these are {pixel_dtype} and {dtype}"
-    if frames != 1 or frames_of_patch != 1 or channels != 3 or height != width:
+    if rows:
+        if pos_shape is None and not num_prefix:
+            return "of rows with nothing to add it is a plain product, for which torch has better"
+        grid_y, stride_gy, grid_x = grid_x, stride_gx, 1
+    elif frames != 1 or frames_of_patch != 1 or channels != 3 or height != width:
         return "it takes square patches of images of three channels"
-    if stride_x != 1 or (grid_x > 1 and stride_gx != width):
+    elif stride_x != 1 or (grid_x > 1 and stride_gx != width):
         return "it takes rows of pixels that are contiguous"
     if pos_strides is not None and pos_strides[-1] != 1:
         return "it takes rows of positions that are contiguous"
@@ -47,12 +64,13 @@ def _prepared(
         norm_weight=1 if norm else None,  # for the check: whether there is one
         pixel_stride_b=stride_b if batch > 1 else 0,
         pixel_stride_gy=stride_gy if grid_y > 1 else 0,
-        pixel_stride_c=stride_c,
-        pixel_stride_y=stride_y,
+        pixel_stride_c=0 if rows else stride_c,
+        pixel_stride_y=0 if rows else stride_y,
         batch=batch,
         grid_y=grid_y,
         grid_x=grid_x,
-        patch=width,
+        patch=0 if rows else width,
+        depth=math.prod(shape[4:]) if rows else 0,
         dim=dim,
         num_prefix=num_prefix,
         pixel_type=TYPES[pixel_dtype],
@@ -82,6 +100,7 @@ def _prepare(
     return _prepared(
         patches.shape,
         patches.stride(),
+        _rows_format(patches) is not None,
         patches.dtype,
         weight.shape[0],
         weight.dtype,
@@ -131,7 +150,8 @@ def patch_embed_fwd(
         # A still image meets all frames of the weight. torch sums in fp32 and rounds once.
         weight = weight.sum(2, keepdim=True)
     # Kept in names until the launch: a copy's memory must not be given away before.
-    weight, bias, prefix_tokens = weight.contiguous(), _contiguous(bias), _contiguous(prefix_tokens)
+    weight = weight.contiguous(memory_format=_rows_format(patches) or torch.contiguous_format)
+    bias, prefix_tokens = _contiguous(bias), _contiguous(prefix_tokens)
     norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
     tensors = (patches, weight, bias, prefix_tokens, pos_embed, norm_weight, norm_bias)
     plan = plan_patch_embed_fwd(*tensors, eps, mean, std, keep_total)
@@ -148,7 +168,9 @@ def plan_patch_embed_fwd(
     keep_total: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # fmt: skip
     """The plan, or None where a parameter must be copied first. It returns a total where that is another than the result."""
-    if not all(x is None or x.is_contiguous() for x in (weight, bias, prefix_tokens, norm_weight, norm_bias)):
+    if not weight.is_contiguous(memory_format=_rows_format(patches) or torch.contiguous_format):
+        return None
+    if not all(x is None or x.is_contiguous() for x in (bias, prefix_tokens, norm_weight, norm_bias)):
         return None
     if patches.shape[5] != weight.shape[2]:
         return None

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernel that multiplies from shared memory is made of: its tiles, how they are dealt out,
+// and the ring of stages through which they come.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "common/hopper.h"
+#include "patch_embed/config.h"
+#include "patch_embed/gemm.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace patch_embed {
+namespace gemm {
+
+constexpr int kPatch = 16;
+constexpr int kGroups = 2;  // warpgroups that multiply, 64 patches each
+constexpr int kThreads = 128 * (kGroups + 1);
+constexpr int kPatches = 64 * kGroups;  // of a tile
+constexpr int kStageRows = 4;           // rows of pixels of each patch
+constexpr int kStageDepth = kStageRows * kPatch;
+constexpr int kStepBytes = kPatches * kPatch * 2;  // one row of pixels of each patch
+// Together no more than a block of this size is launched with: more are waited for without end.
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
+
+// Copies of pixels, a map for each channel, and of weights.
+struct Maps {
+  CUtensorMap pixels[kChannels];
+  CUtensorMap weight;
+};
+
+// Block i takes the tiles i, i + blocks, ..., column by column: pixels that come from memory for
+// the first columns are in L2 for the others.
+struct Schedule {
+  int32_t patches;  // of all images
+  int32_t tiles;
+  int32_t steps;      // stages that a tile takes
+  int32_t run_bytes;  // copied as one: 16 pixels of a patch or of two neighbours, 64 of a row
+  Divisor column_tiles;
+  Divisor grid;  // patches of an image
+  Divisor grid_x;
+
+  __device__ bool are_rows() const { return run_bytes == kStageDepth * 2; }
+  __device__ bool in_pairs() const { return run_bytes == 2 * kPatch * 2; }
+};
+
+template <typename Token_, int kColumns_>
+struct Config : TokenType<Token_> {
+  static constexpr bool kNormed = false;
+  static constexpr int kColumns = kColumns_;     // of a tile
+  static constexpr int kSums = kColumns / 2;     // of each thread
+  static constexpr int kEights = kColumns / 32;  // of neighbouring columns, of a thread in each row
+
+  static constexpr int kPixelBytes = kStageRows * kStepBytes;
+  static constexpr int kStageBytes = kPixelBytes + kColumns * kStageDepth * 2;
+  static constexpr int kStages = (kSharedLimit - 1024) / kStageBytes;
+  static constexpr int kBarriers = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
+  static_assert(kStageBytes % 1024 == 0 && kStages >= 4);
+  static_assert(kDepthStep == kStageDepth && kMinDepth > kEights * kStageDepth);  // see embed_tiles
+};
+
+// The ring of stages. Its barriers: a stage is there; both warpgroups are done with it.
+template <typename C>
+struct Ring {
+  uint32_t stages, barriers;  // addresses
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ explicit Ring(uint32_t shared)
+      : stages(shared), barriers(shared + C::kBarriers) {}
+  __device__ uint32_t stage() const { return stages + slot * C::kStageBytes; }
+  __device__ uint32_t full() const { return barriers + 16 * slot; }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ uint32_t empty_before() const {  // of the stage before
+    return barriers + 16 * (slot > 0 ? slot - 1 : C::kStages - 1) + 8;
+  }
+  __device__ __forceinline__ void advance() {
+    const bool last = slot + 1 == C::kStages;
+    slot = last ? 0 : slot + 1;
+    parity ^= last;
+  }
+};
+
+}  // namespace gemm
+}  // namespace patch_embed
+}  // namespace vlmk
