@@ -197,7 +197,8 @@ def turn(tokens=64, heads=2, kv_heads=2, half=32, norm="", dtype=bf16, table=tor
     q, k = (q, k) if packed else (q.contiguous(), k.contiguous())
     return lambda: rope.rope_fwd(q, k, cos, cos, *weights, eps, False)
 
-def embed(images=1, side=64, patch=16, dim=64, pixels=torch.uint8, prefix=0, pos="", norm=False, mean=0.5, bias=True, dtype=bf16):
+def embed(images=1, side=64, patch=16, dim=64, pixels=torch.uint8, prefix=0, pos="patches", norm=False, mean=0.5, bias=True,
+          dtype=bf16):
     n = (side // patch) ** 2
     image = torch.zeros(images, 3, side // patch, patch, side // patch, patch, dtype=pixels)
     patches = image.permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
@@ -230,7 +231,7 @@ cases = {
     turn: [{}, dict(tokens=1), dict(kv_heads=1), dict(half=16), dict(norm="q"), dict(norm="k"), dict(norm="qk"),
            dict(norm="qk", eps=1e-5), dict(table=bf16), dict(dtype=torch.float32), dict(packed=True), dict(place=True),
            dict(place=True, half=16)],
-    embed: [{}, dict(images=2), dict(pixels=bf16), dict(prefix=1), dict(prefix=2, pos="patches"), dict(prefix=2, pos="all"),
+    embed: [{}, dict(images=2), dict(pixels=bf16), dict(prefix=1), dict(prefix=2), dict(prefix=2, pos="all"),
             dict(pos="own", images=2), dict(norm=True), dict(mean=0.25), dict(bias=False), dict(dim=72), dict(patch=8),
             dict(dtype=torch.float32)],
     back: [{}, dict(images=3), dict(images=1), dict(prefix=0), dict(prefix=2), dict(norm=True), dict(norm=True, eps=1e-6),
@@ -261,7 +262,8 @@ for make, settings in cases.items():
 image = torch.zeros(1, 3, 4, 16, 4, 16, dtype=bf16).permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]
 weights = [torch.zeros(64, 3, 1, 16, 16, dtype=bf16) for _ in range(2 * _launch._DESCRIPTORS)]
 for weight in weights * 2:
-    got, slow = launched(lambda: patch_embed.patch_embed_fwd(image, weight, *[None] * 5, 0.0, None, None, False))
+    args = image, weight, None, None, torch.zeros(16, 64, dtype=bf16), None, None
+    got, slow = launched(lambda: patch_embed.patch_embed_fwd(*args, 0.0, None, None, False))
     assert [value[0] for kind, value in got[-1][3] if "desc" in kind][1] == weight.data_ptr()
 assert not slow
 for function in (attention._fwd_launch, rope._fwd_launch, tile_bounds._launches, patch_embed._gemm_launch,
