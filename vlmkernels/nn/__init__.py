@@ -2,6 +2,7 @@
 """torch.nn modules over the operators: parameters and one call each, with the state_dict of the layer they replace."""
 
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
+from vlmkernels.nn.attention_pool import AttentionPool
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
@@ -13,6 +14,7 @@ __all__ = [
     "ATTENTION_LAYOUTS",
     "PATCH_EMBED_LAYOUTS",
     "AttentionLayout",
+    "AttentionPool",
     "CrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
