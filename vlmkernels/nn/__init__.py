@@ -4,6 +4,7 @@
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.attention_pool import AttentionPool
 from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.mllama import MllamaCrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionLayout",
     "AttentionPool",
     "CrossAttention",
+    "MllamaCrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
     "PatchEmbed",
