@@ -2,7 +2,9 @@
 """torch.nn modules over the operators: parameters and one call each, with the state_dict of the layer they replace."""
 
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
+from vlmkernels.nn.attention_pool import AttentionPool
 from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.mllama import MllamaCrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
@@ -13,7 +15,9 @@ __all__ = [
     "ATTENTION_LAYOUTS",
     "PATCH_EMBED_LAYOUTS",
     "AttentionLayout",
+    "AttentionPool",
     "CrossAttention",
+    "MllamaCrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
     "PatchEmbed",
