@@ -6,6 +6,7 @@ from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
+from vlmkernels.nn.perceiver_resampler import PerceiverResampler
 from vlmkernels.nn.qformer import QFormerLayer
 from vlmkernels.nn.self_attention import SelfAttention
 
@@ -19,6 +20,7 @@ __all__ = [
     "PatchEmbed",
     "PatchEmbed3d",
     "PatchEmbedLayout",
+    "PerceiverResampler",
     "QFormerLayer",
     "SelfAttention",
 ]
