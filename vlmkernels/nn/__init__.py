@@ -3,6 +3,7 @@
 
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.gated_cross_attention import GatedCrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
@@ -15,6 +16,7 @@ __all__ = [
     "PATCH_EMBED_LAYOUTS",
     "AttentionLayout",
     "CrossAttention",
+    "GatedCrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
     "PatchEmbed",
