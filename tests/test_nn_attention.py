@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.kosmos2.modeling_kosmos2 import KosmosTextAttention
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention, MllamaVisionAttention
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -299,7 +299,32 @@ def test_module_behaviour(module: str, device: torch.device) -> None:
         check_module(SelfAttention(C, 4, 2, D, causal=True), lambda m, x: m(x), randn(B, S, C), zero_gradients=("k_proj.bias",))
 
 
-@pytest.mark.parametrize("qk_norm", ["rms", "gemma"])
+class NormedRotaryAttention(nn.Module):
+    """LayerNorm on q and k, then the rotary embedding of transformers, around torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+        self.q_norm, self.k_norm = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (y(x).unflatten(-1, (H, D)).transpose(1, 2) for y in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *(t.to(x.dtype) for t in tables))
+        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_layer_norm_comes_before_the_rotation(device: torch.device) -> None:
+    tables = rope_tables(S, device)
+    check_parity(
+        SelfAttention(C, H, qk_norm="layer"),
+        NormedRotaryAttention(),
+        lambda m, x: m(x, rope=half(tables)),
+        lambda m, x: m(x, tables),
+        randn(B, S, C),
+    )
+
+
+@pytest.mark.parametrize("qk_norm", ["rms", "gemma", "layer"])
 def test_norm_alone_is_norm_with_a_rotation_by_nothing(qk_norm: str, device: torch.device) -> None:
     module = randomize(SelfAttention(C, H, qk_norm=qk_norm))
     x, zeros = randn(B, S, C), torch.zeros(1, S, D // 2, device=device)
@@ -328,7 +353,7 @@ def test_attention_dropout_cannot_train() -> None:
         (lambda: SelfAttention(C, 5), "embed_dim"),
         (lambda: SelfAttention(C, 4, 3), "num_kv_heads"),
         (lambda: SelfAttention(C, H, layout="no such"), "layout"),
-        (lambda: SelfAttention(C, H, qk_norm="layer"), "qk_norm"),
+        (lambda: SelfAttention(C, H, qk_norm="batch"), "qk_norm"),
         (lambda: CrossAttention(C, H, layout="timm"), "layout"),
         (lambda: AttentionLayout((), "out"), "projections"),
         (lambda: SelfAttention(C, H)(torch.zeros(1, 2, C + 1)), "x"),

@@ -4,10 +4,12 @@
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.attention_pool import AttentionPool
 from vlmkernels.nn.cross_attention import CrossAttention
+from vlmkernels.nn.gated_cross_attention import GatedCrossAttention
 from vlmkernels.nn.mllama import MllamaCrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
+from vlmkernels.nn.perceiver_resampler import PerceiverResampler
 from vlmkernels.nn.qformer import QFormerLayer
 from vlmkernels.nn.self_attention import SelfAttention
 
@@ -17,12 +19,14 @@ __all__ = [
     "AttentionLayout",
     "AttentionPool",
     "CrossAttention",
+    "GatedCrossAttention",
     "MllamaCrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
     "PatchEmbed",
     "PatchEmbed3d",
     "PatchEmbedLayout",
+    "PerceiverResampler",
     "QFormerLayer",
     "SelfAttention",
 ]

@@ -5,7 +5,9 @@ A layout is a row of ``ATTENTION_LAYOUTS``: the names of the input projections (
 three for separate ones), of the output projection and of the q/k norms. Everything else follows from how many names there are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ class AttentionLayout:
         projections: ``(qkv,)``, ``(q, kv)`` or ``(q, k, v)``; a fused projection holds its parts in that order, whole parts
             one after another.
         out: the output projection, or None where the layer returns the heads unprojected.
-        norms: the RMSNorms on q and k, where the layer has them.
+        norms: the norms of q and k, where the layer has them.
     """
 
     projections: tuple[str, ...]
@@ -48,7 +50,12 @@ ATTENTION_LAYOUTS = {
     "timm_pool": AttentionLayout(("q", "kv"), "proj"),
     "flamingo": AttentionLayout(("to_q", "to_kv"), "to_out"),
 }
-QK_NORM_OFFSET = {"rms": 0.0, "gemma": 1.0}
+#: By the value of ``qk_norm``: what normalises each head, from its width and an epsilon.
+QK_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rms": RMSNorm,
+    "gemma": partial(RMSNorm, offset=1.0),
+    "layer": nn.LayerNorm,
+}
 
 
 def attention_layout(layout: str | AttentionLayout) -> AttentionLayout:
@@ -89,8 +96,8 @@ class ProjectedAttention(nn.Module):
             raise bad_argument("num_kv_heads", num_kv_heads, f"a divisor of num_heads = {num_heads}")
         if head_dim is None and embed_dim % num_heads:
             raise bad_argument("embed_dim", embed_dim, f"a multiple of num_heads = {num_heads}, or head_dim given")
-        if qk_norm is not None and qk_norm not in QK_NORM_OFFSET:
-            raise bad_argument("qk_norm", repr(qk_norm), f"None or one of {', '.join(QK_NORM_OFFSET)}")
+        if qk_norm is not None and qk_norm not in QK_NORMS:
+            raise bad_argument("qk_norm", repr(qk_norm), f"None or one of {', '.join(QK_NORMS)}")
         self.layout = attention_layout(layout)
         self.embed_dim, self.context_dim = embed_dim, context_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -115,7 +122,7 @@ class ProjectedAttention(nn.Module):
             self.add_module(self.layout.out, nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, **made))
         if qk_norm is not None:
             for name in self.layout.norms:
-                self.add_module(name, RMSNorm(self.head_dim, norm_eps, offset=QK_NORM_OFFSET[qk_norm], **made))
+                self.add_module(name, QK_NORMS[qk_norm](self.head_dim, norm_eps, **made))
 
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q ``[..., H, D]``, k and v ``[..., Hk, D]``: views of what the projections return."""
@@ -129,13 +136,13 @@ class ProjectedAttention(nn.Module):
     def _position(
         self, q: torch.Tensor, k: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k after their norms and the rotary embedding, in one pass where there is one."""
-        if self.qk_norm is None:
-            return (q, k) if tables is None else rope(q, k, *tables)
-        q_norm, k_norm = (getattr(self, name) for name in self.layout.norms)
-        if tables is None:
-            return q_norm(q), k_norm(k)
-        return rope(q, k, *tables, q_weight=q_norm.scale(), k_weight=k_norm.scale(), eps=q_norm.eps)
+        """q and k after their norms and the rotary embedding; RMSNorm and rotation are one pass."""
+        norms = [] if self.qk_norm is None else [getattr(self, name) for name in self.layout.norms]
+        if tables is not None and norms and isinstance(norms[0], RMSNorm):
+            return rope(q, k, *tables, q_weight=norms[0].scale(), k_weight=norms[1].scale(), eps=norms[0].eps)
+        if norms:
+            q, k = norms[0](q), norms[1](k)
+        return (q, k) if tables is None else rope(q, k, *tables)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None) -> torch.Tensor:
         """The output, ``[..., embed_dim]``."""

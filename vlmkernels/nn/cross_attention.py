@@ -21,7 +21,7 @@ class CrossAttention(ProjectedAttention):
             ``"clip"``, ``"flamingo"`` and ``"timm_pool"`` (K and V fused), or an ``AttentionLayout`` of your own.
         bias: whether the input projections have one.
         out_bias: the same of the output projection; like ``bias`` by default.
-        qk_norm: None, or ``"rms"``: RMSNorm over each head of q and k (mllama), or ``"gemma"``.
+        qk_norm: None, or ``"rms"``: RMSNorm over each head of q and k (mllama), or ``"gemma"`` or ``"layer"``.
         norm_eps: of those norms.
         scale: the factor on the logits; ``1 / sqrt(D)`` by default.
         softcap: see ``vlmkernels.ops.attention.attention``.

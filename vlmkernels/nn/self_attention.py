@@ -23,7 +23,8 @@ class SelfAttention(ProjectedAttention):
             ``"blip"``, ``"timm"`` (docs/nn.md lists the layers of each), or an ``AttentionLayout`` of your own.
         bias: whether the input projections have one.
         out_bias: the same of the output projection; like ``bias`` by default.
-        qk_norm: None; ``"rms"``: RMSNorm over each head of q and k (Qwen3); ``"gemma"``: the same with weight ``1 + w``.
+        qk_norm: None; ``"rms"``: RMSNorm over each head of q and k (Qwen3); ``"gemma"``: the same with weight ``1 + w``;
+            ``"layer"``: LayerNorm over each head.
         norm_eps: of those norms.
         scale: the factor on the logits; ``1 / sqrt(D)`` by default.
         softcap: see ``vlmkernels.ops.attention.attention``.
