@@ -5,6 +5,7 @@ from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.attention_pool import AttentionPool
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.gated_cross_attention import GatedCrossAttention
+from vlmkernels.nn.kosmos import KosmosResampler
 from vlmkernels.nn.mllama import MllamaCrossAttention
 from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionPool",
     "CrossAttention",
     "GatedCrossAttention",
+    "KosmosResampler",
     "MllamaCrossAttention",
     "NaFlexPatchEmbed",
     "PackedPatchEmbed3d",
