@@ -88,13 +88,15 @@ def check_parity(
     call_theirs: Callable[..., Tensor],
     *inputs: Tensor,
     zero_gradients: tuple[str, ...] = (),
+    prepare: Callable[[nn.Module], nn.Module] = randomize,
 ) -> None:
     """``ours`` in fp32 computes what ``theirs`` computes in fp64, forward and backward.
 
     ``zero_gradients`` names biases whose exact gradient is 0, measured against that of the weight beside them: the bias of the
-    keys where nothing follows it but a softmax, which does not see a shift of all logits of a row.
+    keys where nothing follows it but a softmax, which does not see a shift of all logits of a row. ``prepare`` gives the
+    module its weights.
     """
-    randomize(theirs)
+    prepare(theirs)
     share_weights(ours, theirs)
     got = run(ours, call_ours, inputs, seed=1)
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
@@ -112,9 +114,15 @@ def check(got: dict[str, Tensor], exact: dict[str, Tensor], zero_gradients: tupl
         assert result, f"{name}: {result}"
 
 
-def check_module(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor, zero_gradients: tuple[str, ...] = ()) -> None:
+def check_module(
+    module: nn.Module,
+    call: Callable[..., Tensor],
+    *inputs: Tensor,
+    zero_gradients: tuple[str, ...] = (),
+    prepare: Callable[[nn.Module], nn.Module] = randomize,
+) -> None:
     """What every module must do besides computing what another does: copy, pickle, trace with gradients, and run in bf16."""
-    randomize(module)
+    prepare(module)
     exact = run(copy.deepcopy(module).double(), call, tuple(x.double() for x in inputs), seed=1)
     for other in (module, pickle.loads(pickle.dumps(module))):
         check(run(other, call, inputs, seed=1), exact, zero_gradients)

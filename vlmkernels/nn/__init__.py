@@ -11,7 +11,7 @@ from vlmkernels.nn.native_resolution import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.nn.patch_embed import PATCH_EMBED_LAYOUTS, PatchEmbed, PatchEmbedLayout
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
 from vlmkernels.nn.perceiver_resampler import PerceiverResampler
-from vlmkernels.nn.qformer import QFormerLayer
+from vlmkernels.nn.qformer import QFormer, QFormerLayer
 from vlmkernels.nn.self_attention import SelfAttention
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "PatchEmbed3d",
     "PatchEmbedLayout",
     "PerceiverResampler",
+    "QFormer",
     "QFormerLayer",
     "SelfAttention",
 ]

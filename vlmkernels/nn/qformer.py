@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Q-Former layer of BLIP-2, InstructBLIP and MiniGPT-4."""
+"""The Q-Former of BLIP-2, InstructBLIP and MiniGPT-4, and its layer."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,3 +145,168 @@ class QFormerLayer(nn.Module):
                 raise bad_argument("query_length", query_length, f"{x.shape[1]}: this layer has no feed-forward for text")
             parts.append(self.output(self.intermediate(text), text))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class _Embeddings(nn.Module):
+    """``word + position`` of text, beside the LayerNorm that queries and text go through, as the checkpoint has them."""
+
+    def __init__(self, words: int, positions: int, width: int, padding_idx: int | None, eps: float, **made: Any) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(words, width, padding_idx=padding_idx, **made)
+        self.position_embeddings = nn.Embedding(positions, width, **made)
+        self.layernorm = nn.LayerNorm(width, eps=eps, **made)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        positions = self.position_embeddings.num_embeddings
+        if text.dim() != 2 or text.dtype not in (torch.int32, torch.int64):
+            raise bad_argument("text", f"shape {tuple(text.shape)} of {text.dtype}", "token ids [B, T], int32 or int64")
+        if text.shape[1] > positions:
+            raise bad_argument("text", f"{text.shape[1]} tokens", f"at most {positions}, the position embeddings")
+        y: torch.Tensor = self.word_embeddings(text) + self.position_embeddings.weight[: text.shape[1]]
+        return y
+
+
+class _Encoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, layers: list[QFormerLayer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        for layer in self.layer:
+            x = layer(x, *arguments)
+        return x
+
+
+class QFormer(nn.Module):
+    """The Q-Former (Li et al. 2023): LayerNorm of queries and text, then a ``QFormerLayer`` for each step of the depth.
+
+    The state_dict is that of ``Blip2QFormerModel`` in transformers; with ``vocab_size`` that of ``InstructBlipQFormerModel``. As
+    there, the learned queries are a parameter of the model around.
+
+    Args:
+        embed_dim: width ``C`` of queries and text.
+        num_heads: heads of all attentions.
+        intermediate_dim: width inside the feed-forwards; ``4 * embed_dim`` by default.
+        depth: number of layers.
+        context_dim: width of the image tokens.
+        cross_attention_frequency: every how many layers have cross-attention, from the first on.
+        text: whether the layers have the feed-forward for text (``use_qformer_text_input`` of BLIP-2).
+        vocab_size: words of the text embeddings of InstructBLIP, whose text comes as token ids; None for BLIP-2, whose text
+            comes embedded.
+        num_positions: the position embeddings beside them.
+        padding_idx: the word that gets no gradient.
+        norm_eps: of the LayerNorms.
+        dropout: after the first LayerNorm and each dense layer, in training.
+        attention_dropout: kept so that a configuration can be passed on; only 0 can train.
+
+    Raises:
+        ValueError: a ``depth`` or ``cross_attention_frequency`` below 1; a ``vocab_size`` with ``text=False``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 768,
+        num_heads: int = 12,
+        intermediate_dim: int | None = None,
+        depth: int = 12,
+        *,
+        context_dim: int = 1408,
+        cross_attention_frequency: int = 2,
+        text: bool = True,
+        vocab_size: int | None = None,
+        num_positions: int = 512,
+        padding_idx: int | None = 0,
+        norm_eps: float = 1e-12,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("depth", depth), ("cross_attention_frequency", cross_attention_frequency)):
+            if value < 1:
+                raise bad_argument(name, value, "1 or more")
+        if vocab_size is not None and not text:
+            raise bad_argument("vocab_size", vocab_size, "None with text=False")
+        self.embed_dim, self.context_dim, self.text = embed_dim, context_dim, text
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        rates: dict[str, Any] = {"norm_eps": norm_eps, "dropout": dropout, "attention_dropout": attention_dropout}
+
+        self.embeddings = None
+        if vocab_size is None:
+            self.layernorm = nn.LayerNorm(embed_dim, eps=norm_eps, **made)
+        else:
+            self.embeddings = _Embeddings(vocab_size, num_positions, embed_dim, padding_idx, norm_eps, **made)
+        self.dropout = nn.Dropout(dropout)
+        layer = partial(QFormerLayer, embed_dim, num_heads, intermediate_dim, context_dim=context_dim, text=text, **rates, **made)
+        self.encoder = _Encoder([layer(cross_attention=i % cross_attention_frequency == 0) for i in range(depth)])
+
+    def forward(
+        self,
+        queries: torch.Tensor | None,
+        context: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        ranges: KeyRanges | None = None,
+        context_ranges: KeyRanges | None = None,
+    ) -> torch.Tensor:
+        """Let queries read images, beside text or not; or run on text alone.
+
+        Each of ``queries``, ``context`` and ``text`` has the batch ``B`` or 1. Learned queries of batch 1 go through the first
+        self-attention once, unless text, dropout or ranges make them differ.
+
+        Args:
+            queries: ``[B, Q, C]``; None for text alone.
+            context: image tokens, ``[B, S, context_dim]`` of the dtype of the parameters; text alone does not read them.
+            text: with ``vocab_size`` token ids, ``[B, T]``. Without, the sum of word and position embeddings, ``[B, T, C]``.
+            ranges: the tokens of ``[queries; text]`` that each of them sees, ``[B|1, Q + T]``: ``KeyRanges.qformer(...)``; all of
+                them by default.
+            context_ranges: the image tokens that each query sees, ``[B|1, Q]``: ``KeyRanges.key_padding(Q, lengths=...)``; all of
+                them by default.
+
+        Returns:
+            ``[B, Q + T, C]``.
+
+        Raises:
+            ValueError: a shape that doesn't fit; neither queries nor text; queries without ``context``; text in a module with
+                ``text=False``; training with ``attention_dropout > 0``.
+        """
+        if queries is None and text is None:
+            raise bad_argument("queries, text", "None", "at least one of the two")
+        if text is not None:
+            if not self.text:
+                raise bad_argument("text", f"shape {tuple(text.shape)}", "None: with text=False there is no feed-forward for it")
+            text = text if self.embeddings is None else self.embeddings(text)
+        if queries is None:
+            context = None
+        elif context is None:
+            raise bad_argument("context", None, "the image tokens that the queries read")
+        batch = self._batch(queries, context, text)
+
+        parts = [part for part in (queries, text) if part is not None]
+        # In training each image drops other channels of the same queries.
+        drops = self.training and self.dropout.p > 0
+        if text is not None or drops or (ranges is not None and ranges.start.shape[0] != 1):
+            parts = [part.expand(batch, -1, -1) for part in parts]
+        norm = self.layernorm if self.embeddings is None else self.embeddings.layernorm
+        x = self.dropout(norm(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
+        y: torch.Tensor = self.encoder(x, ranges, context, context_ranges, 0 if queries is None else queries.shape[1])
+        return y
+
+    def _batch(self, queries: torch.Tensor | None, context: torch.Tensor | None, text: torch.Tensor | None) -> int:
+        """The one batch of those that are given; 1 serves any."""
+        batch, width = 1, self.embed_dim
+        shapes = (("queries", queries, "Q", width), ("text", text, "T", width), ("context", context, "S", self.context_dim))
+        for name, x, tokens, channels in shapes:
+            if x is None:
+                continue
+            if x.dim() != 3 or x.shape[-1] != channels:
+                raise bad_argument(name, f"shape {tuple(x.shape)}", f"[B, {tokens}, {channels}]")
+            if batch != 1 and x.shape[0] not in (1, batch):
+                raise bad_argument(name, f"a batch of {x.shape[0]}", f"{batch}, as of the other arguments, or 1")
+            batch = x.shape[0] if batch == 1 else batch
+        return batch
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, context_dim={self.context_dim}, text={self.text}"
