@@ -8,6 +8,7 @@ import pytest
 import torch
 from nn_parity import check_module, check_parity, quick_backend, randn, randomize
 from torch import Tensor, nn
+from transformers.models.mllama import processing_mllama as processing
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
@@ -68,7 +69,6 @@ CASES = {
 
 
 def case(name: str, device: torch.device) -> Case:
-    processing = pytest.importorskip("transformers.models.mllama.processing_mllama")
     places, tiles = CASES[name]
     ids = torch.zeros(B, S, dtype=torch.int64)
     for row, at in enumerate(places):

@@ -51,11 +51,6 @@ struct Consumer {
     named_arrive<256>(kTurnBarrier + (group + 1 < C::kGroups ? group + 1 : 0));
   }
 
-  __device__ __forceinline__ void release(uint32_t barrier) {
-    __syncwarp();
-    if (lane_index() == 0) barrier_arrive(barrier);
-  }
-
   // scores = queries times keys of the stage at hand.
   __device__ __forceinline__ void start_scores() {
     const uint32_t q =
@@ -218,8 +213,7 @@ struct Consumer {
 
   __device__ __forceinline__ void pass_scores() {
     barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-    release(barriers.keys_empty(keys.stage));
-    keys.advance();
+    end_keys();
     wait_turn();
     pass_turn();
   }
@@ -327,6 +321,7 @@ struct Consumer {
   }
 
   // While the results of a tile of queries are stored, the first scores of the next are under way.
+  // The next tile is taken in two places: in one, behind both cases, D 72 spilled a register.
   __device__ __forceinline__ void run_overlapped() {
     bool more = take();
     begin_scores(more);

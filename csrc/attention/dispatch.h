@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 
 #include "attention/kernel.h"
@@ -14,22 +13,6 @@
 namespace vlmk {
 namespace attention {
 
-// The multiprocessors of the current GPU, after the kernel's share of shared memory is raised.
-template <typename C>
-int multiprocessors(int& count) {
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0;
-  const int code = current_device(device);
-  if (code) return code;
-  count = known[device].load(std::memory_order_relaxed);
-  if (count > 0) return 0;
-  VLMK_CUDA(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 C::kSharedBytes));
-  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  known[device].store(count, std::memory_order_relaxed);
-  return 0;
-}
-
 // How many queries tail.h can take.
 inline int tail_of(int num_queries) {
   const int tail = num_queries > kGroupQueries ? num_queries % kGroupQueries : 0;
@@ -39,7 +22,7 @@ inline int tail_of(int num_queries) {
 template <typename C>
 int run(const VlmkAttentionParams& p, void* stream) {
   int count = 0;
-  int code = multiprocessors<C>(count);
+  int code = multiprocessors<attention_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
   code = encode_tensor_map(maps.queries, p.q, C::kHalf, p.batch, p.num_queries, p.num_heads, p.dim,

@@ -24,6 +24,12 @@ __device__ __forceinline__ int thread_again() {
   return thread;
 }
 
+// A warp arrives, once all its lanes have.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  if (lane_index() == 0) barrier_arrive(barrier);
+}
+
 // [x, y) as it is given, which may reach beyond the keys; empty behind the last query.
 __device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int batch, int query) {
   if (query >= p.num_queries) return make_int2(0, 0);

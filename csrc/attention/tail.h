@@ -56,11 +56,6 @@ struct Tail {
     return (word ^ (32 * i % kRowBytes)) + 32 * i / kRowBytes * C::kKeys * kRowBytes;
   }
 
-  __device__ __forceinline__ void release(uint32_t barrier) {
-    __syncwarp();
-    if (lane_index() == 0) barrier_arrive(barrier);
-  }
-
   // Scores of this warp's keys in the tile; -inf from `count` on.
   __device__ __forceinline__ void score(int count) {
     const uint32_t first =

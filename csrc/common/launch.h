@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <utility>
 
@@ -22,6 +23,22 @@ constexpr int kMaxDevices = 64;
 inline int current_device(int& device) {
   VLMK_CUDA(cudaGetDevice(&device));
   VLMK_CHECK(device < kMaxDevices, "GPU %d: at most %d are supported", device, kMaxDevices);
+  return 0;
+}
+
+// The current GPU's multiprocessors, after the kernel's share of shared memory is raised.
+template <auto kKernel, int kSharedBytes>
+int multiprocessors(int& count) {
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0;
+  const int code = current_device(device);
+  if (code) return code;
+  count = known[device].load(std::memory_order_relaxed);
+  if (count > 0) return 0;
+  VLMK_CUDA(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  known[device].store(count, std::memory_order_relaxed);
   return 0;
 }
 

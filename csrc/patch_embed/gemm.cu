@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which variant of the kernel runs, how tiles are dealt out, and where the copy engine finds them.
 #include <algorithm>
-#include <atomic>
 
 #include "common/launch.h"
 #include "common/tensor_map.h"
@@ -43,23 +42,6 @@ int encode_maps(Maps& maps, const VlmkPatchEmbedParams& p, int run, int columns)
                       {kStageDepth, 2, static_cast<cuuint32_t>(columns / 8), 4});
 }
 
-// The GPU's multiprocessors, each of which holds one block of either variant.
-template <typename Narrow, typename Wide>
-int multiprocessors(int& count) {
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0;
-  const int code = current_device(device);
-  if (code) return code;
-  count = known[device].load(std::memory_order_relaxed);
-  if (count > 0) return 0;
-  constexpr cudaFuncAttribute kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_gemm_kernel<Narrow>, kShared, Narrow::kSharedBytes));
-  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_gemm_kernel<Wide>, kShared, Wide::kSharedBytes));
-  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  known[device].store(count, std::memory_order_relaxed);
-  return 0;
-}
-
 template <typename C>
 int run(const VlmkPatchEmbedParams& p, const Schedule& s, int blocks, void* stream) {
   Maps maps;
@@ -75,7 +57,9 @@ int embed_tokens(const VlmkPatchEmbedParams& p, void* stream) {
   using Narrow = Config<Token, 192>;
   using Wide = Config<Token, 256>;
   int processors = 0;
-  const int code = multiprocessors<Narrow, Wide>(processors);
+  int code = multiprocessors<patch_embed_gemm_kernel<Narrow>, Narrow::kSharedBytes>(processors);
+  if (code) return code;
+  code = multiprocessors<patch_embed_gemm_kernel<Wide>, Wide::kSharedBytes>(processors);
   if (code) return code;
   const int patches = p.batch * p.grid_y * p.grid_x, row_tiles = ceil_div(patches, kPatches);
   const int run_length = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;

@@ -38,10 +38,8 @@ struct Schedule {
 
 template <int kPatch_, int kColumns_, int kGroupsM_, typename Pixel_, typename Token_,
           bool kNormed_>
-struct Config {
+struct Config : TokenType<Token_> {
   using Pixel = Pixel_;
-  using Token = Token_;
-  using Pair = std::conditional_t<std::is_same_v<Token, __half>, __half2, __nv_bfloat162>;
   static constexpr bool kBytes = std::is_same_v<Pixel, uint8_t>;
   static constexpr bool kNormed = kNormed_;
   static constexpr int kPatch = kPatch_;
@@ -105,15 +103,8 @@ struct Config {
     return 16 * warp + 8 * h + i;
   }
 
-  __device__ static float to_float(__half x) { return __half2float(x); }
-  __device__ static float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
   __device__ static float2 to_floats(uint32_t bits) {
-    const Pair x = *reinterpret_cast<const Pair*>(&bits);
-    if constexpr (std::is_same_v<Token, __half>) {
-      return __half22float2(x);
-    } else {
-      return __bfloat1622float2(x);
-    }
+    return TokenType<Token_>::to_floats(TokenType<Token_>::from_bits(bits));
   }
 };
 

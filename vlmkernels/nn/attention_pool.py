@@ -9,7 +9,7 @@ from torch import nn
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._names import get, put
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 from vlmkernels.ops.attention import attention
 
 
@@ -65,14 +65,11 @@ class AttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise bad_argument("num_heads", num_heads, "1 or more")
+        check_sizes(num_heads=num_heads)
         if embed_dim < 1 or embed_dim % num_heads:
             raise bad_argument("embed_dim", embed_dim, f"a multiple of num_heads = {num_heads}")
         inner = 4 * embed_dim if intermediate_dim is None else intermediate_dim
-        for name, value in (("intermediate_dim", inner), ("num_probes", num_probes)):
-            if value < 1:
-                raise bad_argument(name, value, "1 or more")
+        check_sizes(intermediate_dim=inner, num_probes=num_probes)
         for name, choice, known in (
             ("layout", layout, _LAYOUTS),
             ("pool", pool, _POOLS),

@@ -11,7 +11,7 @@ from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._attention import AttentionLayout
 from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn.cross_attention import CrossAttention
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 
 _ATTENTION = AttentionLayout(("q_proj", "k_proj", "v_proj"), "o_proj", ("q_layer_norm", "k_layer_norm"))
 _QK_NORMS = (None, "rms")
@@ -72,10 +72,7 @@ class GatedCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         width = embed_dim if context_dim is None else context_dim
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "intermediate_dim": intermediate_dim, "context_dim": width}
-        for name, value in sizes.items():
-            if value < 1:
-                raise bad_argument(name, value, "1 or more")
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, intermediate_dim=intermediate_dim, context_dim=width)
         gates = {"float": (1,), "vector": (1, 1, embed_dim)}
         if gate not in gates:
             raise bad_argument("gate", repr(gate), f"one of {', '.join(gates)}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vlmkernels.nn.cross_attention import CrossAttention
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 
 
 class _Attention(CrossAttention):
@@ -53,10 +53,7 @@ class KosmosResampler(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "context_dim": context_dim, "num_latents": num_latents}
-        for name, value in sizes.items():
-            if value < 1:
-                raise bad_argument(name, value, "1 or more")
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, context_dim=context_dim, num_latents=num_latents)
         if embed_dim % num_heads:
             raise bad_argument("embed_dim", embed_dim, f"a multiple of num_heads = {num_heads}")
 

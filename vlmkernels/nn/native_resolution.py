@@ -6,7 +6,7 @@ from torch import nn
 
 from vlmkernels.nn._names import get, put
 from vlmkernels.nn.patch_embed3d import PatchEmbed3d
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
 
@@ -43,8 +43,7 @@ class NaFlexPatchEmbed(nn.Module):
         super().__init__()
         if layout not in _NAFLEX:
             raise bad_argument("layout", repr(layout), f"one of {', '.join(_NAFLEX)}")
-        if grid_size < 1:
-            raise bad_argument("grid_size", grid_size, "1 or more")
+        check_sizes(grid_size=grid_size)
         self.layout, self.patch_size, self.grid_size = layout, patch_size, grid_size
         projection, position, batched, _ = _NAFLEX[layout]
         put(self, projection, nn.Linear(in_channels * patch_size**2, embed_dim, device=device, dtype=dtype))
@@ -116,8 +115,7 @@ class PackedPatchEmbed3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if grid_size < 1:
-            raise bad_argument("grid_size", grid_size, "1 or more")
+        check_sizes(grid_size=grid_size)
         self.patch_embed = PatchEmbed3d(
             embed_dim, patch_size, temporal_patch_size, in_channels, bias=True, merge_size=merge_size, device=device, dtype=dtype
         )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vlmkernels.nn.patch_embed import pixel_constants
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 from vlmkernels.ops.patch_embed import patch_embed
 
 
@@ -41,8 +41,7 @@ class PatchEmbed3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if merge_size < 1:
-            raise bad_argument("merge_size", merge_size, "1 or more")
+        check_sizes(merge_size=merge_size)
         self.patch_size = (temporal_patch_size, patch_size, patch_size)
         self.merge_size = merge_size
         self.mean, self.std = pixel_constants("mean", mean, std), pixel_constants("std", std, mean)

@@ -12,7 +12,7 @@ from torch import nn
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.cross_attention import CrossAttention
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,8 @@ class PerceiverResampler(nn.Module):
     ) -> None:
         super().__init__()
         inner = 4 * embed_dim if intermediate_dim is None else intermediate_dim
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim, "intermediate_dim": inner}
-        for name, value in {**sizes, "num_latents": num_latents, "depth": depth}.items():
-            if value < 1:
-                raise bad_argument(name, value, "1 or more")
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, intermediate_dim=inner)
+        check_sizes(num_latents=num_latents, depth=depth)
         if layout not in _LAYOUTS:
             raise bad_argument("layout", repr(layout), f"one of {', '.join(_LAYOUTS)}")
         names = _LAYOUTS[layout]

@@ -11,7 +11,7 @@ from torch import nn
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.self_attention import SelfAttention
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, check_sizes
 
 
 class _AddNorm(nn.Module):
@@ -225,9 +225,7 @@ class QFormer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("depth", depth), ("cross_attention_frequency", cross_attention_frequency)):
-            if value < 1:
-                raise bad_argument(name, value, "1 or more")
+        check_sizes(depth=depth, cross_attention_frequency=cross_attention_frequency)
         if vocab_size is not None and not text:
             raise bad_argument("vocab_size", vocab_size, "None with text=False")
         self.embed_dim, self.context_dim, self.text = embed_dim, context_dim, text

@@ -300,3 +300,10 @@ class Op:
 def bad_argument(name: str, got: object, wanted: str) -> ValueError:
     """The error that every refusal raises: which argument, what came, what was wanted."""
     return ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse the first that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise bad_argument(name, size, "1 or more")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmkernels.ops._op import Op, bad_argument, forced_backend
+from vlmkernels.ops._op import Op, bad_argument, check_sizes, forced_backend
 
 LAYOUTS = ("packed", "padded")
 PADDINGS = ("zeros", "first")
@@ -142,8 +142,7 @@ def resample_pos_embed(
         raise bad_argument("layout", repr(layout), f"one of {', '.join(LAYOUTS)}")
     if padding not in PADDINGS or (padding == "first" and layout == "packed"):
         raise bad_argument("padding", repr(padding), f"one of {', '.join(PADDINGS)} ('first' with layout='padded' only)")
-    if merge_size < 1:
-        raise bad_argument("merge_size", merge_size, "1 or more")
+    check_sizes(merge_size=merge_size)
     if num_rows < 0:
         raise bad_argument("num_rows", num_rows, "0 or more")
     if antialias and align_corners:

@@ -158,21 +158,21 @@ def _gemm_config(m: int, dim: int, dtype: torch.dtype, device: torch.device) -> 
     return config._replace(block_n=min(config.block_n, max(16, next_power_of_2(dim)))), use_tma
 
 
-def _product(pixels_cut: Cut, weight_cut: Cut, shape: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """torch's product of pixels and weight, with bias.
+def _plain_product(pixels_cut: Cut, weight_cut: Cut, shape: tuple[int, ...]) -> Callable[..., tuple[Tensor, None]]:
+    """The plan that leaves the product of pixels and weight to torch, with bias.
 
     With nothing to add behind its product, cuBLAS is faster than the kernel here: 290 us against 428 for [65536, 1176] times
     [1176, 1280] (H100, bf16). Both must have rows at multiples of 16 bytes, as the cut leaves them: with 588 columns it takes
     171 us behind the cut, and more than 500 on rows as they lie, 8 bytes off each other.
     """
 
-    def product(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def plan(patches: Tensor, weight: Tensor, bias: Tensor | None, *_: None) -> tuple[Tensor, None]:
         matrices = []
         for x, cut in ((patches, pixels_cut), (weight, weight_cut)):
             matrices.append(written(x, cut, weight).as_strided((cut.m, cut.k), (cut.stride, 1)))
-        return F.linear(*matrices, bias).view(shape)
+        return F.linear(*matrices, bias).view(shape), None
 
-    return product
+    return plan
 
 
 @functools.lru_cache(maxsize=LAUNCHES)
@@ -276,8 +276,7 @@ def plan_patch_embed_fwd(
     added = (prefix_tokens, pos_embed, norm_weight)
     if dtype.itemsize == 2 and all(x is None for x in added) and not keep_total and not empty:
         # Products of fp32 stay: torch may be set to round their operands to TF32.
-        product = _product(pixels_cut, weight_cut, shape)
-        return lambda patches, weight, bias, *_: (product(patches, weight, bias), None)
+        return _plain_product(pixels_cut, weight_cut, shape)
     pos = (None, ()) if pos_embed is None else (pos_embed.shape, pos_embed.stride())
     gemm = _gemm_launch(
         device, dtype, pixels_cut.m, pixels_cut.k, pixels_cut.stride, weight_cut.stride, shape, n_prefix, bias is not None,
