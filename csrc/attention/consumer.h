@@ -23,7 +23,7 @@ namespace attention {
 
 // Barriers in hardware.
 constexpr int kTurnBarrier = 1;  // and one more for each further warpgroup
-constexpr int kGroupsBarrier = 5;
+constexpr int kGroupBarrier = 5;  // the same
 
 template <typename C>
 struct Consumer {
@@ -122,33 +122,34 @@ struct Consumer {
     mma_commit();
   }
 
-  __device__ __forceinline__ void end_sums() {
-    keep(sums);
-    keep(weights);
+  __device__ __forceinline__ void end_values() {
     release(barriers.values_empty(values.stage));
     values.advance();
   }
 
+  __device__ __forceinline__ void end_sums() {
+    keep(sums);
+    keep(weights);
+    end_values();
+  }
+
   // The last tile may reach behind what any query of the block sees, where infinity and NaN may
-  // lie: times a weight of 0 they are NaN.
+  // lie: times a weight of 0 they are NaN. Each warpgroup that reads it writes the same zeros.
   __device__ __forceinline__ void clear_unseen() {
     const int first = work.stop_key - work.first_key - (work.num_tiles - 1) * C::kKeys;
     if (first == C::kKeys || work.stop_key == p.num_keys) return;
-    if (group == 0) {
-      char* tile = shared + C::kValuesAt + values.stage * C::kTileBytes;
-      constexpr int kWords = kRowBytes / 16;
-      const int count = (C::kKeys - first) * kWords;
+    char* tile = shared + C::kValuesAt + values.stage * C::kTileBytes;
+    constexpr int kWords = kRowBytes / 16;
+    const int count = (C::kKeys - first) * kWords;
 #pragma unroll 1
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        auto* words =
-            reinterpret_cast<uint4*>(tile + panel * C::kKeys * kRowBytes) + first * kWords;
-        for (int i = static_cast<int>(threadIdx.x) % 128; i < count; i += 128) {
-          words[i] = make_uint4(0, 0, 0, 0);
-        }
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      auto* words = reinterpret_cast<uint4*>(tile + panel * C::kKeys * kRowBytes) + first * kWords;
+      for (int i = static_cast<int>(threadIdx.x) % 128; i < count; i += 128) {
+        words[i] = make_uint4(0, 0, 0, 0);
       }
-      fence_async_proxy();
     }
-    named_wait<128 * C::kGroups>(kGroupsBarrier);
+    fence_async_proxy();
+    named_wait<128>(kGroupBarrier + group);
   }
 
   __device__ __forceinline__ void wait_values(int i) {
@@ -218,10 +219,9 @@ struct Consumer {
     pass_turn();
   }
 
-  __device__ __forceinline__ void pass_values(int i) {
-    wait_values(i);
-    release(barriers.values_empty(values.stage));
-    values.advance();
+  __device__ __forceinline__ void pass_values() {
+    barrier_wait(barriers.values_full(values.stage), values.parity);
+    end_values();
   }
 
   __device__ __forceinline__ Work work_at(int stage) const {
@@ -291,33 +291,37 @@ struct Consumer {
     start_sums(end - 1 > begin);
   }
 
-  __device__ __forceinline__ void pass_tiles(int from, int to) {
-    for (int i = from; i < to; ++i) {
+  __device__ __forceinline__ void pass_tiles(int count) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
       pass_scores();
-      pass_values(i);
+      pass_values();
     }
   }
 
-  // The results of the tile of queries that was left last.
-  __device__ __forceinline__ void store(Softmax& softmax) {
+  // The results of the tile of queries whose stage this is.
+  __device__ __forceinline__ void store(Softmax& softmax, int stage) {
     softmax.finish();
     if constexpr (C::kStaged) {
-      const int stage = queries.stage ^ 1;
       const Work done = work_at(stage);
       store_lse(p, done, own_query(done), softmax);
       store_staged<C>(p, maps.out, done, shared_address(shared) + stage * C::kQueryBytes, sums,
                       softmax);
+      store_wait_read();
+      release(barriers.queries_empty(stage));
     } else {
       store_direct<C>(p, work, own_query(work), sums, softmax);
       store_lse(p, work, own_query(work), softmax);
     }
   }
 
-  __device__ __forceinline__ void end_store() {
-    if constexpr (C::kStaged) {
-      store_wait_read();
-      release(barriers.queries_empty(queries.stage ^ 1));
-    }
+  // Of queries that see no key.
+  __device__ __forceinline__ void store_nothing(int stage) {
+    const Work done = work_at(stage);
+    const int own = own_query(done);
+    store_zeros<C>(p, done, own);
+    store_lse(p, done, own, Softmax());
+    release(barriers.queries_empty(stage));
   }
 
   // While the results of a tile of queries are stored, the first scores of the next are under way.
@@ -328,6 +332,7 @@ struct Consumer {
     while (more) {
       mma_wait<0>();
       keep(scores);
+      const int stage = queries.stage;
       if (begin < end) {
         Softmax softmax;
         attend_tiles(softmax);
@@ -336,16 +341,61 @@ struct Consumer {
         begin_scores(more);
         mma_wait<1>();
         end_sums();
-        store(softmax);
+        store(softmax, stage);
       } else {
         end_keys();
-        pass_values(0);
-        pass_tiles(1, work.num_tiles);
+        pass_values();
+        pass_tiles(work.num_tiles - 1);
         queries.advance();
         more = take();
         begin_scores(more);
+        release(barriers.queries_empty(stage));
       }
-      end_store();
+    }
+    mma_wait<0>();
+  }
+
+  // Takes the next tile of queries, and begins its first scores if nothing has to be passed over
+  // before them.
+  __device__ __forceinline__ bool take_early(bool& more) {
+    queries.advance();
+    more = take();
+    const bool early = more && begin == 0 && end > 0;
+    begin_scores(early);
+    return early;
+  }
+
+  // The same with a mask. Who sees none of the last keys stores while the others go on; and where
+  // keys are few, memory is what is waited for, and the store must not wait for the next of them.
+  __device__ __forceinline__ void run_masked() {
+    constexpr int kFewTiles = 4;
+    bool more = take(), early = false;
+    while (more) {
+      const int stage = queries.stage;
+      if (!early) pass_tiles(begin);
+      if (begin == end) {
+        store_nothing(stage);
+        early = take_early(more);
+        continue;
+      }
+      if (!early) begin_scores(true);
+      mma_wait<0>();
+      keep(scores);
+      Softmax softmax;
+      attend_tiles(softmax);
+      const int rest = work.num_tiles - end;
+      if (rest > 0 || work.num_tiles <= kFewTiles) {
+        mma_wait<0>();
+        end_sums();
+        store(softmax, stage);
+        pass_tiles(rest);
+        early = take_early(more);
+      } else {
+        early = take_early(more);
+        mma_wait<1>();
+        end_sums();
+        store(softmax, stage);
+      }
     }
     mma_wait<0>();
   }
@@ -353,7 +403,7 @@ struct Consumer {
   __device__ __forceinline__ void run_apart() {
     while (take()) {
       Softmax softmax;
-      pass_tiles(0, begin);
+      pass_tiles(begin);
       if (begin < end) {
         begin_scores(true);
         mma_wait<0>();
@@ -366,17 +416,18 @@ struct Consumer {
 #pragma unroll
         for (int j = 0; j < C::kWidth / 2; ++j) sums[j] = 0;
       }
-      pass_tiles(end, work.num_tiles);
+      pass_tiles(work.num_tiles - end);
       queries.advance();
-      store(softmax);
-      end_store();
+      store(softmax, 0);
     }
   }
 
   __device__ __forceinline__ void run() {
     // The first warpgroup may begin.
     if (group == C::kGroups - 1) pass_turn();
-    if constexpr (C::kOverlapped) {
+    if constexpr (C::kStaged && C::kMasked) {
+      run_masked();
+    } else if constexpr (C::kStaged) {
       run_overlapped();
     } else {
       run_apart();

@@ -92,7 +92,7 @@ int dispatch(const VlmkAttentionParams& p, void* stream) {
   }
   if (width <= 72) return run_width<T, 72, Tile<96, 3>, Tile<64, 4>>(p, stream);
   if (width <= 80) return run_width<T, 80, Tile<96, 3>, Tile<80, 3>>(p, stream);
-  if (width <= 88) return run_width<T, 88, Tile<112, 3>, Tile<80, 3>>(p, stream);
+  if (width <= 88) return run_width<T, 88, Tile<96, 3>, Tile<80, 3>>(p, stream);
   if (width <= 96) {  // behind the last of few keys a narrower tile wastes less
     return p.num_keys <= 1600 ? run_width<T, 96, Tile<96, 3>, Tile<80, 3>>(p, stream)
                               : run_width<T, 96, Tile<96, 3>, Tile<112, 3>>(p, stream);

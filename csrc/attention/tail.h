@@ -20,7 +20,7 @@
 namespace vlmk {
 namespace attention {
 
-constexpr int kTailBarrier = 6;
+constexpr int kTailBarrier = 9;
 
 template <typename C>
 struct Tail {
