@@ -105,6 +105,13 @@ struct Config {
   // Where memory is slow to bring rows that begin within its bursts, or two stages of keys are all
   // there is, that costs more than it saves: D 88 5 %, D 104 3 %, D 256 2 % (H100).
   static constexpr bool kTrusting = kWidth <= 80 || kWidth == 96 || kWidth == 128;
+  // Weights are packed beside the exponentials of the others, where registers allow it: 2 to 4 %,
+  // with a mask up to 7 % (H200). Four warpgroups hide it anyway.
+  static constexpr bool kPackEarly =
+      kGroups == 2 || (kGroups == 3 && (!kTrusting || !kMasked || kWidth < 96));
+  // The next warpgroup's turn comes as soon as this one's scores are under way, not its sums too.
+  // 1 to 3 % faster here; tiles of 96 keys at D 64 to 96 lose 4 to 13 % (H200).
+  static constexpr bool kTurnOfScores = kWidth > 96 || (kGroups == 3 && kKeys <= 80);
   static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);

@@ -22,7 +22,7 @@ namespace vlmk {
 namespace attention {
 
 // Barriers in hardware.
-constexpr int kTurnBarrier = 1;  // and one more for each further warpgroup
+constexpr int kTurnBarrier = 1;   // and one more for each further warpgroup
 constexpr int kGroupBarrier = 5;  // the same
 
 template <typename C>
@@ -185,30 +185,87 @@ struct Consumer {
     if (i == end - 1) end_queries();
   }
 
-  // The scores of a tile's first kColumns become weights, the others 0; true if the sums so far
-  // have to shrink. Whether the maximum must grow shows in the weights: to look for it beforehand
-  // would be a fifth of the softmax's instructions, which are what bounds it.
-  template <int kColumns>
-  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
-    const float unit = finish_scores<kColumns>(first_key);
-    if (C::kTrusting && softmax.settled) {
-      if (softmax.weigh<kColumns / 2>(scores, unit)) return false;
-      multiply_keys_again();
-      finish_scores<kColumns>(first_key);
-    }
-    const bool grows = softmax.raise<kColumns / 2>(scores, unit);
-    softmax.weigh<kColumns / 2>(scores, unit);
-    return grows;
+  // Scores at i and i + 1, which are weights by now, as the operand of the next product.
+  __device__ __forceinline__ void pack_weights(int i) {
+    weights[i / 2] = pack<typename C::Element>(scores[i], scores[i + 1]);
   }
 
+  // The scores of a tile's first kColumns become weights; true if the sums so far have to shrink.
+  // Whether the maximum must grow shows in the weights: to look for it beforehand would be a fifth
+  // of the softmax's instructions, which are what bounds it.
+  //
+  // The registers that packed weights go to are in use until the sums of the tile before are there.
+  // With kSumming these are waited for halfway, when they have long been there, so that packing
+  // runs beside exponentials.
+  template <int kColumns, bool kSumming>
+  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
+    constexpr int kCount = kColumns / 2;
+    const auto free_weights = [this] {
+      if (kSumming) {
+        mma_wait<0>();
+        end_sums();
+      }
+    };
+    const auto pack_from_halfway = [&](int half, int i) {
+      if (!C::kPackEarly || half == 0) return;
+      if (i == 2) {
+        free_weights();
+#pragma unroll
+        for (int j = 0; j < kCount; j += 4) pack_weights(j);
+      }
+      pack_weights(i);
+    };
+    const auto pack_at_once = [this](int, int i) {
+      if (C::kPackEarly) pack_weights(i);
+    };
+    const float unit = finish_scores<kColumns>(first_key);
+    if constexpr (C::kTrusting) {
+      if (softmax.settled) {
+        if (softmax.template weigh<kCount>(scores, unit, pack_from_halfway)) return false;
+        multiply_keys_again();
+        finish_scores<kColumns>(first_key);
+      } else {
+        free_weights();
+      }
+      const bool grows = softmax.template raise<kCount>(scores, unit);
+      softmax.template weigh<kCount>(scores, unit, pack_at_once);
+      return grows;
+    } else {
+      const bool grows = softmax.template raise<kCount>(scores, unit);
+      softmax.template weigh<kCount>(scores, unit, pack_from_halfway);
+      return grows;
+    }
+  }
+
+  // The weights of tile i, those of columns that nobody sees 0.
+  template <bool kSumming>
   __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
     const int first_key = work.first_key + i * C::kKeys;
     const int stop_key = C::kMasked ? bounds.y : p.num_keys;
     if (!C::kTrusting) end_scores(i);
-    const bool grows = first_key + C::kPart >= stop_key
-                           ? attend_columns<C::kPart>(softmax, first_key)
-                           : attend_columns<C::kKeys>(softmax, first_key);
+    bool grows;
+    if (first_key + C::kPart >= stop_key) {
+      grows = attend_columns < C::kPart, kSumming && C::kPackEarly > (softmax, first_key);
+#pragma unroll
+      for (int j = C::kPart / 2; j < C::kKeys / 2; j += 2) {
+        if (C::kPackEarly) {
+          weights[j / 2] = 0;
+        } else {
+          scores[j] = scores[j + 1] = 0;
+        }
+      }
+    } else {
+      grows = attend_columns < C::kKeys, kSumming && C::kPackEarly > (softmax, first_key);
+    }
     if (C::kTrusting) end_scores(i);
+    if (!C::kPackEarly) {
+      if (kSumming) {
+        mma_wait<0>();
+        end_sums();
+      }
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 2; j += 2) pack_weights(j);
+    }
     return grows;
   }
 
@@ -267,25 +324,21 @@ struct Consumer {
 
   // From the scores of the first tile on, which are there, until the last product is under way.
   __device__ __forceinline__ void attend_tiles(Softmax& softmax) {
-    attend(softmax, begin);
-    pack_weights<C>(weights, scores);
+    attend<false>(softmax, begin);
     for (int i = begin + 1; i < end; ++i) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       wait_turn();
       start_scores();
+      if (C::kTurnOfScores) pass_turn();
       wait_values(i - 1);
       start_sums(i - 1 > begin);
-      pass_turn();
+      if (!C::kTurnOfScores) pass_turn();
       mma_wait<1>();
       keep(scores);
-      const bool grows = attend(softmax, i);
-      mma_wait<0>();
-      end_sums();
-      if (grows) {
+      if (attend<true>(softmax, i)) {
 #pragma unroll
         for (int j = 0; j < C::kWidth / 2; ++j) sums[j] *= softmax.shrink[j / 2 % 2];
       }
-      pack_weights<C>(weights, scores);
     }
     wait_values(end - 1);
     start_sums(end - 1 > begin);
@@ -332,7 +385,6 @@ struct Consumer {
     while (more) {
       mma_wait<0>();
       keep(scores);
-      const int stage = queries.stage;
       if (begin < end) {
         Softmax softmax;
         attend_tiles(softmax);
@@ -341,7 +393,7 @@ struct Consumer {
         begin_scores(more);
         mma_wait<1>();
         end_sums();
-        store(softmax, stage);
+        store(softmax, queries.stage ^ 1);
       } else {
         end_keys();
         pass_values();
@@ -349,7 +401,7 @@ struct Consumer {
         queries.advance();
         more = take();
         begin_scores(more);
-        release(barriers.queries_empty(stage));
+        release(barriers.queries_empty(queries.stage ^ 1));
       }
     }
     mma_wait<0>();

@@ -95,7 +95,7 @@ int dispatch(const VlmkAttentionParams& p, void* stream) {
   if (width <= 88) return run_width<T, 88, Tile<96, 3>, Tile<80, 3>>(p, stream);
   if (width <= 96) {  // behind the last of few keys a narrower tile wastes less
     return p.num_keys <= 1600 ? run_width<T, 96, Tile<96, 3>, Tile<80, 3>>(p, stream)
-                              : run_width<T, 96, Tile<96, 3>, Tile<112, 3>>(p, stream);
+                              : run_width<T, 96, Tile<96, 3>, Tile<96, 3>>(p, stream);
   }
   if (width <= 104) return run_width<T, 104, Tile<96, 3>, Tile<96, 3>>(p, stream);
   if (width <= 128) return run_width<T, 128, Tile<128, 2>, Tile<128, 2>>(p, stream);

@@ -84,31 +84,31 @@ struct SoftmaxOver {
     return grows;
   }
 
-  // Turns the first kCount scores into weights relative to the maximum, the others, which nobody
-  // sees, into 0. False if the maximum is far too small for any query of the warp: then the scores
-  // are lost, and nothing has been added to the sums.
-  template <int kCount, int kAll>
-  __device__ __forceinline__ bool weigh(float (&scores)[kAll], float scale) {
+  // Turns the first kCount scores into weights relative to the maximum, first one query's, then the
+  // other's, and calls each(half, i) when those at i and i + 1 are there. False if the maximum is
+  // far too small for any query of the warp: then the scores are lost, and nothing has been added
+  // to the sums.
+  template <int kCount, int kAll, typename Each>
+  __device__ __forceinline__ bool weigh(float (&scores)[kAll], float scale, Each each) {
     float total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float minus = -shift(half);
       float part[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < kCount; i += 4) {
+      for (int i = 2 * half; i < kCount; i += 4) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          float& x = scores[i + 2 * half + j];
+          float& x = scores[i + j];
           x = exp2_approximate(fmaf(x, scale, minus));
           part[j] += x;
         }
+        each(half, i);
       }
       total[half] = part[0] + part[1];
     }
     if (__any_sync(kAllLanes, total[0] > kMost || total[1] > kMost)) return false;
     sum[0] += total[0], sum[1] += total[1];
-#pragma unroll
-    for (int i = kCount; i < kAll; ++i) scores[i] = 0;
     return true;
   }
 
@@ -143,15 +143,6 @@ struct SoftmaxOver {
 
 // Four neighbouring lanes share a query, as wgmma deals out its sums.
 using Softmax = SoftmaxOver<1, 4>;
-
-// Weights as the operand of the next product.
-template <typename C>
-__device__ __forceinline__ void pack_weights(uint32_t (&packed)[C::kKeys / 4],
-                                             const float (&scores)[C::kKeys / 2]) {
-#pragma unroll
-  for (int i = 0; i < C::kKeys / 4; ++i)
-    packed[i] = pack<typename C::Element>(scores[2 * i], scores[2 * i + 1]);
-}
 
 }  // namespace attention
 }  // namespace vlmk

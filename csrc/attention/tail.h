@@ -131,7 +131,7 @@ struct Tail {
       const int count = min(C::kKeys, p.num_keys - i * C::kKeys);
       score(count);
       const bool grows = softmax.raise<4 * kOwnSteps>(scores, scale);
-      softmax.weigh<4 * kOwnSteps>(scores, scale);
+      softmax.weigh<4 * kOwnSteps>(scores, scale, [](int, int) {});
       if (grows) {
 #pragma unroll
         for (int j = 0; j < kRows / 4; ++j) sums[j] *= softmax.shrink[j % 2];
