@@ -408,7 +408,7 @@ struct Consumer {
   }
 
   // Takes the next tile of queries, and begins its first scores if nothing has to be passed over
-  // before them.
+  // before them. Else what is begun is nobody's.
   __device__ __forceinline__ bool take_early(bool& more) {
     queries.advance();
     more = take();
@@ -424,13 +424,16 @@ struct Consumer {
     bool more = take(), early = false;
     while (more) {
       const int stage = queries.stage;
-      if (!early) pass_tiles(begin);
-      if (begin == end) {
-        store_nothing(stage);
-        early = take_early(more);
-        continue;
+      if (!early) {
+        mma_wait<0>();  // ptxas gives the registers of scores that are nobody's to addresses
+        pass_tiles(begin);
+        if (begin == end) {
+          store_nothing(stage);
+          early = take_early(more);
+          continue;
+        }
+        begin_scores(true);
       }
-      if (!early) begin_scores(true);
       mma_wait<0>();
       keep(scores);
       Softmax softmax;
