@@ -88,16 +88,27 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
   const auto* dout = static_cast<const T*>(p.dout) + head.batch * p.dout_stride_b + 8 * chunk;
   const auto* out = static_cast<const T*>(p.out) +
                     int64_t{head.batch} * p.num_queries * p.num_heads * p.dim + 8 * chunk;
-#pragma unroll kSteps> 4 ? 4 : kSteps
+  // All loads before the first use of one: a block has little else to do meanwhile.
+  uint4 x[kSteps], y[kSteps];
+  float lse[kSteps], dlse[kSteps];
+  int2 range[kSteps];
+#pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int row = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
     const int of_group = row / p.num_queries, query = row - of_group * p.num_queries;
     const int query_head = head.head * head.heads + of_group;
     const bool there = row < head.rows, columns = there && 8 * chunk < p.dim;
-    const uint4 x =
-        load_global(dout + query * p.dout_stride_s + query_head * p.dout_stride_h, columns);
-    const uint4 y = load_global(out + (query * int64_t{p.num_heads} + query_head) * p.dim, columns);
-    const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+    x[step] = load_global(dout + query * p.dout_stride_s + query_head * p.dout_stride_h, columns);
+    y[step] = load_global(out + (query * int64_t{p.num_heads} + query_head) * p.dim, columns);
+    const int64_t at = (int64_t{head.batch} * p.num_heads + query_head) * p.num_queries + query;
+    lse[step] = there ? p.lse[at] : -INFINITY;
+    dlse[step] = there && p.dlse ? p.dlse[at] : 0;
+    range[step] = there ? attention::range_of_query(p, head.batch, query) : make_int2(0, 0);
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t a[4] = {x[step].x, x[step].y, x[step].z, x[step].w};
+    const uint32_t b[4] = {y[step].x, y[step].y, y[step].z, y[step].w};
     float delta = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -106,20 +117,15 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
     }
 #pragma unroll
     for (int bit = 1; bit < kLanes; bit *= 2) delta += __shfl_xor_sync(kAllLanes, delta, bit);
-    if (chunk != 0 || row >= C::kRows) continue;
-    float lse = -INFINITY;
-    int2 range = make_int2(0, 0);
-    if (there) {
-      const int64_t at = (int64_t{head.batch} * p.num_heads + query_head) * p.num_queries + query;
-      lse = p.lse[at] == -INFINITY ? -INFINITY : -p.lse[at] * attention::kLog2E;
-      if (p.dlse) delta -= p.dlse[at];
-      range = attention::cut(p, attention::range_of_query(p, head.batch, query));
+    const int row = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
+    if (chunk == 0 && row < C::kRows) {
+      const int at = row / 2 * 4 + row % 2;
+      sums[at] = lse[step] == -INFINITY ? -INFINITY : -lse[step] * attention::kLog2E;
+      sums[at + 2] = delta - dlse[step];
+      const int2 seen = attention::cut(p, range[step]);
+      ranges[at] = seen.x;
+      ranges[at + 2] = max(seen.y - seen.x, 0);
     }
-    const int at = row / 2 * 4 + row % 2;
-    sums[at] = lse;
-    sums[at + 2] = delta;
-    ranges[at] = range.x;
-    ranges[at + 2] = max(range.y - range.x, 0);
   }
   const int words = (C::kRows - head.rows) * (kRowBytes / 16);
   for (int i = static_cast<int>(threadIdx.x); i < 2 * C::kPanels * words; i += C::kThreads) {

@@ -34,7 +34,7 @@ struct Tiles {
   Barriers barriers;
   int4 bounds;  // of the keys that rows see: see bounds_of_queries
   int begin, end;
-  Ring<C::kStages> ring{0}, before{0};
+  Ring<C::kStages> ring{0};
 
   float dq[C::kOwnPanels][C::kRows / 2];  // transposed
   float scores[C::kRows / 2], dp[C::kRows / 2];
@@ -75,19 +75,18 @@ struct Tiles {
   // Once the results of the tile before have left its stage, brings the tile that comes there next.
   __device__ __forceinline__ void refill(int tile) {
     const int next = tile - 1 + C::kStages;
-    if (tile == begin) return;
-    if (next < end) {
-      if (lane_index() == 0) {
-        store_wait_read();
-        barrier_arrive(barriers.empty(before.stage));
-      }
-      if (threadIdx.x == 0) {
-        barrier_wait(barriers.empty(before.stage), before.parity);
-        load(next, before.stage);
-      }
-      __syncwarp();
+    if (tile == begin || next >= end) return;
+    const bool wraps = ring.stage == 0;
+    const int stage = wraps ? C::kStages - 1 : ring.stage - 1;
+    if (lane_index() == 0) {
+      store_wait_read();
+      barrier_arrive(barriers.empty(stage));
     }
-    before.advance();
+    if (threadIdx.x == 0) {
+      barrier_wait(barriers.empty(stage), ring.parity ^ wraps);
+      load(next, stage);
+    }
+    __syncwarp();
   }
 
   // Keys that no row sees become zero: whatever they hold, infinity and NaN too, would come into dQ
