@@ -180,10 +180,12 @@ def _prepared_bwd(
     return _check_bwd.why_not(params) or params
 
 
-def _addressable(dout: Tensor) -> Tensor:
-    """An incoming gradient as the kernel can read it: one that was expanded, or begins at an odd place, is copied."""
-    strides = [stride for stride, size in zip(dout.stride()[:3], dout.shape, strict=False) if size > 1]
-    return dout if dout.data_ptr() % 16 == 0 and all(x > 0 and x % 8 == 0 for x in strides) else dout.contiguous()
+def _addressable(x: Tensor) -> Tensor:
+    """As the copy engine can read it: what was expanded, or begins or has rows at odd places, is copied."""
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _prepare_bwd(
@@ -236,7 +238,7 @@ def attention_bwd(
     if 0 in q.shape or 0 in k.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
     # Kept in names until the launch: a copy's memory must not be given away before.
-    dout, out, lse = _addressable(dout), out.contiguous(), lse.contiguous()
+    dout, out, lse = _addressable(dout), _addressable(out.contiguous()), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
