@@ -161,6 +161,10 @@ struct Ring {
   }
 };
 
+// Refuses strides that the copy engine can't use; of a size up to 1 they don't matter.
+int check_strides(const char* name, int64_t rows, int64_t heads, int64_t batch, int64_t stride_s,
+                  int64_t stride_h, int64_t stride_b);
+
 int forward_bfloat16(const VlmkAttentionParams& p, void* stream);
 int forward_float16(const VlmkAttentionParams& p, void* stream);
 

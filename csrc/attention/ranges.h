@@ -30,8 +30,10 @@ __device__ __forceinline__ void release(uint32_t barrier) {
   if (lane_index() == 0) barrier_arrive(barrier);
 }
 
-// [x, y) as it is given, which may reach beyond the keys; empty behind the last query.
-__device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int batch, int query) {
+// [x, y) as it is given, which may reach beyond the keys; empty behind the last query. Params are
+// those of the forward or of the backward pass.
+template <typename Params>
+__device__ __forceinline__ int2 range_of_query(const Params& p, int batch, int query) {
   if (query >= p.num_queries) return make_int2(0, 0);
   if (p.start) {
     const int64_t at = batch * p.range_stride_b + query;
@@ -42,14 +44,15 @@ __device__ __forceinline__ int2 range_of_query(const VlmkAttentionParams& p, int
 }
 
 // Apart from the load, so that a warp waits for it where it needs the range.
-__device__ __forceinline__ int2 cut(const VlmkAttentionParams& p, int2 range) {
+template <typename Params>
+__device__ __forceinline__ int2 cut(const Params& p, int2 range) {
   return make_int2(max(range.x, 0), min(range.y, p.num_keys));
 }
 
 // Of the 64 queries from `first` on: [x, y) is the hull of their ranges, (num_keys, 0) if all are
 // empty; [z, w) what every one of them sees. By a whole warp.
-__device__ __forceinline__ int4 bounds_of_queries(const VlmkAttentionParams& p, int batch,
-                                                  int first) {
+template <typename Params>
+__device__ __forceinline__ int4 bounds_of_queries(const Params& p, int batch, int first) {
   if (first >= p.num_queries) return make_int4(p.num_keys, 0, p.num_keys, 0);
   if (!p.start) {
     const int last = min(first + kGroupQueries, p.num_queries) - 1;

@@ -29,6 +29,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
 // All threads of all blocks of the cluster, and what they wrote before.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -124,6 +130,16 @@ __device__ __forceinline__ void store_to_block(uint32_t destination, float2 x, u
       : "memory");
 }
 
+// From another block's shared memory.
+__device__ __forceinline__ float4 load_from_block(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // 16 bytes from global memory that nobody writes meanwhile, or zeros.
 __device__ __forceinline__ uint4 load_global(const void* source, bool there) {
   uint4 x;
@@ -186,6 +202,13 @@ __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&x)
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&x)[2]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(x[0]),
                "r"(x[1])
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void store_transposed(uint32_t row, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
 

@@ -63,9 +63,9 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 // Lists of operands: %0 .. of so many accumulators, and the accumulators with their constraint.
 #define VLMK_4(constraint, x, i) \
   constraint(x[i]), constraint(x[i + 1]), constraint(x[i + 2]), constraint(x[i + 3])
-#define VLMK_OPERANDS_24                                                 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-  ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define VLMK_OPERANDS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define VLMK_OPERANDS_16 VLMK_OPERANDS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define VLMK_OPERANDS_24 VLMK_OPERANDS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define VLMK_OPERANDS_32 VLMK_OPERANDS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define VLMK_OPERANDS_36 VLMK_OPERANDS_32 ", %32, %33, %34, %35"
 #define VLMK_OPERANDS_40 VLMK_OPERANDS_36 ", %36, %37, %38, %39"
@@ -91,9 +91,9 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 #define VLMK_OPERANDS_120 VLMK_OPERANDS_116 ", %116, %117, %118, %119"
 #define VLMK_OPERANDS_124 VLMK_OPERANDS_120 ", %120, %121, %122, %123"
 #define VLMK_OPERANDS_128 VLMK_OPERANDS_124 ", %124, %125, %126, %127"
-#define VLMK_SUMS_24(c, x)                                                               \
-  VLMK_4(c, x, 0), VLMK_4(c, x, 4), VLMK_4(c, x, 8), VLMK_4(c, x, 12), VLMK_4(c, x, 16), \
-      VLMK_4(c, x, 20)
+#define VLMK_SUMS_8(c, x) VLMK_4(c, x, 0), VLMK_4(c, x, 4)
+#define VLMK_SUMS_16(c, x) VLMK_SUMS_8(c, x), VLMK_4(c, x, 8), VLMK_4(c, x, 12)
+#define VLMK_SUMS_24(c, x) VLMK_SUMS_16(c, x), VLMK_4(c, x, 16), VLMK_4(c, x, 20)
 #define VLMK_SUMS_32(c, x) VLMK_SUMS_24(c, x), VLMK_4(c, x, 24), VLMK_4(c, x, 28)
 #define VLMK_SUMS_36(c, x) VLMK_SUMS_32(c, x), VLMK_4(c, x, 32)
 #define VLMK_SUMS_40(c, x) VLMK_SUMS_36(c, x), VLMK_4(c, x, 36)
@@ -122,6 +122,8 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
 
 // Columns of B, accumulators, and the names of the six operands behind those.
 #define VLMK_SHAPES(X)                                        \
+  X(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")            \
+  X(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")         \
   X(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")         \
   X(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")         \
   X(72, 36, "%36", "%37", "%38", "%39", "%40", "%41")         \
@@ -148,9 +150,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
   VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum),        \
            "{" o0 ", " o1 ", " o2 ", " o3 "}, " o4 ", add, 1, 1, " transposed, o5, "r"(a[0]), \
            "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
-#define VLMK_MMA_SHARED(n, count, o0, o1, o2, type)                                    \
+#define VLMK_MMA_SHARED(n, count, o0, o1, o2, type, transposed)                        \
   VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum), \
-           o0 ", " o1 ", add, 1, 1, 0, 0", o2, "l"(a), "l"(b), "r"(static_cast<int>(add)))
+           o0 ", " o1 ", add, 1, 1, " transposed ", 0", o2, "l"(a), "l"(b),            \
+           "r"(static_cast<int>(add)))
 
 // No product at all would be the result of a shape that the table lacks.
 #define VLMK_KNOWN(n, ...) || kColumns == n
@@ -177,15 +180,21 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (
 #undef VLMK_CASE
 }
 
-// The same with A in shared memory, both with K along their rows.
-template <typename T, int kColumns>
+// The same with A in shared memory, both with K along their rows; with kRowsAlongK, a lies with its
+// rows along K: sum = a^T b^T + ...
+template <typename T, int kColumns, bool kRowsAlongK = false>
 __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(false VLMK_SHAPES(VLMK_KNOWN));
-#define VLMK_CASE(n, count, o0, o1, o2, ...)                  \
-  if constexpr (kColumns == n && std::is_same_v<T, __half>) { \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16");     \
-  } else if constexpr (kColumns == n) {                       \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16");   \
+#define VLMK_CASE(n, count, o0, o1, o2, ...)                     \
+  if constexpr (kColumns == n && kHalf && kRowsAlongK) {         \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16", "1");   \
+  } else if constexpr (kColumns == n && kHalf) {                 \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16", "0");   \
+  } else if constexpr (kColumns == n && kRowsAlongK) {           \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16", "1"); \
+  } else if constexpr (kColumns == n) {                          \
+    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16", "0"); \
   }
   VLMK_SHAPES(VLMK_CASE)
 #undef VLMK_CASE
@@ -212,6 +221,8 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_MMA_SHARED
 #undef VLMK_SHAPES
 #undef VLMK_4
+#undef VLMK_OPERANDS_8
+#undef VLMK_OPERANDS_16
 #undef VLMK_OPERANDS_24
 #undef VLMK_OPERANDS_32
 #undef VLMK_OPERANDS_36
@@ -238,6 +249,8 @@ __device__ __forceinline__ void mma(int32_t (&sum)[kColumns / 2], const uint32_t
 #undef VLMK_OPERANDS_120
 #undef VLMK_OPERANDS_124
 #undef VLMK_OPERANDS_128
+#undef VLMK_SUMS_8
+#undef VLMK_SUMS_16
 #undef VLMK_SUMS_24
 #undef VLMK_SUMS_32
 #undef VLMK_SUMS_36

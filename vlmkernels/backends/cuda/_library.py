@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -64,6 +64,19 @@ class AttentionParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+    ]
+
+
+class AttentionBwdParams(ctypes.Structure):
+    """``VlmkAttentionBwdParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dout", "q", "k", "v", "out", "lse", "dlse", "start", "stop", "dq", "dk", "dv")),
+        *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("dout", "q", "k", "v") for axis in "bsh"),
+        ("range_stride_b", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("dim", "type", "causal")),
+        ("scale", ctypes.c_float),
     ]
 
 

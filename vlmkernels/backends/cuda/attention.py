@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention forward on ``csrc/attention``: 16-bit floats, every mask that is a range of keys per query."""
+"""Attention in 16-bit floats, under every mask that is a range of keys per query: forward on ``csrc/attention``, backward of up
+to 128 queries on ``csrc/attention_bwd``."""
 
 import functools
 import struct
@@ -8,13 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmkernels.backends.cuda._library import TYPES, AttentionParams, EntryPoint
+from vlmkernels.backends.cuda._library import TYPES, AttentionBwdParams, AttentionParams, EntryPoint
 
 #: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse, counter.
 _POINTERS = struct.Struct("8P")
+#: So does ``AttentionBwdParams``: dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv.
+_BWD_POINTERS = struct.Struct("12P")
 
 _attention = EntryPoint("vlmk_attention")
 _check = EntryPoint("vlmk_attention_check")
+_attention_bwd = EntryPoint("vlmk_attention_bwd")
+_check_bwd = EntryPoint("vlmk_attention_bwd_check")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -139,3 +144,107 @@ def plan_attention_fwd(
         return out, lse
 
     return plan
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_bwd(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    ranges: int | None,
+    causal: bool,
+    scale: float,
+) -> AttentionBwdParams | str:
+    """All but the pointers, or why the kernel doesn't take them. ``strides``: of dout, q, k and v; ``ranges``: over the batch."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes bfloat16 and float16, these are {dtype}"
+    batch, queries, heads, dim = q_shape
+    params = AttentionBwdParams(
+        start=None if ranges is None else 1,  # for the check: whether there are any
+        stop=None if ranges is None else 1,
+        range_stride_b=ranges or 0,
+        batch=batch,
+        num_queries=queries,
+        num_keys=k_shape[1],
+        num_heads=heads,
+        num_kv_heads=k_shape[2],
+        dim=dim,
+        type=TYPES[dtype],
+        causal=causal,
+        scale=scale,
+    )
+    for name, of_tensor in zip(("dout", "q", "k", "v"), strides, strict=True):
+        for axis, stride in zip("bsh", of_tensor, strict=False):
+            setattr(params, f"{name}_stride_{axis}", stride)
+    return _check_bwd.why_not(params) or params
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """As the copy engine can read it: what was expanded, or begins or has rows at odd places, is copied."""
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _prepare_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float
+) -> AttentionBwdParams | str:
+    ranges = None if start is None else start.shape[1] if start.shape[0] > 1 else 0
+    strides = (dout.stride(), q.stride(), k.stride(), v.stride())
+    return _prepared_bwd(q.shape, k.shape, strides, q.dtype, ranges, causal, scale)
+
+
+def why_not_attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> str | None:
+    if softcap > 0:
+        return "the backward takes no softcap"
+    if v.shape[3] != q.shape[3]:
+        return f"the backward takes values of the queries' head dim, these are {v.shape[3]} and {q.shape[3]}"
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return "q, k and v must begin at multiples of 16 bytes"
+    prepared = _prepare_bwd(out, q, k, v, start, causal, scale)
+    return prepared if isinstance(prepared, str) else None
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if 0 in q.shape or 0 in k.shape:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    # Kept in names until the launch: a copy's memory must not be given away before.
+    dout, out, lse = _addressable(dout), _addressable(out.contiguous()), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+    params = _prepare_bwd(dout, q, k, v, start, causal, scale)
+    assert not isinstance(params, str)  # why_not_attention_bwd was asked
+    tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv)
+    pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
+    _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
+    return dq, dk, dv

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of keys and values that pass by a block's rows.
+//
+// Products are transposed, so that the few rows are the narrow side: scores S^T = K Q^T and dP^T =
+// V dO^T have keys as rows, and P^T and dS^T come out as the left operands of dV = P^T dO and dK =
+// dS^T Q. For dQ^T = K^T dS^T, dS goes through shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/ranges.h"
+#include "attention/softmax.h"
+#include "attention_bwd/config.h"
+#include "attention_bwd/queries.h"
+#include "common/float16.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "common/wgmma.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+constexpr int kTileBarrier = 1;
+
+template <typename C>
+struct Tiles {
+  using T = typename C::Element;
+
+  const VlmkAttentionBwdParams& p;
+  const Maps& maps;
+  const Head& head;
+  char* shared;
+  Barriers barriers;
+  int4 bounds;  // of the keys that rows see: see bounds_of_queries
+  int begin, end;
+  Ring<C::kStages> ring{0};
+
+  float dq[C::kOwnPanels][C::kRows / 2];  // transposed
+  float scores[C::kRows / 2], dp[C::kRows / 2];
+  uint32_t weights[C::kRows / 4], ds[C::kRows / 4];
+  float dv[C::kWidth / 2], dk[C::kWidth / 2];
+
+  __device__ __forceinline__ int warp() const { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ __forceinline__ int group() const { return static_cast<int>(threadIdx.x) / 128; }
+  __device__ __forceinline__ uint32_t keys_at(int stage) const {
+    return shared_address(shared) + C::kStagesAt + stage * 2 * C::kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t values_at(int stage) const {
+    return keys_at(stage) + C::kTileBytes;
+  }
+  __device__ __forceinline__ void meet() { named_wait<C::kThreads>(kTileBarrier); }
+
+  // Starts the copies of a tile. By one thread.
+  __device__ __forceinline__ void load(int tile, int stage) {
+    const uint32_t barrier = barriers.full(stage);
+    barrier_expect(barrier, 2 * C::kTileBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      const int at = panel * C::kKeys * kRowBytes;
+      copy_tile(keys_at(stage) + at, maps.keys, panel * kPanel, tile * C::kKeys, head.head,
+                p.k_stride_b ? head.batch : 0, barrier);
+      copy_tile(values_at(stage) + at, maps.values, panel * kPanel, tile * C::kKeys, head.head,
+                p.v_stride_b ? head.batch : 0, barrier);
+    }
+  }
+
+  __device__ __forceinline__ void load_first() {
+#pragma unroll
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      if (begin + stage < end) load(begin + stage, stage);
+    }
+  }
+
+  // Once the results of the tile before have left its stage, brings the tile that comes there next.
+  __device__ __forceinline__ void refill(int tile) {
+    const int next = tile - 1 + C::kStages;
+    if (tile == begin || next >= end) return;
+    const bool wraps = ring.stage == 0;
+    const int stage = wraps ? C::kStages - 1 : ring.stage - 1;
+    if (lane_index() == 0) {
+      store_wait_read();
+      barrier_arrive(barriers.empty(stage));
+    }
+    if (threadIdx.x == 0) {
+      barrier_wait(barriers.empty(stage), ring.parity ^ wraps);
+      load(next, stage);
+    }
+    __syncwarp();
+  }
+
+  // Keys that no row sees become zero: whatever they hold, infinity and NaN too, would come into dQ
+  // with a weight of 0. Behind the last key they are.
+  __device__ __forceinline__ void clear_unseen(int first_key) {
+    const int lo = bounds.x - first_key;
+    const int hi = bounds.y < p.num_keys ? bounds.y - first_key : C::kKeys;
+    if (lo <= 0 && hi >= C::kKeys) return;
+    char* keys = shared + C::kStagesAt + ring.stage * 2 * C::kTileBytes;
+    constexpr int kWords = kRowBytes / 16;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < C::kTileBytes / 16; i += C::kThreads) {
+      const int key = i / kWords % C::kKeys;
+      if (key < lo || key >= hi) reinterpret_cast<uint4*>(keys)[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy();
+    meet();
+  }
+
+  // sums = tile times rows, both with their columns along the product.
+  __device__ __forceinline__ void start_product(float (&sums)[C::kRows / 2], uint32_t tile,
+                                                uint32_t rows) {
+    const uint64_t a = swizzled_descriptor(tile + group() * 64 * kRowBytes, 16);
+    const uint64_t b = swizzled_descriptor(rows, 16);
+#pragma unroll
+    for (int step = 0; step < C::kWidth / 16; ++step) {
+      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
+      mma<T, C::kRows>(sums, a + ((panel * C::kKeys * kRowBytes + inside) >> 4),
+                       b + ((panel * C::kRows * kRowBytes + inside) >> 4), step > 0);
+    }
+  }
+
+  // sums = weights times rows: dV or dK.
+  __device__ __forceinline__ void start_gradient(float (&sums)[C::kWidth / 2],
+                                                 const uint32_t (&left)[C::kRows / 4],
+                                                 uint32_t rows) {
+    const uint64_t b = swizzled_descriptor(rows, C::kRows * kRowBytes);
+#pragma unroll
+    for (int step = 0; step < C::kRows / 16; ++step) {
+      const uint32_t a[4] = {left[4 * step], left[4 * step + 1], left[4 * step + 2],
+                             left[4 * step + 3]};
+      mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), step > 0);
+    }
+  }
+
+  // dQ^T += K^T dS^T, of this warpgroup's columns.
+  __device__ __forceinline__ void start_queries() {
+    const uint32_t keys = keys_at(ring.stage) + group() * C::kOwnPanels * C::kKeys * kRowBytes;
+    const uint64_t b = swizzled_descriptor(shared_address(shared) + C::kScoresAt, 16);
+#pragma unroll
+    for (int panel = 0; panel < C::kOwnPanels; ++panel) {
+      const uint64_t a = swizzled_descriptor(keys + panel * C::kKeys * kRowBytes, 16);
+      keep(dq[panel]);
+      mma_fence();
+#pragma unroll
+      for (int step = 0; step < C::kKeys / 16; ++step) {
+        mma<T, C::kRows, true>(dq[panel], a + (step * 16 * kRowBytes >> 4),
+                               b + ((step / 4 * C::kRows * kRowBytes + step % 4 * 32) >> 4), true);
+      }
+    }
+  }
+
+  // Scores become weights, dP becomes dS; what a row does not see is 0 in both, whatever it was.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(int first_key) {
+    const float scale = p.scale * attention::kLog2E;
+    const uint32_t rows = shared_address(shared) + C::kSumsAt + lane_index() % 4 * 16;
+    const int key = first_key + warp() * 16 + lane_index() / 4;
+#pragma unroll
+    for (int i = 0; i < C::kRows / 8; ++i) {
+      uint4 sums, ranges;
+      load_shared(rows + i * 64, sums);
+      if (kMasked) load_shared(rows + C::kRangesAt - C::kSumsAt + i * 64, ranges);
+      const float lse[2] = {__uint_as_float(sums.x), __uint_as_float(sums.y)};
+      const float delta[2] = {__uint_as_float(sums.z), __uint_as_float(sums.w)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float weight[2], gradient[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int at = 4 * i + 2 * half + j;
+          weight[j] = attention::exp2_approximate(fmaf(scores[at], scale, lse[j]));
+          gradient[j] = weight[j] * (dp[at] - delta[j]);
+          if (kMasked) {
+            const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
+            const bool seen = static_cast<uint32_t>(key + 8 * half) - from < count;
+            weight[j] = seen ? weight[j] : 0;
+            gradient[j] = seen ? gradient[j] : 0;
+          }
+        }
+        weights[2 * i + half] = pack<T>(weight[0], weight[1]);
+        ds[2 * i + half] = pack<T>(gradient[0], gradient[1]);
+      }
+    }
+  }
+
+  // A warp's 16 rows of dK or dV, by way of where its keys or values were.
+  __device__ __forceinline__ void store(const float (&sums)[C::kWidth / 2], float scale,
+                                        uint32_t tile, const CUtensorMap& map, int first_key) {
+    const int lane = lane_index();
+    const uint32_t rows = tile + warp() * 16 * kRowBytes;
+    const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+    for (int block = 0; block < C::kWidth / 8; block += 2) {
+      const float* x = &sums[4 * block];
+      store_matrices((row + block / 8 * C::kKeys * kRowBytes) ^ (block % 8 << 4),
+                     {pack<T>(x[0] * scale, x[1] * scale), pack<T>(x[2] * scale, x[3] * scale),
+                      pack<T>(x[4] * scale, x[5] * scale), pack<T>(x[6] * scale, x[7] * scale)});
+    }
+    fence_async_proxy();
+    __syncwarp();
+    const int first = first_key + warp() * 16;
+    if (lane == 0 && first < p.num_keys) {
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        store_tile(map, rows + panel * C::kKeys * kRowBytes, panel * kPanel, first, head.head,
+                   head.batch);
+      }
+      store_commit();
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void attend(int tile) {
+    const uint32_t queries = shared_address(shared), dout = queries + C::kDoutAt;
+    const uint32_t keys = keys_at(ring.stage), values = values_at(ring.stage);
+    const int first_key = tile * C::kKeys;
+    barrier_wait(barriers.full(ring.stage), ring.parity);
+    clear_unseen(first_key);
+
+    keep(scores);
+    keep(dp);
+    mma_fence();
+    start_product(scores, keys, queries);
+    start_product(dp, values, dout);
+    mma_commit();
+    refill(tile);
+    mma_wait<0>();
+    keep(scores);
+    keep(dp);
+    if (first_key < bounds.z || first_key + C::kKeys > bounds.w) {
+      weigh<true>(first_key);
+    } else {
+      weigh<false>(first_key);
+    }
+
+    keep(dv);
+    keep(weights);
+    mma_fence();
+    start_gradient(dv, weights, dout);
+    mma_commit();
+#pragma unroll
+    for (int step = 0; step < C::kRows / 16; ++step) {
+      const uint32_t x[4] = {ds[4 * step], ds[4 * step + 1], ds[4 * step + 2], ds[4 * step + 3]};
+      store_columns(shared_address(shared) + C::kScoresAt + group() * C::kRows * kRowBytes, step,
+                    x);
+    }
+    fence_async_proxy();
+    meet();  // dS is there, and nobody multiplies values any more
+    start_queries();
+    if (C::kTogether) {
+      keep(dk);
+      keep(ds);
+      mma_fence();
+      start_gradient(dk, ds, queries);
+    }
+    mma_commit();
+    mma_wait<1>();
+    keep(dv);
+    keep(weights);
+    store(dv, 1, values, maps.dv, first_key);
+    if (!C::kTogether) {
+      keep(dk);
+      keep(ds);
+      mma_fence();
+      start_gradient(dk, ds, queries);
+      mma_commit();
+    }
+    mma_wait<0>();
+    keep(dk);
+    keep(ds);
+#pragma unroll
+    for (int panel = 0; panel < C::kOwnPanels; ++panel) keep(dq[panel]);
+    meet();  // nobody multiplies keys or dS any more
+    store(dk, p.scale, keys, maps.dk, first_key);
+    ring.advance();
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int panel = 0; panel < C::kOwnPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < C::kRows / 2; ++i) dq[panel][i] = 0;
+    }
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) attend(tile);
+  }
+};
+
+}  // namespace attention_bwd
+}  // namespace vlmk
