@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA library compiles without a GPU, spills no register, keeps its interface, and the package installs without it."""
+"""The CUDA library compiles without a GPU, with its registers in order and its interface; the package installs without it."""
 
 import ctypes
 import os
@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 
 from vlmkernels.backends.cuda import _library
@@ -46,6 +47,38 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
     assert len(kernels) >= len(re.findall(r"\b__global__\b", sources)) > 0
     assert len(used) >= len(kernels)
     assert {numbers for numbers in used if any(map(int, numbers))} == set(), log
+
+
+@needs_nvcc
+@pytest.mark.skipif(sass.tool("nvdisasm") is None or sass.tool("cuobjdump") is None, reason="no disassembler")
+def test_products_in_flight_keep_their_registers(built: tuple[Path, str], tmp_path: Path) -> None:
+    run(str(sass.tool("cuobjdump")), "-xelf", "all", built[0], cwd=tmp_path)
+    products = 0
+    for cubin in sorted(tmp_path.glob("*.cubin")):
+        for name, instructions, labels in sass.kernels(run(str(sass.tool("nvdisasm")), "-c", cubin)):
+            products += any(one.kind == sass.MMA for one in instructions)
+            assert sass.touched_in_flight(instructions, labels) == [], name
+    assert products > 0
+
+
+def test_registers_in_flight_are_seen() -> None:
+    """Scores begin; where P0 holds they are read after the wait, else an address takes one of their registers."""
+    text = """
+    .section .text.kernel,"ax"
+        /*0000*/    HGMMA.64x8x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0010*/    HGMMA.64x8x16.F32.BF16 R24, R40, gdesc[UR8], R24, gsb0 ;
+        /*0020*/    @P0 BRA `(.L_x_1) ;
+        /*0030*/    STG.E.128 desc[UR4][R26.64], RZ ;
+        /*0040*/    IADD3 R4, R23, R28, RZ ;
+    .L_x_1:
+        /*0050*/    WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/    FADD R24, R24, R25 ;
+        /*0070*/    EXIT ;
+    """
+    ((name, instructions, labels),) = sass.kernels(text)
+    assert name == "kernel"
+    assert instructions[1].registers == {24, 25, 26, 27, 40, 41, 42, 43}
+    assert sass.touched_in_flight(instructions, labels) == ["STG.E.128 desc[UR4][R26.64], RZ"]
 
 
 @needs_nvcc
