@@ -160,16 +160,22 @@ class ProjectedAttention(SideBySide):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None) -> torch.Tensor:
         """The output, ``[..., embed_dim]``."""
+        y = attention(q, k, v, ranges, causal=self.causal, scale=self.scale, softcap=self.softcap)
+        assert isinstance(y, torch.Tensor)
+        return self._out(y)
+
+    def _out(self, y: torch.Tensor) -> torch.Tensor:
+        """The output of heads ``[..., H, D]``."""
+        y = y.flatten(-2)
+        return y if self.layout.out is None else getattr(self, self.layout.out)(y)
+
+    def _check_dropout(self) -> None:
         if self.training and self.attention_dropout > 0:
             raise bad_argument(
                 "attention_dropout",
                 self.attention_dropout,
                 "0 in training, because no backend drops attention weights; call eval(), or build the layer with 0",
             )
-        y = attention(q, k, v, ranges, causal=self.causal, scale=self.scale, softcap=self.softcap)
-        assert isinstance(y, torch.Tensor)
-        y = y.flatten(-2)
-        return y if self.layout.out is None else getattr(self, self.layout.out)(y)
 
     def extra_repr(self) -> str:
         kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"

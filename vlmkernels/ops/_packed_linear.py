@@ -7,6 +7,7 @@ neighbours in one storage: the matrix is a view of them, which is never out of d
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -64,14 +65,16 @@ def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tu
     Returns:
         ``[..., N_i]`` for each weight; of one product these are views, side by side in ``[..., N_1 + N_2 + ...]``.
     """
-    # What is compiled can't look at addresses, so there the op does. Autocast has no rule for it, and casts each weight by itself.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast or not (torch.compiler.is_compiling() or (adjacent(weights) and (not biases or adjacent(biases)))):
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights), strict=True))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
-        outputs: tuple[torch.Tensor, ...] = _PackedLinear.apply(x, len(weights), *weights, *biases)
-        return outputs
-    return _fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1)
+    # What is compiled can't look at addresses, so there the op does. Autocast has no rule for the op.
+    one = torch.compiler.is_compiling() or (adjacent(weights) and (not biases or adjacent(biases)))
+    outputs: Any
+    if torch.is_autocast_enabled(x.device.type) or not one:
+        outputs = [F.linear(x, weight, bias) for weight, bias in zip_longest(weights, biases)]
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
+        outputs = _PackedLinear.apply(x, len(weights), *weights, *biases)
+    else:
+        outputs = _fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1)
+    return tuple(outputs)
 
 
 def _joined(parts: Tensors) -> torch.Tensor:
@@ -96,14 +99,16 @@ LIBRARY.impl("packed_linear_fwd", _run_fwd, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_linear_bwd", _run_bwd, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("vlmkernels::packed_linear_fwd", lib=LIBRARY)
 def _fwd_fake(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
-@torch.library.register_fake("vlmkernels::packed_linear_bwd", lib=LIBRARY)
 def _bwd_fake(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
     return dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
+
+
+torch.library.register_fake("vlmkernels::packed_linear_fwd", _fwd_fake, lib=LIBRARY)
+torch.library.register_fake("vlmkernels::packed_linear_bwd", _bwd_fake, lib=LIBRARY)
 
 
 def _fwd(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
@@ -128,7 +133,7 @@ class _PackedLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
         ctx.biased = bool(biases)
-        return _fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1)
+        return tuple(_fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1))
 
     @staticmethod
     @once_differentiable
