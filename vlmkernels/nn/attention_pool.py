@@ -9,9 +9,9 @@ from torch import nn
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._names import get, put
-from vlmkernels.ops._op import bad_argument, check_sizes, forced_backend
+from vlmkernels.ops._op import bad_argument, check_sizes
 from vlmkernels.ops.attention import attention
-from vlmkernels.ops.cross_attention import absorb_pays, absorbed_attention, one_batch
+from vlmkernels.ops.cross_attention import one_batch
 
 
 class _Names(NamedTuple):
@@ -124,13 +124,9 @@ class AttentionPool(nn.Module):
         (q_weight, q_bias), (kv_weight, kv_bias) = self._projections()
         heads = (self.num_heads, self.embed_dim // self.num_heads)
         q = F.linear(get(self, names.probe)[:, :read], q_weight, q_bias).unflatten(-1, heads)
-        free = ranges is None and not forced_backend(None) and not torch.is_autocast_enabled(x.device.type)
-        if free and absorb_pays((read, *heads), x):
-            k_weight, v_weight = kv_weight.chunk(2)
-            y: Any = absorbed_attention(q, x, k_weight, v_weight, kv_bias.chunk(2)[1])
-        else:
-            k, v = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, *heads)).unbind(-3)
-            y = attention(*one_batch(q, k, v, ranges))
+        k, v = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, *heads)).unbind(-3)
+        y = attention(*one_batch(q, k, v, ranges))
+        assert isinstance(y, torch.Tensor)
         y = get(self, names.out)(y.flatten(-2))
         inner = F.gelu(get(self, "mlp.fc1")(get(self, names.norm)(y)), approximate=self.approximate)
         pooled: torch.Tensor = y + get(self, "mlp.fc2")(inner)

@@ -2,15 +2,13 @@
 """Cross-attention: queries, or text, that read the tokens of images."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._attention import AttentionLayout, ProjectedAttention
-from vlmkernels.ops._op import bad_argument, forced_backend
-from vlmkernels.ops.cross_attention import absorb_pays, absorbed_attention, one_batch
+from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops.cross_attention import one_batch
 
 
 class CrossAttention(ProjectedAttention):
@@ -105,11 +103,6 @@ class CrossAttention(ProjectedAttention):
         if batches[0] != batches[1] and 1 not in batches:
             raise bad_argument("context", f"a batch of {batches[1]}", f"x's {batches[0]}, or 1 in either")
         self._check_dropout()
-        if keys_values is None and self.absorbs(x.shape[1], context, ranges):
-            q_linear, k_linear, v_linear = self.projections()
-            (q,) = self._heads(0, (q_linear(x),))
-            weights: Any = k_linear.weight, v_linear.weight, v_linear.bias
-            return self._out(absorbed_attention(q, context, *weights, scale=self.scale))
         if keys_values is None:
             q, k, v = self._project(x, context)
         else:
@@ -123,11 +116,3 @@ class CrossAttention(ProjectedAttention):
     def keys_values(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """k and v for ``forward``, from what the projections of the context returned."""
         return self._heads(1, outputs)
-
-    def absorbs(self, queries: int, context: torch.Tensor, ranges: KeyRanges | None) -> bool:
-        """Whether so many queries read ``context`` without keys and values of their own, see docs/cross_attention.md."""
-        linears = self.projections()
-        plain = len(linears) == 3 and all(type(linear) is nn.Linear for linear in linears) and context.dim() == 3
-        bare = self.qk_norm is None and not self.softcap and self.num_heads == self.num_kv_heads
-        free = ranges is None and not forced_backend(None) and not torch.is_autocast_enabled(context.device.type)
-        return plain and bare and free and absorb_pays((queries, self.num_heads, self.head_dim), context)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._packed import project
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.ops._op import bad_argument, check_sizes
@@ -14,9 +13,6 @@ from vlmkernels.ops._op import bad_argument, check_sizes
 
 class _Attention(CrossAttention):
     """Attention of the latents ``[1, n, C]`` over ``[context; latents]``."""
-
-    def absorbs(self, queries: int, context: torch.Tensor, ranges: KeyRanges | None) -> bool:
-        return False  # the keys are not of the context alone
 
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The latents are the same for every image: their rows of q, k and v are computed once and repeated.

@@ -200,7 +200,7 @@ class _Encoder(SideBySide):
     ) -> torch.Tensor:
         known: dict[Any, tuple[torch.Tensor, ...]] = {}
         readers = self._readers() if context is not None else []
-        if context is not None and readers and not readers[0].absorbs(query_length, context, context_ranges):
+        if context is not None and readers:
             outputs = project(context, self._neighbours())
             known = {reader: reader.keys_values(outputs[2 * i : 2 * i + 2]) for i, reader in enumerate(readers)}
         for layer in self.layer:

@@ -5,13 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.ops._op import bad_argument, forced_backend
+from vlmkernels.ops._op import bad_argument
 from vlmkernels.ops._packed_linear import packed_linear
 from vlmkernels.ops.attention import attention
 
 WAYS = ("project", "absorb")
-#: The absorbed form is the faster one from so many keys on, or for up to so many queries times heads: docs/cross_attention.md.
-ABSORB_KEYS, ABSORB_ROWS = 2048, 64
 
 
 def cross_attention(
@@ -31,7 +29,7 @@ def cross_attention(
     b_o: torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
-    way: str | None = None,
+    way: str = "project",
     backend: str | None = None,
 ) -> torch.Tensor:
     """``attention(x w_q.T + b_q, context w_k.T + b_k, context w_v.T + b_v, ranges) w_o.T + b_o``.
@@ -53,8 +51,8 @@ def cross_attention(
         softcap: see ``vlmkernels.attention``.
         way: ``"project"``: keys and values are computed; one product where ``w_k`` and ``w_v`` are neighbours in memory, as the
             halves of a matrix are. ``"absorb"``: the queries go through ``w_k`` instead, and the weighted sum of the context
-            through ``w_v``, so that keys and values are never there; not with ranges, a softcap or grouped heads. By default
-            the one that ``absorb_pays`` says.
+            through ``w_v``, so that keys and values are never there. It is for few queries and thousands of keys, a multiple of
+            8, and rounds the logits to the dtype (docs/cross_attention.md); not with ranges, a softcap or grouped heads.
         backend: the backend of the attention; the absorbed form has none.
 
     Returns:
@@ -66,13 +64,9 @@ def cross_attention(
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     _check(x, context, (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads)
-    plain = ranges is None and not softcap and num_heads == num_kv_heads and context.shape[1] > 0
-    if way is None:
-        shape = (x.shape[1], num_heads, w_q.shape[0] // num_heads)
-        way = "absorb" if plain and not forced_backend(backend) and absorb_pays(shape, context) else "project"
     if way not in WAYS:
-        raise bad_argument("way", repr(way), f"None or one of {', '.join(WAYS)}")
-    if way == "absorb" and not plain:
+        raise bad_argument("way", repr(way), f"one of {', '.join(WAYS)}")
+    if way == "absorb" and (ranges is not None or softcap or num_heads != num_kv_heads or not context.shape[1]):
         raise bad_argument("way", "'absorb' with ranges, a softcap, grouped heads or no keys", "'project'")
     q = F.linear(x, w_q, b_q).unflatten(-1, (num_heads, -1))
     if way == "absorb":
@@ -108,19 +102,6 @@ def one_batch(
     return q, k, v, ranges
 
 
-def absorb_pays(queries: tuple[int, int, int], context: torch.Tensor) -> bool:
-    """Whether the absorbed form is the faster one, where nothing else forbids it.
-
-    Args:
-        queries: ``(Sq, H, D)``.
-        context: ``[B, Sk, E]``.
-    """
-    (rows, heads, dim), keys = queries, context.shape[1]
-    # For each key 2 H Sq multiplications with a row of the context instead of 2 H D.
-    fewer = 2 * rows <= dim and (keys >= ABSORB_KEYS or heads * rows <= ABSORB_ROWS)
-    return fewer and keys > 0 and context.is_cuda and context.dtype in (torch.bfloat16, torch.float16)
-
-
 def absorbed_attention(
     q: torch.Tensor,
     context: torch.Tensor,
@@ -154,10 +135,8 @@ def absorbed_attention(
         wide = wide.expand(batch, -1, -1)
     elif context.shape[0] == 1:
         wide = wide.reshape(1, -1, wide.shape[-1])
-    # Keys are the rows: no contiguous dimension has their number, which is odd with a class token, and products with rows that
-    # don't begin at multiples of 16 bytes take five times as long (H200, cuBLAS 13.0).
-    logits = torch.baddbmm(wide.new_empty(()), context, wide.transpose(1, 2), beta=0, alpha=scale)
-    read = torch.bmm(logits.softmax(1).transpose(1, 2), context)
+    logits = torch.baddbmm(wide.new_empty(()), wide, context.transpose(1, 2), beta=0, alpha=scale)
+    read = torch.bmm(logits.softmax(-1), context)
     read = read.view(batch, heads, rows, -1).transpose(0, 1).reshape(heads, batch * rows, -1)
     y = torch.bmm(read, value_heads.transpose(1, 2)).view(heads, batch, rows, -1).permute(1, 2, 0, 3)
     return y.contiguous() if b_v is None else y + b_v.unflatten(0, (heads, -1))

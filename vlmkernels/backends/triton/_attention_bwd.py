@@ -152,7 +152,9 @@ def _query_span(bounds_ptr, tile_n, queries, keys, MASK: tl.constexpr, BLOCK_M: 
     return first, last, full_first, full_last
 
 
-@triton.jit
+# A single query or key stays an argument. As the constant 1 it takes away the loop and the stages of its loads, and a head dim in
+# two pieces without these stopped with an illegal address (D 72, one query, H200, Triton 3.6): docs/attention.md.
+@triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, start_ptr, stop_ptr, bounds_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -252,7 +254,7 @@ def _dq_tile(
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, start_ptr, stop_ptr, bounds_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
