@@ -73,10 +73,13 @@ def test_what_is_never_laid_side_by_side() -> None:
     assert one.untyped_storage().nbytes() == 24
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
-def test_gradients(needs: tuple[bool, bool, bool], compiled: bool, bias: bool) -> None:
+NEEDS = list(itertools.product([True, False], repeat=3))
+GRADIENTS = [(needs, bias, False) for needs in NEEDS for bias in (True, False)]
+GRADIENTS += [((True, True, True), True, True), ((False, True, False), False, True)]
+
+
+@pytest.mark.parametrize(("needs", "bias", "compiled"), GRADIENTS, ids=str)
+def test_gradients(needs: tuple[bool, bool, bool], bias: bool, compiled: bool) -> None:
     """Of the input or not, of all weights or some: as of one layer after the other."""
     made, x = linears(bias), torch.randn(2, 3, K, device=DEVICE, requires_grad=needs[0])
     made[0].requires_grad_(needs[1])
