@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from vlmkernels.ops._op import LIBRARY
+from vlmkernels.ops._op import LIBRARY, unwatched
 
 Tensors = Sequence[torch.Tensor]
 
@@ -22,18 +22,12 @@ Tensors = Sequence[torch.Tensor]
 def adjacent(parts: Tensors) -> bool:
     """Whether each of these contiguous tensors begins in one storage where the one before it ends, with rows of one length."""
     first = parts[0]
-    offset, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    storage, address, columns, dtype = first.untyped_storage(), first.data_ptr(), first.shape[1:], first.dtype
     for part in parts:
-        if (
-            part.storage_offset() != offset
-            or part.shape[1:] != first.shape[1:]
-            or part.dtype != first.dtype
-            or not part.is_contiguous()
-            or part.untyped_storage().data_ptr() != storage
-        ):
+        if part.data_ptr() != address or part.shape[1:] != columns or part.dtype != dtype or not part.is_contiguous():
             return False
-        offset += part.numel()
-    return True
+        address += part.nbytes
+    return address <= storage.data_ptr() + storage.nbytes()
 
 
 def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
@@ -65,8 +59,8 @@ def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tu
     Returns:
         ``[..., N_i]`` for each weight; of one product these are views, side by side in ``[..., N_1 + N_2 + ...]``.
     """
-    # What is compiled can't look at addresses, so there the op does. Autocast has no rule for the op.
-    one = torch.compiler.is_compiling() or (adjacent(weights) and (not biases or adjacent(biases)))
+    # What is traced has no addresses to look at: there the op does when it runs. Autocast has no rule for the op.
+    one = _traced(x, weights) or (adjacent(weights) and (not biases or adjacent(biases)))
     outputs: Any
     if torch.is_autocast_enabled(x.device.type) or not one:
         outputs = [F.linear(x, weight, bias) for weight, bias in zip_longest(weights, biases)]
@@ -111,15 +105,20 @@ torch.library.register_fake("vlmkernels::packed_linear_fwd", _fwd_fake, lib=LIBR
 torch.library.register_fake("vlmkernels::packed_linear_bwd", _bwd_fake, lib=LIBRARY)
 
 
+def _traced(x: torch.Tensor, weights: Tensors) -> bool:
+    """Whether anybody watches, as torch.compile, a mode, fake tensors: then the op is called, which they know."""
+    return not unwatched((x, weights[0]))
+
+
 def _fwd(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
+    if not _traced(x, weights):
         return _run_fwd(x, weights, biases)
     y: torch.Tensor = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases)
     return y
 
 
 def _bwd(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
+    if not _traced(dy, weights):
         return _run_bwd(dy, weights)
     dx: torch.Tensor = torch.ops.vlmkernels.packed_linear_bwd(dy, weights)
     return dx
