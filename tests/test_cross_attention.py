@@ -167,6 +167,14 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
         cross_attention(**arguments)
 
 
+@pytest.mark.parametrize("batches", [(B, B), (1, B), (B, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(B, Q + 1), (B - 1, Q), (1, Q * B)], ids=str)
+def test_ranges_must_fit(batches: tuple[int, int], shape: tuple[int, int]) -> None:
+    ranges = KeyRanges(*torch.zeros(2, *shape, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"^ranges: got shape .*one range per query"):
+        cross_attention(randn(batches[0], Q, C), randn(batches[1], S, E), ranges=ranges, num_heads=H, **parameters())
+
+
 def test_dtypes_must_agree() -> None:
     for name in ("context", "w_q", "w_k", "w_v", "w_o"):
         arguments: dict[str, Any] = {"x": randn(B, Q, C), "context": randn(B, S, E), **parameters()}

@@ -96,9 +96,13 @@ def one_batch(
         # A copy, 4.6 us for 64 x 32 queries of 768 channels (H200): the CUDA kernel takes no batch with a stride of 0.
         q = q.expand(k.shape[0], -1, -1, -1).contiguous()
     elif k.shape[0] == 1 != batch:
-        q = q.reshape(1, -1, *q.shape[2:])
         if ranges is not None:
+            shape = tuple(ranges.start.shape)
+            if shape not in ((batch, q.shape[1]), (1, q.shape[1])):
+                wanted = f"({batch}, {q.shape[1]}) or (1, {q.shape[1]}), one range per query"
+                raise bad_argument("ranges", f"shape {shape}", wanted)
             ranges = KeyRanges(*(bound.expand(batch, -1).reshape(1, -1) for bound in (ranges.start, ranges.stop)))
+        q = q.reshape(1, -1, *q.shape[2:])
     return q, k, v, ranges
 
 
