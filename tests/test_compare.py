@@ -62,7 +62,7 @@ def test_product_that_drops_columns_fails_in_fp32(device: torch.device) -> None:
     assert not compare(a[:, :-8] @ b[:-8], a.double() @ b.double(), "gemm")
 
 
-@pytest.mark.parametrize("rule", ["gemm", "grad", "module", "norm", "exact"])
+@pytest.mark.parametrize("rule", ["gemm", "grad", "module", "model", "norm", "exact"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_one_wrong_element_in_a_million_fails(rule: str, dtype: torch.dtype) -> None:
     exact = torch.randn(1024, 1024, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_an_outlier_does_not_hide_an_error(dtype: torch.dtype) -> None:
     assert not compare(got, exact, "norm")
 
 
-@pytest.mark.parametrize("rule", ["gemm", "grad", "module", "norm", "exact"])
+@pytest.mark.parametrize("rule", ["gemm", "grad", "module", "model", "norm", "exact"])
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 5)], ids=str)
 def test_empty_results_are_equal(shape: tuple[int, ...], rule: str) -> None:
     assert compare(torch.empty(shape), torch.empty(shape, dtype=torch.float64), rule)

@@ -5,6 +5,7 @@ from vlmkernels import nn
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
+from vlmkernels.ops.cross_attention import cross_attention
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
@@ -14,6 +15,7 @@ __all__ = [
     "BackendError",
     "KeyRanges",
     "attention",
+    "cross_attention",
     "nn",
     "patch_embed",
     "resample_pos_embed",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmkernels.bench import towers
+from vlmkernels.bench import cross_attention, towers
 from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
 from vlmkernels.bench.workloads import Case, Workload, rope_case
@@ -102,6 +102,37 @@ def _patch_embed() -> list[Workload]:
     return work
 
 
+#: name, (B, H, Hk, Sq, Sk, D), directions.
+FEW_QUERIES = (
+    ("Q-Former 32x577 B256 D64", (256, 12, 12, 32, 577, 64), BOTH),
+    ("Q-Former 32x257 B64 D64", (64, 12, 12, 32, 257, 64), BOTH),
+    ("Perceiver 64x321 B64 D96", (64, 16, 16, 64, 321, 96), BOTH),
+    ("resampler 64x1024 B32 D128", (32, 16, 16, 64, 1024, 128), BOTH),
+    ("batch 1 64x4096 D128", (1, 16, 16, 64, 4096, 128), FWD),
+    ("batch 1 32x16384 D64", (1, 12, 12, 32, 16384, 64), FWD),
+    ("mllama 2048x6404 B2 D128 GQA4", (2, 32, 8, 2048, 6404, 128), FWD),
+)
+
+
+def _cross_attention() -> list[Workload]:
+    work = []
+
+    def add(op: str, name: str, direction: str, build: Callable[[torch.device], Case], gpu_only: str = "") -> None:
+        work.append(Workload("cross_attention", op, name, direction, build, gpu_only))
+
+    for name, shape, directions in FEW_QUERIES:
+        for direction in directions:
+            # The few launches of one image end before the host has queued the next: they are replayed.
+            add("attention", name, direction, _clocked(random_attention(shape, "", direction == "bwd"), "replay"), LARGE)
+    for keys in (257, 577, 677):
+        for direction in ("fwd", "fwd+bwd"):
+            add("cross_attention", f"layer 32x{keys} B64", direction, cross_attention.layer(keys, direction))
+    add("cross_attention", "Q-Former 32x257 B64", "fwd", cross_attention.former(257))
+    add("cross_attention", "Q-Former 32x257 B64 in a CUDA graph", "fwd", cross_attention.former(257, clock="replay"), GRAPH)
+    add("cross_attention", "Q-Former 32x257 batch 1", "fwd", cross_attention.former(257, 1, "graph"), GRAPH)
+    return work
+
+
 def _rope() -> list[Workload]:
     shapes = {
         "Qwen2-VL vision 16384 D80": ((1, 16384, 16, 16, 80), False),
@@ -111,8 +142,8 @@ def _rope() -> list[Workload]:
     return [Workload("rope", "rope", name, "fwd", rope_case(shape, norm), LARGE) for name, (shape, norm) in shapes.items()]
 
 
-def _host(case: Case) -> Case:
-    return dataclasses.replace(case, clock="host")
+def _clocked(build: Callable[[torch.device], Case], clock: str) -> Callable[[torch.device], Case]:
+    return lambda device: dataclasses.replace(build(device), clock=clock)
 
 
 def _tiny(tower: towers.Tower, patch: int, side: int = 8) -> towers.Tower:
@@ -134,10 +165,7 @@ def _overhead() -> list[Workload]:
         "rope": ("rope", rope_case((1, 64, 4, 4, 64))),
         "rope_qkv_": ("rope", rope_case((1, 64, 4, 4, 64), in_place=True)),
     }
-    return [
-        Workload("overhead", op, name, "fwd", lambda device, build=build: _host(build(device)), HOST)  # type: ignore[misc]
-        for name, (op, build) in builds.items()
-    ]
+    return [Workload("overhead", op, name, "fwd", _clocked(build, "host"), HOST) for name, (op, build) in builds.items()]
 
 
 def _smoke() -> list[Workload]:
@@ -155,6 +183,7 @@ def _smoke() -> list[Workload]:
 SUITES = {
     "main": _main,
     "attention": _attention,
+    "cross_attention": _cross_attention,
     "patch_embed": _patch_embed,
     "rope": _rope,
     "overhead": _overhead,

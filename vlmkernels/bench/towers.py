@@ -100,9 +100,14 @@ NAFLEX = Tower(
     (64, 4),
     photos.HALF,
 )
-#: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second layer.
-QFORMER_CONFIG = {"num_hidden_layers": 1, "cross_attention_frequency": 1, "encoder_hidden_size": 1408}
-QUERIES = 32
+#: BLIP-2's Q-Former on the 257 tokens of EVA-g: 32 queries, cross-attention in every second of its layers.
+QFORMER_CONFIG = {"encoder_hidden_size": 1408, "use_qformer_text_input": False}
+QFORMER_LAYERS, QUERIES = 12, 32
+
+
+def qformer(device: torch.device, dtype: torch.dtype, **config: Any) -> torch.nn.Module:
+    """transformers' Q-Former with seeded random weights, in evaluation mode; ``config``: what differs from the published one."""
+    return _build(("blip_2", "Blip2QFormerModel"), ("Blip2QFormerConfig", {**QFORMER_CONFIG, **config}), device, dtype)
 
 
 def _build(
@@ -195,12 +200,12 @@ def self_attention(tower: Tower, device: torch.device, dtype: torch.dtype) -> At
 def qformer_cross_attention(device: torch.device, dtype: torch.dtype) -> AttentionCall:
     """The first cross-attention of the Q-Former, on what EVA-g makes of a batch of photos."""
     vision = EVA_G.build(device, dtype)
-    qformer = _build(("blip_2", "Blip2QFormerModel"), ("Blip2QFormerConfig", QFORMER_CONFIG), device, dtype)
+    former = qformer(device, dtype, num_hidden_layers=1)
     image_tokens = vision(photos.normalized(EVA_G.images(device), EVA_G.statistics, dtype)).last_hidden_state
     generator = torch.Generator().manual_seed(SEED)
     queries = (torch.randn(1, QUERIES, 768, generator=generator) * 0.02).to(device, dtype)
-    with _recorded(qformer) as calls:
-        qformer(query_embeds=queries.expand(len(image_tokens), -1, -1), encoder_hidden_states=image_tokens)
+    with _recorded(former) as calls:
+        former(query_embeds=queries.expand(len(image_tokens), -1, -1), encoder_hidden_states=image_tokens)
     for call in calls:
         if call.k.shape[2] == image_tokens.shape[1]:
             return call

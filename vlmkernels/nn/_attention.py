@@ -5,7 +5,7 @@ A layout is a row of ``ATTENTION_LAYOUTS``: the names of the input projections (
 three for separate ones), of the output projection and of the q/k norms. Everything else follows from how many names there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._norm import RMSNorm
+from vlmkernels.nn._packed import SideBySide, project
 from vlmkernels.ops._op import bad_argument
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.rope import rope
@@ -67,7 +68,7 @@ def attention_layout(layout: str | AttentionLayout) -> AttentionLayout:
     return ATTENTION_LAYOUTS[layout]
 
 
-class ProjectedAttention(nn.Module):
+class ProjectedAttention(SideBySide):
     """``out(attention(q(x), k(context), v(context)))``; the arguments are those of ``SelfAttention`` and ``CrossAttention``."""
 
     def __init__(
@@ -112,24 +113,37 @@ class ProjectedAttention(nn.Module):
             raise bad_argument("layout", f"a fused {names[0]}", "separate projections where context_dim differs from embed_dim")
         kv = (num_kv_heads, num_kv_heads)
         splits = {1: ((num_heads, *kv),), 2: ((num_heads,), kv), 3: ((num_heads,), kv[:1], kv[1:])}[len(names)]
-        # For each input projection: its name, whether it reads the context, and how many heads each of its parts has.
-        self._plan = tuple((name, i > 0, heads) for i, (name, heads) in enumerate(zip(names, splits, strict=True)))
-        for name, reads_context, heads in self._plan:
-            width = context_dim if reads_context else embed_dim
-            self.add_module(name, nn.Linear(width, sum(heads) * self.head_dim, bias=bias, **made))
+        # For each input projection, the first of the queries and the others of the context: its name, the heads of its parts.
+        self._plan = tuple(zip(names, splits, strict=True))
+        for i, (name, heads) in enumerate(self._plan):
+            self.add_module(name, nn.Linear(context_dim if i else embed_dim, sum(heads) * self.head_dim, bias=bias, **made))
         if self.layout.out is not None:
             out_bias = bias if out_bias is None else out_bias
             self.add_module(self.layout.out, nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, **made))
         if qk_norm is not None:
             for name in self.layout.norms:
                 self.add_module(name, QK_NORMS[qk_norm](self.head_dim, norm_eps, **made))
+        self._lay()
+
+    def _neighbours(self) -> list[nn.Module]:
+        return self.projections()[self.embed_dim != self.context_dim :]
+
+    def projections(self) -> list[nn.Module]:
+        """The input projections, that of the queries first."""
+        return [getattr(self, name) for name, _ in self._plan]
 
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q ``[..., H, D]``, k and v ``[..., Hk, D]``: views of what the projections return."""
+        linears = self.projections()
+        if context is x:
+            return self._heads(0, project(x, linears))
+        return *self._heads(0, (linears[0](x),)), *self._heads(1, project(context, linears[1:]))
+
+    def _heads(self, first: int, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What the projections from the ``first`` on returned, in heads."""
         parts: list[torch.Tensor] = []
-        for name, reads_context, heads in self._plan:
-            y = getattr(self, name)(context if reads_context else x)
-            y = y.view(*y.shape[:-1], sum(heads), self.head_dim)
+        for y, (_, heads) in zip(outputs, self._plan[first:], strict=False):
+            y = y.unflatten(-1, (sum(heads), self.head_dim))
             parts += [y] if len(heads) == 1 else y.split(heads, dim=-2)
         return tuple(parts)
 
@@ -146,16 +160,22 @@ class ProjectedAttention(nn.Module):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None) -> torch.Tensor:
         """The output, ``[..., embed_dim]``."""
+        y = attention(q, k, v, ranges, causal=self.causal, scale=self.scale, softcap=self.softcap)
+        assert isinstance(y, torch.Tensor)
+        return self._out(y)
+
+    def _out(self, y: torch.Tensor) -> torch.Tensor:
+        """The output of heads ``[..., H, D]``."""
+        y = y.flatten(-2)
+        return y if self.layout.out is None else getattr(self, self.layout.out)(y)
+
+    def _check_dropout(self) -> None:
         if self.training and self.attention_dropout > 0:
             raise bad_argument(
                 "attention_dropout",
                 self.attention_dropout,
                 "0 in training, because no backend drops attention weights; call eval(), or build the layer with 0",
             )
-        y = attention(q, k, v, ranges, causal=self.causal, scale=self.scale, softcap=self.softcap)
-        assert isinstance(y, torch.Tensor)
-        y = y.flatten(-2)
-        return y if self.layout.out is None else getattr(self, self.layout.out)(y)
 
     def extra_repr(self) -> str:
         kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"

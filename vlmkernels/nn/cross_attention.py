@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention: queries, or text, that read the tokens of images."""
 
+from collections.abc import Sequence
+
 import torch
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._attention import AttentionLayout, ProjectedAttention
 from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops.cross_attention import one_batch
 
 
 class CrossAttention(ProjectedAttention):
@@ -68,7 +71,13 @@ class CrossAttention(ProjectedAttention):
         if len(self.layout.projections) == 1:
             raise bad_argument("layout", f"a fused {self.layout.projections[0]}", "Q apart from K and V")
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, ranges: KeyRanges | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        ranges: KeyRanges | None = None,
+        keys_values: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
         """Let each query read its keys.
 
         Args:
@@ -77,6 +86,7 @@ class CrossAttention(ProjectedAttention):
                 whole batch of the other: learned queries are projected once.
             ranges: the keys that each query sees, ``[B|1, Sq]`` (packed: ``[1, Tq]``), for example
                 ``KeyRanges.key_padding(lengths, Sq)``; all of them by default.
+            keys_values: k and v ``[..., Hk, D]`` of ``context``, where they were computed for several layers at once.
 
         Returns:
             ``[B, Sq, C]``, packed ``[Tq, C]``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
@@ -89,13 +99,20 @@ class CrossAttention(ProjectedAttention):
         if context.dim() != x.dim() or context.shape[-1] != self.context_dim:
             wanted = f"[B, Sk, {self.context_dim}]" if x.dim() == 3 else f"[Tk, {self.context_dim}]"
             raise bad_argument("context", f"shape {tuple(context.shape)}", wanted)
-        q, k, v = self._project(x, context)
+        batches = (x.shape[0], context.shape[0]) if x.dim() == 3 else (1, 1)
+        if batches[0] != batches[1] and 1 not in batches:
+            raise bad_argument("context", f"a batch of {batches[1]}", f"x's {batches[0]}, or 1 in either")
+        self._check_dropout()
+        if keys_values is None:
+            q, k, v = self._project(x, context)
+        else:
+            (q,), (k, v) = self._heads(0, (self.projections()[0](x),)), keys_values
         q, k = self._position(q, k, None)
-        if q.dim() == 4 and q.shape[0] != k.shape[0]:
-            if q.shape[0] == 1:
-                q = q.expand(k.shape[0], -1, -1, -1)
-            elif k.shape[0] == 1:
-                k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
-            else:
-                raise bad_argument("context", f"a batch of {k.shape[0]}", f"x's {q.shape[0]}, or 1 in either")
-        return self._attend(q, k, v, ranges)
+        if x.dim() == 3:
+            q, k, v, ranges = one_batch(q, k, v, ranges)
+        y = self._attend(q, k, v, ranges)
+        return y if x.dim() == 2 else y.view(batches[batches[0] == 1], x.shape[1], y.shape[-1])
+
+    def keys_values(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """k and v for ``forward``, from what the projections of the context returned."""
+        return self._heads(1, outputs)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmkernels.nn._packed import project
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.ops._op import bad_argument, check_sizes
 
@@ -17,8 +18,7 @@ class _Attention(CrossAttention):
         # The latents are the same for every image: their rows of q, k and v are computed once and repeated.
         q, *own = super()._project(x, x)
         keys_values = []
-        for name, latents in zip(self.layout.projections[1:], own, strict=True):
-            image = getattr(self, name)(context).unflatten(-1, latents.shape[-2:])
+        for image, latents in zip(self._heads(1, project(context, self.projections()[1:])), own, strict=True):
             keys_values.append(torch.cat((image, latents.expand(context.shape[0], -1, -1, -1)), dim=1))
         return q, *keys_values
 

@@ -64,7 +64,9 @@ class _Attention(CrossAttention):
         for name in names.input_norms:
             self.add_module(name, nn.LayerNorm(embed_dim, norm_eps, device=arguments["device"], dtype=arguments["dtype"]))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, ranges: KeyRanges | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # what it reads is not the context alone
+        self, x: torch.Tensor, context: torch.Tensor, ranges: KeyRanges | None = None
+    ) -> torch.Tensor:
         context_norm, latents_norm = (getattr(self, name) for name in self._input_norms)
         x = latents_norm(x)
         keys = torch.cat((context_norm(context), x.expand(context.shape[0], -1, -1)), dim=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.masks import KeyRanges
+from vlmkernels.nn._packed import SideBySide, project
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.self_attention import SelfAttention
 from vlmkernels.ops._op import bad_argument, check_sizes
@@ -47,7 +48,7 @@ class _Block(nn.Module):
         self.attention = attention
         self.output = output
 
-    def forward(self, x: torch.Tensor, *arguments: torch.Tensor | KeyRanges | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         y: torch.Tensor = self.output(self.attention(x, *arguments), x)
         return y
 
@@ -110,6 +111,7 @@ class QFormerLayer(nn.Module):
         context: torch.Tensor | None = None,
         context_ranges: KeyRanges | None = None,
         query_length: int = 0,
+        keys_values: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
         """Run the layer on queries, text, or queries followed by text.
 
@@ -119,6 +121,7 @@ class QFormerLayer(nn.Module):
             context: image tokens, ``[B, Sk, context_dim]``; read by the queries where this layer has cross-attention.
             context_ranges: the image tokens that each query sees, ``[B|1, Q]``; all of them by default.
             query_length: ``Q``, 0 for text alone.
+            keys_values: what the cross-attention reads of ``context``, where that was computed for all layers at once.
 
         Returns:
             ``[B, Q + T, C]``.
@@ -138,7 +141,7 @@ class QFormerLayer(nn.Module):
             if self.crossattention is not None:
                 if context is None:
                     raise bad_argument("context", None, "the image tokens that the queries read")
-                queries = self.crossattention(queries, context, context_ranges)
+                queries = self.crossattention(queries, context, context_ranges, keys_values)
             parts.append(self.output_query(self.intermediate_query(queries), queries))
         if text.shape[1] or not parts:
             if self.intermediate is None or self.output is None:
@@ -166,16 +169,42 @@ class _Embeddings(nn.Module):
         return y
 
 
-class _Encoder(nn.Module):
-    """The layers, one after the other."""
+def _reader(layer: Any) -> Any:
+    """The cross-attention of a layer, or None."""
+    return layer.crossattention and layer.crossattention.attention
+
+
+class _Encoder(SideBySide):
+    """The layers, one after the other. Keys and values of all cross-attentions are one product: they read the same tokens."""
 
     def __init__(self, layers: list[QFormerLayer]) -> None:
         super().__init__()
         self.layer = nn.ModuleList(layers)
+        self._lay()
 
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def _neighbours(self) -> list[nn.Module]:
+        return [linear for reader in self._readers() for linear in reader.projections()[1:]]
+
+    def _readers(self) -> list[CrossAttention]:
+        """The cross-attentions, but those that were exchanged for something else."""
+        found = [_reader(layer) for layer in self.layer]
+        return [reader for reader in found if isinstance(reader, CrossAttention)]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ranges: KeyRanges | None,
+        context: torch.Tensor | None,
+        context_ranges: KeyRanges | None,
+        query_length: int,
+    ) -> torch.Tensor:
+        known: dict[Any, tuple[torch.Tensor, ...]] = {}
+        readers = self._readers() if context is not None else []
+        if context is not None and readers:
+            outputs = project(context, self._neighbours())
+            known = {reader: reader.keys_values(outputs[2 * i : 2 * i + 2]) for i, reader in enumerate(readers)}
         for layer in self.layer:
-            x = layer(x, *arguments)
+            x = layer(x, ranges, context, context_ranges, query_length, known.get(_reader(layer)))
         return x
 
 

@@ -92,6 +92,7 @@ class SelfAttention(ProjectedAttention):
         """
         if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
             raise bad_argument("x", f"shape {tuple(x.shape)}", f"[B, S, {self.embed_dim}] or [T, {self.embed_dim}]")
+        self._check_dropout()
         q, k, v = self._project(x, x)
         q, k = self._position(q, k, rope)
         return self._attend(q, k, v, ranges)

@@ -10,13 +10,14 @@ import torch
 # The logits of attention are rounded before they are exponentiated, so in fp32 it sits above the rounding of its result: over
 # the shapes of tests/test_attention.py the fp32 reference reaches 21 floors, scaled_dot_product_attention 37, Triton 19 (CPU,
 # torch 2.13).
-FP32_BOUNDS = {"gemm": 64.0, "grad": 64.0, "module": 64.0, "norm": 8.0, "exact": 0.0}
+FP32_BOUNDS = {"gemm": 64.0, "grad": 64.0, "module": 64.0, "model": 64.0, "norm": 8.0, "exact": 0.0}
 # The gradients of attention round P, dS and the output that they subtract, each to the low dtype: over the same shapes the
 # gradients of scaled_dot_product_attention reach 2.6 floors and those of the Triton kernels 2.3 (CPU, bf16 and fp16). Patch
 # embedding with a norm keeps the rounded sum that it normalises: the gradient of the norm's weight reaches 2.2 (H200, fp16).
 # A module chains matrix products, each of which rounds its result to the low dtype: self-attention with a norm of q and k, rope
-# and both projections reaches 2.1 (H200, bf16).
-BOUNDS = {"gemm": 2.0, "grad": 3.0, "module": 3.0, "norm": 1.1, "exact": 0.0}
+# and both projections reaches 2.1 (H200, bf16). A model rounds some six results in each of its layers and hands them on: the 12
+# of a Q-Former reach 8.0 floors, ours and transformers' alike, and 21 in fp32 (CPU, bf16).
+BOUNDS = {"gemm": 2.0, "grad": 3.0, "module": 3.0, "model": 9.0, "norm": 1.1, "exact": 0.0}
 
 # One wrong element in a million moves the RMS error of a bf16 result by nothing, so the largest error has a bound of its own:
 # this many times the bound on the RMS, in units of eps times the magnitude around the element. Rounding alone stays below 0.5.
@@ -46,8 +47,8 @@ def compare(got: torch.Tensor, exact: torch.Tensor, rule: str, *, terms: float =
         got: the result, in any dtype; integers and booleans with ``"exact"`` only.
         exact: the reference result, of the same shape, computed and kept in higher precision.
         rule: ``"gemm"`` for results of matrix products and attention, ``"grad"`` for the gradients of attention and of a norm
-            behind a matrix product, ``"module"`` for several matrix products in a row, each rounded to the dtype, ``"norm"``
-            for norms, rope and activations,
+            behind a matrix product, ``"module"`` for several matrix products in a row, each rounded to the dtype, ``"model"``
+            for a dozen layers of those, ``"norm"`` for norms, rope and activations,
             ``"exact"`` for data movement (equal after rounding ``exact`` to the dtype of ``got``).
         terms: the magnitude of the terms where the result is a sum that cancels, as a gradient that is zero in exact arithmetic.
             Without it nothing but zero is right where ``exact`` is zero everywhere.

@@ -307,6 +307,14 @@ def _attention_dq_kernel(
         store_rows(dq_ptr, heads * D, dq2 * scale, local_m, mask_m, D1, D2, D)
 
 
+#: The kernels for a single query or key, which stays an argument: as the constant 1 it takes away the loop and the stages of its
+#: loads, and a head dim in two pieces without these stopped with an illegal address (D 72, one query, H200, Triton 3.6). The
+#: others know whether 16 divides their lengths, without which dK and dV spill registers (sm_90).
+_KERNELS_OF_ONE = tuple(
+    triton.jit(kernel.fn, do_not_specialize=["queries", "keys"]) for kernel in (_attention_dkdv_kernel, _attention_dq_kernel)
+)
+
+
 def _bwd_config(dim: int, itemsize: int, hopper: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, warps and stages of the dK/dV kernel, then of the dQ kernel."""
     if itemsize == 4 and not INTERPRETED:
@@ -355,13 +363,14 @@ def attention_bwd(
     sizes = heads // key_heads, queries, keys, scale, scale * LOG2E.value, softcap
     constants = dict(D=dim, DV=value_dim, **dims, MASK=mask.kind, SOFTCAP=softcap > 0)
     block_m, block_n, warps, stages = dkdv_config
-    _attention_dkdv_kernel[(cdiv(keys, block_n) * batch * key_heads,)](
+    dkdv_kernel, dq_kernel = _KERNELS_OF_ONE if 1 in (queries, keys) else (_attention_dkdv_kernel, _attention_dq_kernel)
+    dkdv_kernel[(cdiv(keys, block_n) * batch * key_heads,)](
         q, k, v, dout, lse, delta, dk, dv, mask.start, mask.stop, mask.k_bounds,
         *strides, mask.row_stride, mask.k_stride, key_heads, *sizes,
         **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = dq_config
-    _attention_dq_kernel[(cdiv(queries, block_m) * batch * heads,)](
+    dq_kernel[(cdiv(queries, block_m) * batch * heads,)](
         q, k, v, dout, lse, delta, dq, mask.start, mask.stop, mask.q_bounds,
         *strides, mask.row_stride, mask.q_stride, heads, *sizes,
         **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers of one input as one product: where their weights are neighbours, and what keeps them so."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlmkernels.nn import CrossAttention, QFormer, SelfAttention
+from vlmkernels.nn._packed import project
+from vlmkernels.ops import _packed_linear
+from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear
+from vlmkernels.testing import compare
+
+K, SIZES = 24, (8, 16, 5)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many columns each product of several layers had."""
+    found: list[int] = []
+    run = _packed_linear._run_fwd
+
+    def counted(x: Tensor, weights: Any, biases: Any) -> Tensor:
+        found.append(sum(len(weight) for weight in weights))
+        return run(x, weights, biases)
+
+    monkeypatch.setattr(_packed_linear, "_run_fwd", counted)
+    yield found
+
+
+def linears(bias: bool = True, sizes: tuple[int, ...] = SIZES) -> list[nn.Linear]:
+    made = [nn.Linear(K, size, bias=bias, device=DEVICE) for size in sizes]
+    lay_side_by_side([m.weight for m in made])
+    if bias:
+        lay_side_by_side([m.bias for m in made])
+    return made
+
+
+def leaves(made: list[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    return [m.weight for m in made], [m.bias for m in made if m.bias is not None]
+
+
+def test_laid_side_by_side() -> None:
+    parts = [nn.Parameter(torch.randn(rows, 3)) for rows in (2, 4, 1)]
+    values = [part.detach().clone() for part in parts]
+    assert not adjacent(parts)
+    lay_side_by_side(parts)
+    assert adjacent(parts) and adjacent(parts[1:]) and not adjacent(parts[::2]) and not adjacent(parts[::-1])
+    assert all(torch.equal(part, value) for part, value in zip(parts, values, strict=True))
+    where = parts[0].data_ptr()
+    lay_side_by_side(parts)
+    assert parts[0].data_ptr() == where, "nothing to do"
+    with torch.no_grad():
+        parts[1].fill_(7)
+    assert torch.equal(_packed_linear._joined(parts), torch.cat([values[0], torch.full((4, 3), 7.0), values[2]]))
+
+
+def test_what_is_never_laid_side_by_side() -> None:
+    one = nn.Parameter(torch.randn(2, 3))
+    others = (torch.randn(2, 4), torch.randn(2, 3).double(), torch.randn(2, 3, device="meta"))
+    for other in others:
+        parts = [one, nn.Parameter(other)]
+        lay_side_by_side(parts)
+        assert one.untyped_storage().nbytes() == 24
+    lay_side_by_side([one, one])
+    assert one.untyped_storage().nbytes() == 24
+
+
+NEEDS = list(itertools.product([True, False], repeat=3))
+GRADIENTS = [(needs, bias, False) for needs in NEEDS for bias in (True, False)]
+GRADIENTS += [((True, True, True), True, True), ((False, True, False), False, True)]
+
+
+@pytest.mark.parametrize(("needs", "bias", "compiled"), GRADIENTS, ids=str)
+def test_gradients(needs: tuple[bool, bool, bool], bias: bool, compiled: bool) -> None:
+    """Of the input or not, of all weights or some: as of one layer after the other."""
+    made, x = linears(bias), torch.randn(2, 3, K, device=DEVICE, requires_grad=needs[0])
+    made[0].requires_grad_(needs[1])
+    for other in made[1:]:
+        other.requires_grad_(needs[2])
+    cotangents = [torch.randn(2, 3, size, device=DEVICE) for size in SIZES]
+
+    def run(function: Callable[[Tensor], Any], x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        outputs = function(x)
+        needed = [t for t in (x, *weights) if t.requires_grad]
+        if not needed:
+            return list(outputs)
+        total = sum((y * c.to(x.dtype)).sum() for y, c in zip(outputs, cotangents, strict=True))
+        return [*outputs, *torch.autograd.grad(total, needed)]
+
+    weights, biases = leaves(made)
+    torch._dynamo.reset()
+    ours: Callable[[Tensor], Any] = lambda x: packed_linear(x, weights, biases)  # noqa: E731
+    got = run(torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours, x, weights + biases)
+    wide = [copy.deepcopy(m).double() for m in made]
+    wide_x = x.detach().double().requires_grad_(needs[0])
+    exact = run(lambda x: [m(x) for m in wide], wide_x, [t for group in leaves(wide) for t in group])
+    assert len(got) == len(exact) == 3 + needs[0] + (1 + bias) * (needs[1] + 2 * needs[2])
+    for value, wanted in zip(got, exact, strict=True):
+        result = compare(value, wanted, "gemm")
+        assert result, result
+
+
+def test_one_product_where_they_are_neighbours(products: list[int]) -> None:
+    made, x = linears(), torch.randn(3, K, device=DEVICE)
+    for y, m in zip(project(x, made), made, strict=True):
+        assert compare(y, F.linear(x.double(), m.weight.double(), m.bias.double()), "gemm")
+    assert products == [sum(SIZES)]
+    packed_linear(x, [m.weight.clone() for m in made], [m.bias for m in made])
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert {y.dtype for y in project(x, made)} == {torch.bfloat16}
+    assert len(products) == 1
+
+
+def test_layers_with_something_of_their_own_run_by_themselves(products: list[int]) -> None:
+    x, seen = torch.randn(3, K, device=DEVICE), []
+    hooked, mixed, parametrized = linears(), linears(), linears()
+    hooked[1].register_forward_hook(lambda *_: seen.append(1))
+    mixed[2].bias = None
+    nn.utils.parametrizations.weight_norm(parametrized[0])
+    for made in (hooked, mixed, parametrized):
+        assert all(torch.equal(y, m(x)) for y, m in zip(project(x, made), made, strict=True))
+    assert seen == [1, 1] and products == []
+
+
+def modules() -> list[tuple[nn.Module, Callable[[nn.Module], Tensor], int, int]]:
+    """A module, a call, how many products it makes of several layers, and of how many columns each."""
+    x, context = torch.randn(2, 4, 32, device=DEVICE), torch.randn(2, 7, 40, device=DEVICE)
+    former = QFormer(32, 2, 48, 4, context_dim=40, text=False)
+    return [
+        (SelfAttention(32, 2, layout="bert"), lambda m: m(x), 1, 96),
+        (CrossAttention(32, 2, context_dim=40), lambda m: m(x, context), 1, 64),
+        (CrossAttention(32, 2), lambda m: m(x, x[:, :3]), 1, 64),
+        (former, lambda m: m(x[:1], context), 5, 0),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_they_stay_neighbours(which: int, products: list[int]) -> None:
+    """Moved, cast, copied, pickled, loaded, trained: the one product is always that of the parameters."""
+    module, call, count, columns = modules()[which]
+    module.to(DEVICE).eval()
+
+    def check(m: nn.Module, packed: bool = True) -> None:
+        products.clear()
+        got = call(m)
+        assert len(products) == (count if packed else 0) and (not columns or set(products) <= {columns})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_packed_linear, "adjacent", lambda parts: False)
+            assert compare(got, call(m).double(), "module")
+
+    check(module)
+    check(copy.deepcopy(module))
+    check(pickle.loads(pickle.dumps(module)))
+    check(copy.deepcopy(module).to(torch.float64).to(torch.float32))
+    other, *_ = modules()[which]
+    before = call(other.to(DEVICE).eval())
+    other.load_state_dict(module.state_dict())
+    check(other)
+    assert torch.equal(call(other), call(module)) and not torch.equal(before, call(other))
+    other.load_state_dict({name: value.clone() for name, value in module.state_dict().items()}, assign=True)
+    check(other, packed=False)
+    check(other.to(DEVICE))
+
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    before = call(module)
+    before.square().sum().backward()
+    optimizer.step()
+    check(module)
+    assert not torch.equal(before, call(module))
+    for parameter in module.parameters():
+        parameter.data.mul_(0.5)
+    check(module)
+
+
+def test_checkpoints(tmp_path: Any) -> None:
+    """Files hold each tensor once, under its own name, though neighbours share a storage."""
+    former = QFormer(32, 2, 48, 4, context_dim=40, text=False)
+    torch.save(former.state_dict(), tmp_path / "all.pt")
+    size = sum(p.numel() * p.element_size() for p in former.parameters())
+    assert (tmp_path / "all.pt").stat().st_size < 1.5 * size
+    loaded = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], value) for name, value in former.state_dict().items())
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save_file(former.state_dict(), tmp_path / "all.safetensors")
+    loaded = safetensors.load_file(tmp_path / "all.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in former.state_dict().items())
+
+
+def test_fake_tensors() -> None:
+    """Who estimates memory or traces without torch.compile has tensors without addresses."""
+    with FakeTensorMode():
+        module = SelfAttention(32, 2, layout="bert")
+        q, k, v = project(torch.empty(2, 3, 32), module.projections())
+        assert q.shape == k.shape == v.shape == (2, 3, 32)
+        (q.sum() + v.sum()).backward()
+        assert module.query.weight.grad.shape == (32, 32)
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        module = SelfAttention(32, 2, layout="bert")
+    module.to_empty(device=DEVICE)
+    assert adjacent([m.weight for m in (module.query, module.key, module.value)])

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules whose linear layers share an input: their parameters are neighbours in memory, so that one product serves them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmkernels.ops._packed_linear import lay_side_by_side, packed_linear
+
+
+def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
+    """``linear(x)`` of each; one product where all are plain ``nn.Linear``, with neither hooks nor parametrisations."""
+    plain = len(linears) > 1 and all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in linears)
+    biases: list[Any] = [m.bias for m in linears] if plain else []
+    if not plain or len({bias is None for bias in biases}) > 1:
+        return tuple(linear(x) for linear in linears)
+    weights: list[Any] = [m.weight for m in linears]
+    return packed_linear(x, weights, [] if biases[0] is None else biases)
+
+
+class SideBySide(nn.Module):
+    """A module that keeps the parameters of some of its linear layers side by side, also after it was moved, cast or copied.
+
+    They remain parameters of their own, under their own names. After ``load_state_dict(assign=True)``, and for layers that were
+    exchanged, there is a product for each layer, until the module is moved or cast (``module.to(...)`` of any kind).
+    """
+
+    def _neighbours(self) -> Sequence[nn.Module]:
+        """The layers with the same input, in the order of their parameters in memory."""
+        raise NotImplementedError
+
+    def _lay(self) -> None:
+        linears: list[Any] = [m for m in self._neighbours() if type(m) is nn.Linear]
+        for parameters in ([m.weight for m in linears], [m.bias for m in linears]):
+            if len(parameters) > 1 and None not in parameters:
+                lay_side_by_side(parameters)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._lay()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay()

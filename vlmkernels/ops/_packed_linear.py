@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several linear layers of one input as one matrix product, over weights that lie side by side in memory.
+
+Keys and values, or queries too, of an attention read the same tokens, and so do the keys and values of every layer of a Q-Former.
+A copy of their weights in one matrix would have to follow each step of an optimiser. Here the parameters themselves are
+neighbours in one storage: the matrix is a view of them, which is never out of date.
+"""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from vlmkernels.ops._op import LIBRARY, unwatched
+
+Tensors = Sequence[torch.Tensor]
+
+
+def adjacent(parts: Tensors) -> bool:
+    """Whether each of these contiguous tensors begins in one storage where the one before it ends, with rows of one length."""
+    first = parts[0]
+    storage, address, columns, dtype = first.untyped_storage(), first.data_ptr(), first.shape[1:], first.dtype
+    for part in parts:
+        if part.data_ptr() != address or part.shape[1:] != columns or part.dtype != dtype or not part.is_contiguous():
+            return False
+        address += part.nbytes
+    return address <= storage.data_ptr() + storage.nbytes()
+
+
+def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
+    """Move the values of these parameters into one storage, one behind the other; the parameters stay the same objects.
+
+    Nothing happens where they lie so already, or can't: differing types, devices or lengths of rows, or tensors of a subclass.
+    """
+    first = parts[0]
+    alike = all(
+        type(part.data) is torch.Tensor
+        and (part.dtype, part.device, part.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        for part in parts
+    )
+    if not alike or len({id(part) for part in parts}) < len(parts) or adjacent(parts):
+        return
+    block = torch.cat([part.detach() for part in parts])
+    for part, piece in zip(parts, block.split([len(part) for part in parts]), strict=True):
+        part.data = piece
+
+
+def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tuple[torch.Tensor, ...]:
+    """``F.linear(x, weight, bias)`` for each weight: one product where ``lay_side_by_side`` has put them, else one for each.
+
+    Args:
+        x: ``[..., K]``.
+        weights: ``[N_i, K]``.
+        biases: ``[N_i]``, or none at all.
+
+    Returns:
+        ``[..., N_i]`` for each weight; of one product these are views, side by side in ``[..., N_1 + N_2 + ...]``.
+    """
+    # What is traced has no addresses to look at: there the op does when it runs. Autocast has no rule for the op.
+    one = _traced(x, weights) or (adjacent(weights) and (not biases or adjacent(biases)))
+    outputs: Any
+    if torch.is_autocast_enabled(x.device.type) or not one:
+        outputs = [F.linear(x, weight, bias) for weight, bias in zip_longest(weights, biases)]
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
+        outputs = _PackedLinear.apply(x, len(weights), *weights, *biases)
+    else:
+        outputs = _fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1)
+    return tuple(outputs)
+
+
+def _joined(parts: Tensors) -> torch.Tensor:
+    """The matrix that these are the rows of, without a copy where they are neighbours."""
+    first = parts[0].detach()
+    if not adjacent(parts):
+        return torch.cat([part.detach() for part in parts])
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+
+
+def _run_fwd(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
+    return F.linear(x, _joined(weights), _joined(biases) if biases else None)
+
+
+def _run_bwd(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
+    return dy @ _joined(weights)
+
+
+LIBRARY.define("packed_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+LIBRARY.define("packed_linear_bwd(Tensor dy, Tensor[] weights) -> Tensor")
+LIBRARY.impl("packed_linear_fwd", _run_fwd, "CompositeExplicitAutograd")
+LIBRARY.impl("packed_linear_bwd", _run_bwd, "CompositeExplicitAutograd")
+
+
+def _fwd_fake(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
+
+
+def _bwd_fake(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
+    return dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
+
+
+torch.library.register_fake("vlmkernels::packed_linear_fwd", _fwd_fake, lib=LIBRARY)
+torch.library.register_fake("vlmkernels::packed_linear_bwd", _bwd_fake, lib=LIBRARY)
+
+
+def _traced(x: torch.Tensor, weights: Tensors) -> bool:
+    """Whether anybody watches, as torch.compile, a mode, fake tensors: then the op is called, which they know."""
+    return not unwatched((x, weights[0]))
+
+
+def _fwd(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
+    if not _traced(x, weights):
+        return _run_fwd(x, weights, biases)
+    y: torch.Tensor = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases)
+    return y
+
+
+def _bwd(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
+    if not _traced(dy, weights):
+        return _run_bwd(dy, weights)
+    dx: torch.Tensor = torch.ops.vlmkernels.packed_linear_bwd(dy, weights)
+    return dx
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Gradients come back part by part: they are put together where that saves products, and not for the weights alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = bool(biases)
+        return tuple(_fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        count, sizes = len(weights), [weight.shape[0] for weight in weights]
+        needs_x, _, *needs = ctx.needs_input_grad
+        parts: Sequence[torch.Tensor] = [grad.flatten(0, -2) for grad in grads]
+        rows, dx = x.flatten(0, -2), None
+        dweights: Sequence[torch.Tensor | None]
+        if needs_x:
+            # The sum over the parts then happens inside the product, in fp32.
+            dy = torch.cat(grads, -1)
+            dx = _bwd(dy, weights)
+            parts = dy.flatten(0, -2).split(sizes, -1)
+            dweights = (dy.flatten(0, -2).t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
+        else:
+            dweights = [part.t() @ rows if need else None for part, need in zip(parts, needs, strict=False)]
+        dbiases: Sequence[torch.Tensor | None] = ()
+        if ctx.biased:
+            dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[count:], strict=True)]
+        return dx, None, *dweights, *dbiases
