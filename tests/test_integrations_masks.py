@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The masks behind attn_implementation="vlmkernels": the tensor that has no elements, and what is refused, read and allocated."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import ON_GPU
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmkernels import KeyRanges, use_backend
+from vlmkernels.integrations.ranges_mask import RangesMask
+from vlmkernels.testing.compare import compare
+
+transformers = pytest.importorskip("transformers", "5.17")
+import hf_masks  # noqa: E402
+from test_integrations_attention import IDS, LEFT, NONE, RIGHT, S, llama  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from vlmkernels.integrations import register_attention  # noqa: E402
+from vlmkernels.integrations import transformers_attention as ours  # noqa: E402
+
+register_attention()
+
+
+@pytest.fixture(autouse=True)
+def quick_backend() -> Iterator[None]:
+    with use_backend("" if ON_GPU else "torch"):
+        yield
+
+
+# The tensor
+
+
+def example(batch: int = 2) -> RangesMask:
+    ranges = KeyRanges.causal(4, 6) & KeyRanges.key_padding(4, lengths=torch.tensor([6, 4][:batch]))
+    return RangesMask.of(ranges, 2, 6)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_it_is_a_tensor_without_storage(batch: int) -> None:
+    mask = example(batch)
+    assert isinstance(mask, torch.Tensor) and mask.shape == (2, 1, 4, 6) and mask.dtype == torch.bool and mask.ndim == 4
+    assert torch.equal(mask.dense(), mask.ranges.dense(6)[:, None].expand(2, -1, -1, -1))
+    assert "RangesMask" in repr(mask)
+    huge = RangesMask.of(KeyRanges.causal(1 << 15), 1 << 15, 1 << 15)  # 32 TiB, if it had elements
+    assert huge.clone()[..., :-1].numel() == (1 << 30) * ((1 << 15) - 1)
+
+
+KEPT = {
+    "detach": lambda m: m.detach(),
+    "clone": lambda m: m.clone(),
+    "to device": lambda m: m.to("cpu", copy=True),
+    "contiguous": lambda m: m.contiguous(),
+    "to bool": lambda m: m.to(torch.bool),
+    "all": lambda m: m[:, :, :, :],
+    "keys": lambda m: m[:, :, :, :5],
+    "last keys": lambda m: m[..., -3:],
+    "queries": lambda m: m[:, :, 1:3],
+    "rows": lambda m: m[1:],
+    "all of them": lambda m: m[:1, :, 1:, 1:4],
+    "deepcopy": copy.deepcopy,
+}
+DENSE = {
+    "to dtype": lambda m: m.to(torch.float32),
+    "float": lambda m: m.float(),
+    "index": lambda m: m[0, 0, 2],
+    "step": lambda m: m[..., ::2],
+    "nothing": lambda m: m[2:],
+    "no keys": lambda m: m[..., 6:],
+    "==": lambda m: m == True,  # noqa: E712
+    "not": lambda m: ~m,
+    "and": lambda m: m & torch.tensor([True, False] * 3),
+    "times": lambda m: (1.0 - m.float()) * -1e4,
+    "where": lambda m: torch.where(m, 0.0, -1.0),
+    "masked_fill": lambda m: torch.zeros(2, 1, 4, 6).masked_fill(m, 1.0),
+    "expand": lambda m: m.expand(-1, 3, -1, -1),
+    "repeat": lambda m: m.repeat(1, 3, 1, 1),
+    "cat": lambda m: torch.cat([m, m], dim=0),
+    "sum": lambda m: m.sum(-1),
+    "all": lambda m: m.all(),
+    "view": lambda m: m.view(8, 6),
+    "squeeze": lambda m: m.squeeze(1),
+    "index_select": lambda m: m.index_select(0, torch.tensor([1, 0])),
+    "copied": lambda m: torch.zeros(2, 1, 4, 6).copy_(m),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("operation", KEPT.values(), ids=list(KEPT))
+def test_what_leaves_it_a_mask_of_ranges(operation: Any, batch: int) -> None:
+    mask = example(batch)
+    got, wanted = operation(mask), operation(mask.dense())
+    assert isinstance(got, RangesMask)
+    assert got.shape == wanted.shape and torch.equal(got.dense(), wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("operation", DENSE.values(), ids=list(DENSE))
+def test_what_reads_it_gets_the_dense_mask(operation: Any, batch: int) -> None:
+    mask = example(batch)
+    got, wanted = operation(mask), operation(mask.dense())
+    assert type(got) is torch.Tensor and torch.equal(got, wanted)
+
+
+def test_values_reach_python_or_raise() -> None:
+    mask = example()
+    assert bool(mask[0, 0, 0, 0]) and not bool(mask[0, 0, 0, 5])
+    assert mask[0, 0].tolist() == mask.dense()[0, 0].tolist()
+    for reach in (mask.tolist, mask.numpy):
+        with pytest.raises(RuntimeError):
+            reach()
+
+
+WRITES = {
+    "index": lambda m: m.__setitem__((0, 0), True),
+    "slice": lambda m: m.__setitem__((slice(None), slice(None), slice(1)), True),
+    "fill_": lambda m: m.fill_(True),
+    "and": lambda m: m.logical_and_(torch.tensor(True)),
+    "copy_": lambda m: m.copy_(m.dense()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_it_can_not_be_written_to(write: Any) -> None:
+    with pytest.raises(TypeError, match="would write to a mask of key ranges"):
+        write(example())
+
+
+def test_another_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch: got 3, wanted 2"):
+        RangesMask.of(example().ranges, 3, 6)
+
+
+# The mask function
+
+RUNS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0] * 12])
+GROUPS = torch.tensor([[-1, 0, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1], [0, 0, 0, 0, 0, 0, -1, -1, -1, 1, 1, 1]])
+
+
+def same_group(batch: Any, head: Any, q: Any, k: Any) -> Any:
+    return (GROUPS[batch, q] == GROUPS[batch, k]) & (GROUPS[batch, q] >= 0)
+
+
+FUNCTIONS = {
+    "causal": causal_mask_function,
+    "bidirectional": bidirectional_mask_function,
+    "sliding": sliding_window_causal_mask_function(4),
+    "sliding both ways": sliding_window_bidirectional_mask_function(2),
+    "chunked": chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.int64)),
+    "packed": and_masks(packed_sequence_mask_function(RUNS), causal_mask_function),
+    "groups": or_masks(causal_mask_function, same_group),
+    "window of groups": and_masks(sliding_window_causal_mask_function(20), or_masks(causal_mask_function, same_group)),
+}
+
+
+@pytest.mark.parametrize("block", [1 << 22, 50], ids=["one block", "two rows"])
+@pytest.mark.parametrize("vmap", [False, True], ids=["broadcast", "vmap"])
+@pytest.mark.parametrize("real", [None, NONE.bool(), LEFT.bool(), RIGHT.bool()], ids=["none", "full", "left", "right"])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_masks_are_those_of_sdpa(function: Any, real: Any, vmap: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, the last chunk of a cache, one query, and keys that begin later (a sliding cache)."""
+    monkeypatch.setattr(ours, "BLOCK", block)
+    for queries, q_offset, keys, kv_offset in ((S, 0, S, 0), (4, 8, S, 0), (1, 11, S, 0), (4, 8, 9, 3), (2, 10, 7, 5)):
+        sizes = {"batch_size": 2, "q_length": queries, "kv_length": keys, "q_offset": q_offset, "kv_offset": kv_offset}
+        for offset in (q_offset, torch.tensor(q_offset)):  # static caches give a tensor
+            arguments = {**sizes, "q_offset": offset, "mask_function": function, "attention_mask": real, "use_vmap": vmap}
+            mask = ours.ranges_mask(**arguments)
+            wanted = sdpa_mask(**arguments, allow_is_causal_skip=False)
+            assert isinstance(mask, RangesMask) and mask.shape == wanted.shape
+            assert torch.equal(mask.dense(), wanted)
+
+
+def test_keys_past_the_padding_mask_are_not_seen() -> None:
+    """A static cache is longer than what came so far."""
+    arguments = {"batch_size": 2, "q_length": S, "kv_length": 20, "attention_mask": LEFT.bool()}
+    for function in (causal_mask_function, bidirectional_mask_function, sliding_window_causal_mask_function(4)):
+        mask = ours.ranges_mask(**arguments, mask_function=function)
+        assert torch.equal(mask.dense(), sdpa_mask(**arguments, mask_function=function, allow_is_causal_skip=False))
+
+
+def test_none_only_where_nothing_is_masked() -> None:
+    sizes = {"batch_size": 2, "q_length": S, "kv_length": S}
+    both = {**sizes, "mask_function": bidirectional_mask_function}
+    assert ours.ranges_mask(**both, allow_is_bidirectional_skip=True) is None
+    assert ours.ranges_mask(**both).dense().all()
+    assert ours.ranges_mask(**both, attention_mask=LEFT.bool(), allow_is_bidirectional_skip=True) is not None
+    assert ours.ranges_mask(**sizes, allow_is_causal_skip=True) is not None
+
+
+GAP = torch.tensor([[1] * S, [1] * 4 + [0] * 3 + [1] * (S - 7)])
+
+
+def test_padding_with_a_gap_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention_mask: got keys with a hole for batch 1, query 0, wanted one run of keys"):
+        run(llama(), input_ids=IDS, attention_mask=GAP)
+    sizes = {"batch_size": 2, "q_length": S, "kv_length": S, "attention_mask": GAP.bool()}
+    with pytest.raises(ValueError, match="hole for batch 1, query 7"):
+        ours.ranges_mask(**sizes, mask_function=sliding_window_causal_mask_function(5))
+    # Real queries no window of which spans the gap.
+    mask = ours.ranges_mask(**sizes, mask_function=sliding_window_causal_mask_function(3))
+    assert torch.equal(mask.dense(), sdpa_mask(**sizes, mask_function=sliding_window_causal_mask_function(3)))
+
+
+@pytest.mark.parametrize("block", [1 << 22, 50], ids=["one block", "two rows"])
+def test_a_mask_with_a_hole_is_refused(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "BLOCK", block)
+
+    def function(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & ~((batch == 1) & (q >= 6) & (k == 3))
+
+    with pytest.raises(ValueError, match="hole for batch 1, query 6"):
+        ours.ranges_mask(2, S, S, mask_function=function)
+    # A query that is padding itself may have one, as nobody reads it.
+    seen = torch.tensor([[True] * S, [True] * 6 + [False] * 6])
+    assert ours.ranges_mask(2, S, S, mask_function=function, attention_mask=seen) is not None
+    with pytest.raises(ValueError, match="hole for batch 1, query 6"):
+        ours.ranges_mask(2, S, S, mask_function=function, attention_mask=NONE.bool())
+
+
+def run(model: Any, **inputs: Any) -> Any:
+    model.eval().set_attn_implementation("vlmkernels")
+    return model(**inputs)
+
+
+# What is allocated
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.name = 0, ""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and not isinstance(x, RangesMask) and x.numel() > self.numel:
+                self.numel, self.name = x.numel(), str(op)
+        return out
+
+
+@pytest.mark.parametrize("sliding", [False, True], ids=["causal", "sliding"])
+def test_no_dense_mask(sliding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 4096 + 2048  # of which BLOCK holds one ninth
+    real = torch.ones(1, size, dtype=torch.int64)
+    real[:, :100] = 0
+    model = hf_masks.gemma3().model.language_model if sliding else llama()
+    got = []
+    monkeypatch.setattr(ours, "attention", lambda q, k, v, ranges, **_: got.append(ranges) or q)
+    with torch.no_grad(), Largest() as largest:
+        run(model, input_ids=torch.ones_like(real), attention_mask=real, use_cache=False)
+    assert largest.numel <= ours.BLOCK < size * size / 8, largest.name
+    assert len(got) == 2
+    causal = KeyRanges.causal(size) & KeyRanges.key_padding(size, mask=real)
+    window = causal & KeyRanges.causal(size, window=3)
+    for ranges, wanted in zip(got, (window if sliding else causal, causal), strict=True):
+        read = wanted.start < wanted.stop
+        assert torch.equal(ranges.start.expand_as(read)[read], wanted.start[read])
+        assert torch.equal(ranges.stop.expand_as(read)[read], wanted.stop[read])
+        assert not (ranges.start < ranges.stop).expand_as(read)[~read].any()
+
+
+# The attention function
+
+
+def qkv(queries: int = S, keys: int = S, heads: int = 2) -> tuple[torch.Tensor, ...]:
+    q, k, v = torch.randn(2, queries, 2, 8), torch.randn(2, keys, heads, 8), torch.randn(2, keys, heads, 8)
+    return tuple(x.transpose(1, 2) for x in (q, k, v))
+
+
+def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+    out, weights = ours.attention_forward(torch.nn.Module(), *args, **kwargs)
+    assert weights is None
+    return out
+
+
+def exact(q: Any, k: Any, v: Any, mask: Any = None, **kwargs: Any) -> torch.Tensor:
+    q, k, v = (x.double() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **kwargs)
+    return out.transpose(1, 2)
+
+
+def test_without_a_mask_everything_is_seen_whatever_the_module_says() -> None:
+    q, k, v = qkv(S, 20)
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = ours.attention_forward(module, q, k, v, None)
+    assert compare(out, exact(q, k, v), "gemm")
+    # In the call itself is_causal counts, from the first key on: an empty static cache is longer than the queries.
+    assert compare(attend(q, k, v, None, is_causal=True), exact(q, k, v, torch.ones(S, 20).tril().bool()), "gemm")
+    q, k, v = qkv(1, 20)
+    assert compare(attend(q, k, v, None, is_causal=True), exact(q, k, v), "gemm")
+
+
+def additive(mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("form", [lambda m: m, additive, lambda m: additive(m) * 2], ids=["bool", "additive", "-inf"])
+@pytest.mark.parametrize("one_row", [False, True], ids=["rows", "one row"])
+def test_a_models_own_mask(form: Any, one_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read once for all layers, and again where it has changed."""
+    mask = LEFT.bool()[:, None, None] & torch.ones(1 if one_row else S, S).tril(S if one_row else 4).bool()
+    q, k, v = qkv(heads=1)
+    read, count = ours._read, []
+    monkeypatch.setattr(ours, "_read", lambda *args: count.append(1) or read(*args))
+    monkeypatch.setattr(ours, "sdpa_attention_forward", None)
+    given = form(mask)
+    for _ in range(3):
+        assert compare(attend(q, k, v, given, scaling=0.3), exact(q, k, v, mask, scale=0.3), "gemm")
+    assert len(count) == 1
+    mask = RIGHT.bool()[:, None, None] & mask
+    given.copy_(form(mask))
+    assert compare(attend(q, k, v, given), exact(q, k, v, mask), "gemm")
+    assert len(count) == 2
+    with torch.inference_mode():
+        given = given.clone()
+        assert compare(attend(q, k, v, given), exact(q, k, v, mask), "gemm")
+
+
+def test_masks_without_ranges_go_to_sdpa() -> None:
+    q, k, v = qkv()
+    hole = torch.ones(2, 1, S, S).bool()
+    hole[1, 0, 5, 3] = False
+    for mask in (hole, additive(hole), torch.randn(2, 1, S, S), hole.expand(-1, 2, -1, -1)):
+        wanted = exact(q, k, v, mask if mask.dtype == torch.bool else mask.double())
+        assert compare(attend(q, k, v, mask), wanted, "gemm")
+    reason = ours._ranges_of(hole, q, k)
+    assert reason == "the keys of batch 1, query 5 have a hole"
+    with pytest.raises(ValueError, match="query 5 have a hole, wanted one run of keys.* as sdpa has no softcap"):
+        attend(q, k, v, hole, softcap=2.0)
+
+
+def test_position_bias_goes_to_sdpa() -> None:
+    q, k, v = qkv()
+    bias = torch.randn(2, 2, S, S)
+    assert compare(attend(q, k, v, None, position_bias=bias), exact(q, k, v, bias.double()), "gemm")
+    mask = ours.ranges_mask(2, S, S, attention_mask=LEFT.bool())
+    rows = mask.dense().any(-1)[:, 0]
+    wanted = exact(q, k, v, bias.double().masked_fill(~mask.dense(), float("-inf")))
+    assert compare(attend(q, k, v, mask, position_bias=bias)[rows], wanted[rows], "gemm")
+
+
+def test_packed_sequences() -> None:
+    cu = torch.tensor([0, 3, 4, S], dtype=torch.int32)
+    q, k, v = (x[:1] for x in qkv())
+    blocks = torch.block_diag(*(torch.ones(n, n) for n in cu.diff().tolist())).bool()
+    for causal, mask in ((False, blocks), (True, blocks.tril())):
+        for cu_k in (cu, cu.clone()):
+            out = attend(q, k, v, None, is_causal=causal, cu_seq_lens_q=cu, cu_seq_lens_k=cu_k, max_length_q=8)
+            assert compare(out, exact(q, k, v, mask), "gemm")
+    causal = ours.ranges_mask(1, S, S)
+    assert compare(attend(q, k, v, causal, cu_seq_lens_q=cu, cu_seq_lens_k=cu), exact(q, k, v, blocks.tril()), "gemm")
+
+
+def test_a_mask_for_other_sizes_is_refused() -> None:
+    q, k, v = qkv()
+    for sizes in ((S - 1, S), (S, S + 1)):
+        with pytest.raises(
+            ValueError, match=f"attention_mask: got for {sizes[0]} queries, {sizes[1]} keys, wanted for 12 and 12"
+        ):
+            attend(q, k, v, ours.ranges_mask(2, *sizes))
+    # Padding alone is the same for any number of queries.
+    mask = ours.ranges_mask(2, S + 5, S, mask_function=bidirectional_mask_function, attention_mask=RIGHT.bool())
+    assert compare(attend(q, k, v, mask), exact(q, k, v, RIGHT.bool()[:, None, None]), "gemm")
+
+
+class PagedAttentionCache:
+    pass
+
+
+@pytest.mark.parametrize(
+    "argument", [{"dropout": 0.1}, {"s_aux": torch.zeros(2)}, {"cache": PagedAttentionCache()}], ids=lambda a: next(iter(a))
+)
+def test_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: got .*, wanted"):
+        attend(*qkv(), None, **argument)
+
+
+def test_autocast_takes_its_own_dtype() -> None:
+    q, k, v = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v.bfloat16(), None)
+    assert out.dtype == torch.bfloat16
+    assert compare(out, exact(*(x.bfloat16() for x in (q, k, v))), "gemm")
+
+
+def test_a_batch_of_one_serves_all() -> None:
+    q, k, v = qkv()
+    assert compare(attend(q[:1], k, v, None), exact(q[:1].expand(2, -1, -1, -1), k, v), "gemm")
+
+
+# Models
+
+
+def test_gradients_are_those_of_eager() -> None:
+    model, found = llama(), []
+    for name in ("vlmkernels", "eager"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model.train()(input_ids=IDS, attention_mask=RIGHT, labels=IDS.where(RIGHT == 1, -100)).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for got, wanted in zip(*found, strict=True):
+        assert compare(got, wanted, "module")
+
+
+def test_attention_dropout_is_refused_in_training_only() -> None:
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    run(model, input_ids=IDS)
+    with pytest.raises(ValueError, match="dropout: got 0.1"):
+        model.train()(input_ids=IDS)
+
+
+def test_registering_again_and_copies_of_the_config() -> None:
+    register_attention()
+    model = transformers.LlamaForCausalLM._from_config(llama().config, attn_implementation="vlmkernels")
+    assert model.config._attn_implementation == "vlmkernels"
+    for config in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+        assert config.to_dict() == model.config.to_dict()
+    other = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)

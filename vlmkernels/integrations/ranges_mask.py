@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mask of key ranges in the shape of a tensor, for code that hands masks on as tensors without looking inside.
+
+Models of transformers take a mask for ready-made where it is a tensor of four dimensions, and some slice it or move it to
+another device on the way to their layers.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from vlmkernels.masks import KeyRanges
+from vlmkernels.ops._op import bad_argument
+
+_log = logging.getLogger(__name__)
+_made_dense: set[str] = set()
+
+
+class RangesMask(torch.Tensor):
+    """``KeyRanges`` that pass for a bool tensor ``[B, 1, Sq, Sk]``, True where a query sees a key, and have no such storage.
+
+    It stays one under ``detach``, ``clone``, ``to(device)`` and slices. Anything else that would read its elements, as ``==``,
+    ``to(dtype)``, an index or arithmetic, gets the dense mask, which is made for that operation (and logged, once for each kind
+    of operation). Writing to it raises a TypeError, as what was written would be lost; what reaches around torch's operations
+    (``tolist``, ``numpy``) raises too.
+
+    Args:
+        start, stop: the fields of the ranges that it stands for; a batch of 1 serves all of ``batch``.
+        batch: ``B``.
+        num_keys: ``Sk``.
+
+    Raises:
+        ValueError: ``ranges`` have another batch.
+    """
+
+    start: torch.Tensor
+    stop: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations give plain tensors or decide for themselves
+
+    @staticmethod
+    def __new__(cls, start: torch.Tensor, stop: torch.Tensor, batch: int, num_keys: int) -> "RangesMask":
+        if start.shape[0] not in (1, batch):
+            raise bad_argument("batch", batch, f"{start.shape[0]}, the batch of the ranges")
+        shape = (batch, 1, start.shape[1], num_keys)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=start.device)
+        mask.start, mask.stop = start, stop
+        return mask
+
+    @classmethod
+    def of(cls, ranges: KeyRanges, batch: int, num_keys: int) -> "RangesMask":
+        """The mask of ``ranges``."""
+        return cls(ranges.start, ranges.stop, batch, num_keys)
+
+    @property
+    def ranges(self) -> KeyRanges:
+        """The ranges, of batch ``B`` or 1."""
+        return KeyRanges(self.start, self.stop)
+
+    def dense(self) -> torch.Tensor:
+        """The tensor that it stands for, bool ``[B, 1, Sq, Sk]``, contiguous."""
+        return self.ranges.dense(self.shape[3])[:, None].expand(self.shape[0], -1, -1, -1).contiguous()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"RangesMask(shape={tuple(self.shape)}, device={self.device})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _not_writable("__setitem__")
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["start", "stop"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], _: None, size: Sequence[int], strides: Any) -> "RangesMask":
+        return cls(inner["start"], inner["stop"], size[0], size[3])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, RangesMask):
+                raise _not_writable(str(func))
+        if func in _KEEP and isinstance(args[0], RangesMask):
+            kept = _KEEP[func](*args, **kwargs)
+            if kept is not None:
+                return kept
+        if str(func) not in _made_dense:
+            _made_dense.add(str(func))
+            shapes = [tuple(x.shape) for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, RangesMask)]
+            _log.warning("%s made a dense mask of the key ranges of %s", func, shapes[0])
+        args, kwargs = _pytree.tree_map_only(RangesMask, RangesMask.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _not_writable(operation: str) -> TypeError:
+    return TypeError(f"{operation} would write to a mask of key ranges, which has no elements; mask.dense() gives a tensor")
+
+
+def _same(mask: RangesMask, **_: Any) -> RangesMask:
+    return RangesMask.of(mask.ranges, mask.shape[0], mask.shape[3])
+
+
+def _to(mask: RangesMask, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> RangesMask | None:
+    if dtype not in (None, torch.bool):
+        return None
+    ranges = mask.ranges if device is None else mask.ranges.to(device, non_blocking=non_blocking)
+    return RangesMask.of(ranges, mask.shape[0], mask.shape[3])
+
+
+def _slice(mask: RangesMask, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> RangesMask | None:
+    dim = dim % 4
+    begin, end, step = slice(start, end, step).indices(mask.shape[dim])
+    batch, num_keys, ranges = mask.shape[0], mask.shape[3], mask.ranges
+    length = max(0, end - begin)
+    if step != 1 or length == 0 or dim == 1:
+        return _same(mask) if dim == 1 and length == 1 else None
+    if dim == 0:
+        batch = length
+        ranges = ranges if ranges.batch == 1 else KeyRanges(ranges.start[begin:end], ranges.stop[begin:end])
+    elif dim == 2:
+        ranges = ranges[begin:end]
+    elif (begin, end) != (0, num_keys):
+        ranges, num_keys = ranges.key_chunk(begin, end), length
+    return RangesMask.of(ranges, batch, num_keys)
+
+
+_aten = torch.ops.aten
+#: What gives a mask of key ranges again, or None where it can't.
+_KEEP: dict[Any, Callable[..., RangesMask | None]] = {
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.clone.default: _same,
+    _aten._to_copy.default: _to,
+    _aten.slice.Tensor: _slice,
+}

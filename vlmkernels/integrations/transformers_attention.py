@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attn_implementation="vlmkernels"`` of transformers: an attention function, and the function that makes its masks.
+
+transformers describes a mask as a function of a query's and a key's index, beside a 2-D mask of the padding. Here it becomes a
+range of keys for each query, and a dense mask of a few queries at a time is all that there ever is of another form.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+from vlmkernels.integrations.ranges_mask import RangesMask
+from vlmkernels.masks import KeyRanges
+from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops.attention import attention
+
+NAMES = ("vlmkernels", "vlmkernels_flash")
+#: The elements of a mask that are evaluated at once: some 80 MB with the int32 tensors that reduce them.
+BLOCK = 1 << 22
+ONE_RUN = "one run of keys for each query (attn_implementation='sdpa' takes masks with holes)"
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+#: What was made of a tensor that all layers get, as long as it lives: (the tensor's version, the arguments, the result).
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def register() -> None:
+    """Register both functions under each of ``NAMES``."""
+    for name in NAMES:
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, ranges_mask)
+
+
+# The mask function
+
+
+def ranges_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **_: Any,
+) -> RangesMask | None:
+    """The mask of transformers' ``create_*_mask`` as ranges of keys, or None where every query sees every key.
+
+    A causal mask is never None: what None then means depends on the layer (``is_causal``), whose implementations differ. The
+    values of ``attention_mask`` are not read, so padding that masks nothing is a mask too.
+
+    Raises:
+        ValueError: (CPU) a query sees keys with a gap between; the message names the first. Elsewhere, where reading would
+            wait for the device, the device asserts it.
+    """
+    both_ways = mask_function is bidirectional_mask_function
+    if both_ways and attention_mask is None and allow_is_bidirectional_skip:
+        return None
+    if not both_ways and mask_function is not causal_mask_function:
+        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        return RangesMask(*_evaluated(*sizes, mask_function, attention_mask, use_vmap, device), batch_size, kv_length)
+    ranges = KeyRanges.full(1, kv_length, device=device)
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        start, stop, hole = _run(padding[:, None, kv_offset : kv_offset + kv_length])
+        _refuse(hole, 0)
+        ranges = KeyRanges(start, stop)
+    ranges = KeyRanges(ranges.start.expand(-1, q_length), ranges.stop.expand(-1, q_length))  # a stride of 0, see _fitting
+    if not both_ways:
+        ranges = ranges & KeyRanges.causal(q_length, kv_length, offset=q_offset - kv_offset, device=device)
+    return RangesMask(ranges.start, ranges.stop, batch_size, kv_length)
+
+
+def _evaluated(
+    batch: int,
+    queries: int,
+    keys: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    padding: torch.Tensor | None,
+    use_vmap: bool,
+    device: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of any mask function: transformers' own dense mask of a block of queries at a time, reduced to its bounds."""
+    rows, found = max(1, BLOCK // max(1, batch * keys)), []
+    for begin in range(0, queries, rows):
+        count = min(rows, queries - begin)
+        seen = sdpa_mask(
+            batch_size=batch,
+            q_length=count,
+            kv_length=keys,
+            q_offset=q_offset + begin,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=padding,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        start, stop, hole = _run(seen[:, 0])
+        if padding is not None:
+            hole = hole & ~_unread(padding, torch.arange(begin, begin + count, device=device) + q_offset)
+        _refuse(hole, begin)
+        found.append((start, stop))
+    return torch.cat([start for start, _ in found], dim=1), torch.cat([stop for _, stop in found], dim=1)
+
+
+def _run(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first key, the last + 1, and whether there is a gap between, of bool ``seen [B, Sq, Sk]``: each ``[B, Sq]``."""
+    size = seen.shape[-1]
+    key = torch.arange(size, dtype=torch.int32, device=seen.device)
+    start, stop = torch.where(seen, key, size).amin(-1), torch.where(seen, key + 1, 0).amax(-1)
+    return start, stop, stop - start > seen.sum(-1)
+
+
+def _unread(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Which of the queries at ``position [Sq]`` are padding themselves, ``[B, Sq]``: nobody reads what they get.
+
+    PaliGemma 2 gives padding on the right the type of the prefix, which it then sees beyond a gap. Where the padding has gaps of
+    its own, no query is excused.
+    """
+    gaps = _run(padding[:, None])[2]
+    known = (position >= 0) & (position < padding.shape[1])
+    return known & ~padding[:, position.clamp(0, padding.shape[1] - 1)] & ~gaps
+
+
+def _refuse(hole: torch.Tensor, begin: int) -> None:
+    """Refuse a mask with a hole at any ``[batch, query - begin]``; on a GPU without waiting for it."""
+    if hole.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~hole.any(), "vlmkernels: a mask has a hole, wanted one run of keys for each query")
+    elif hole.any():
+        row, query = hole.nonzero()[0].tolist()
+        raise bad_argument("attention_mask", f"keys with a hole for batch {row}, query {begin + query}", ONE_RUN)
+
+
+# The attention function
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as the layers of transformers call it.
+
+    As in eager, without a mask every query sees every key, whatever ``module.is_causal`` says; only ``is_causal=True`` in the
+    call itself makes it causal, query ``i`` seeing keys up to ``i``.
+
+    Args:
+        query: ``[B, H, Sq, D]``, like ``key`` and ``value`` ``[B, Hk, Sk, D]`` a transposed view of ``[B, S, H, D]``.
+        attention_mask: a ``RangesMask``; or bool or additive ``[B, 1, Sq, Sk]``, which becomes one where its rows are ranges, and
+            else goes to transformers' sdpa, which is logged once.
+        scaling: the factor on the logits, ``1 / sqrt(D)`` by default.
+        softcap: as in ``vlmkernels.attention``.
+        position_bias: goes to sdpa.
+        cu_seq_lens_q, cu_seq_lens_k: int ``[N + 1]``, sequences packed in a batch of 1.
+
+    Returns:
+        ``[B, Sq, H, Dv]``, and None for the weights, which are never formed.
+
+    Raises:
+        ValueError: dropout, attention sinks (``s_aux``), a paged cache, or a mask of another shape.
+    """
+    if dropout:
+        raise bad_argument("dropout", dropout, "0: set attention_dropout to 0 in the config, or model.eval()")
+    if s_aux is not None:
+        raise bad_argument("s_aux", "attention sinks", "None; attn_implementation='eager' has them")
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise bad_argument("cache", "a paged cache", "none: continuous batching needs attn_implementation='paged|eager'")
+    if kwargs.get("output_attentions"):
+        _log_once("output_attentions gives None: attention weights are never formed (attn_implementation='eager' has them)")
+
+    settings = {"dropout": 0.0, "scaling": scaling, "is_causal": bool(is_causal)}
+    if position_bias is not None:
+        _log_once("position_bias goes to sdpa, as the kernels add no bias to the logits")
+        mask = attention_mask.dense() if isinstance(attention_mask, RangesMask) else attention_mask
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=position_bias, **settings)
+        return out, None
+    if attention_mask is not None and not isinstance(attention_mask, RangesMask):
+        ranges = _ranges_of(attention_mask, query, key)
+        if isinstance(ranges, str):
+            _log_once(f"{type(module).__name__}: its mask goes to sdpa, as {ranges}")
+            if softcap:
+                raise bad_argument("attention_mask", ranges, f"{ONE_RUN}, as sdpa has no softcap")
+            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+            return out, None
+    else:
+        ranges = _fitting(attention_mask, query.shape[2], key.shape[2])
+    if ranges is None and is_causal and query.shape[2] > 1 and cu_seq_lens_q is None:
+        ranges = KeyRanges.causal(query.shape[2], key.shape[2], offset=0, device=query.device)
+    if cu_seq_lens_q is not None and query.shape[0] == 1:
+        packed = _packed(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], bool(is_causal) and attention_mask is None)
+        ranges = packed if ranges is None else ranges & packed
+    q, k, v = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
+    batch = max(q.shape[0], k.shape[0])  # learned queries may come with a batch of 1
+    q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
+    out = attention(q, k, v, ranges, scale=scaling, softcap=softcap or 0.0)
+    assert isinstance(out, torch.Tensor)
+    return out, None
+
+
+def _fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | None:
+    """The ranges of ``mask``, which must be for this many keys; ranges that all queries share serve any number of queries."""
+    if mask is None:
+        return None
+    ranges = KeyRanges(mask.start, mask.stop)  # not mask.ranges, which torch.compile can't follow
+    if mask.shape[2] != queries and ranges.start.stride(1) == ranges.stop.stride(1) == 0:
+        # The Q-Former of BLIP-2 makes the mask of its image for all its tokens, and only its query tokens see the image.
+        ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
+    if ranges.num_queries != queries or mask.shape[3] != keys:
+        raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
+    return ranges
+
+
+def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, total: int, causal: bool) -> KeyRanges:
+    if cu_k is None or cu_k is cu_q:
+        return _once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
+    return KeyRanges.packed(cu_q, total, cu_seqlens_k=cu_k, causal=causal)
+
+
+def _ranges_of(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> KeyRanges | str:
+    """The ranges of a mask that a model made by itself, or why it has none. Reads the mask once, however many layers get it."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
+        return f"its shape is {tuple(mask.shape)}, not [B, 1, {queries}, {keys}]"
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "its values can't be read while a graph is traced or captured"
+    return _once(mask, (queries,), lambda: _read(mask, queries))
+
+
+def _read(mask: torch.Tensor, queries: int) -> KeyRanges | str:
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        return "it adds numbers other than 0 and -inf"
+    start, stop, hole = _run(seen[:, 0])
+    if bool(hole.any()):
+        row, query = hole.nonzero()[0].tolist()
+        return f"the keys of batch {row}, query {query} have a hole"
+    return KeyRanges(start.expand(-1, queries), stop.expand(-1, queries))
+
+
+def _once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then."""
+    if tensor.is_inference() or torch.compiler.is_compiling():  # no version tells whether it has changed
+        return make()
+    state = (tensor._version, arguments)
+    known = _made.get(tensor)
+    if known is None or known[0] != state:
+        known = _made[tensor] = (state, make())
+    return known[1]
+
+
+def _one_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Under autocast rope leaves queries and keys in fp32; the products of attention take autocast's dtype there."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.warning(message)
