@@ -2,6 +2,7 @@
 """The masks behind attn_implementation="vlmkernels": the tensor that has no elements, and what is refused, read and allocated."""
 
 import copy
+import operator
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -131,13 +132,29 @@ WRITES = {
     "fill_": lambda m: m.fill_(True),
     "and": lambda m: m.logical_and_(torch.tensor(True)),
     "copy_": lambda m: m.copy_(m.dense()),
+    "&=": lambda m: operator.iand(m, m.dense()),
 }
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
 def test_it_can_not_be_written_to(write: Any) -> None:
-    with pytest.raises(TypeError, match="would write to a mask of key ranges"):
+    with pytest.raises(RuntimeError, match="would write to a mask of key ranges"):
         write(example())
+
+
+ADDS = {
+    "logits + mask": lambda m: torch.zeros(2, 3, 4, 6) + m,
+    "mask + logits": lambda m: m + torch.zeros(2, 3, 4, 6),
+    "in place": lambda m: torch.zeros(2, 3, 4, 6).add_(m),
+    "- mask": lambda m: torch.zeros(2, 3, 4, 6) - m,
+}
+
+
+@pytest.mark.parametrize("add", ADDS.values(), ids=list(ADDS))
+def test_it_can_not_be_added(add: Any) -> None:
+    """A bool mask added to logits changes them by 1, which nobody would notice."""
+    with pytest.raises(RuntimeError, match="would add a bool mask"):
+        add(example())
 
 
 def test_another_batch_is_refused() -> None:
@@ -341,9 +358,11 @@ def test_masks_without_ranges_go_to_sdpa() -> None:
         wanted = exact(q, k, v, mask if mask.dtype == torch.bool else mask.double())
         assert compare(attend(q, k, v, mask), wanted, "gemm")
     reason = ours._ranges_of(hole, q, k)
-    assert reason == "the keys of batch 1, query 5 have a hole"
-    with pytest.raises(ValueError, match="query 5 have a hole, wanted one run of keys.* as sdpa has no softcap"):
+    assert reason == "its mask has a hole for batch 1, query 5"
+    with pytest.raises(ValueError, match="a hole for batch 1, query 5, wanted neither with cu_seq_lens or softcap"):
         attend(q, k, v, hole, softcap=2.0)
+    with pytest.raises(ValueError, match="a hole for batch 0, query 5, wanted neither with cu_seq_lens or softcap"):
+        attend(q[1:], k[1:], v[1:], hole[1:], cu_seq_lens_q=torch.tensor([0, S]))
 
 
 def test_position_bias_goes_to_sdpa() -> None:
@@ -385,11 +404,12 @@ class PagedAttentionCache:
 
 
 @pytest.mark.parametrize(
-    "argument", [{"dropout": 0.1}, {"s_aux": torch.zeros(2)}, {"cache": PagedAttentionCache()}], ids=lambda a: next(iter(a))
+    "name, value",
+    [("dropout", 0.1), ("s_aux", torch.zeros(2)), ("cache", PagedAttentionCache()), ("cu_seq_lens_q", torch.tensor([0, 2 * S]))],
 )
-def test_refused(argument: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(argument))}: got .*, wanted"):
-        attend(*qkv(), None, **argument)
+def test_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{'query' if name == 'cu_seq_lens_q' else name}: got .*, wanted"):
+        attend(*qkv(), None, **{name: value})
 
 
 def test_autocast_takes_its_own_dtype() -> None:
@@ -437,3 +457,44 @@ def test_registering_again_and_copies_of_the_config() -> None:
     other = copy.deepcopy(model).eval()
     with torch.no_grad():
         assert torch.equal(other(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_layers_that_know_only_eager_do_not_run_silently_wrong() -> None:
+    """GIT's decoder adds its mask, whichever it asked for, and transformers lets it ask for ours."""
+    model = hf_masks.git().eval()
+    inputs = {"input_ids": IDS, "attention_mask": RIGHT, "pixel_values": torch.randn(2, 3, 28, 28)}
+    with torch.no_grad():
+        wanted = model(**inputs).last_hidden_state
+        model.set_attn_implementation("vlmkernels")
+        try:
+            got = model(**inputs).last_hidden_state
+        except RuntimeError as error:
+            assert "would add a bool mask" in str(error)
+        else:
+            assert compare(got[:1], wanted[:1], "model")  # this version's decoder has learnt to ask
+        model.set_attn_implementation({"": "eager", "vision_config": "vlmkernels"})
+        assert compare(model(**inputs).last_hidden_state, wanted, "model")
+
+
+@pytest.mark.parametrize("real", [None, LEFT], ids=["full", "left"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_in_one_graph(family: str, real: Any) -> None:
+    model = llama() if family == "llama" else hf_masks.gemma3().model.language_model
+    inputs = {"input_ids": IDS, "attention_mask": real, "use_cache": False}
+    rows = torch.ones_like(IDS).bool() if real is None else real.bool()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = run(model, **inputs)[0]
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
+    assert compare(got[rows], wanted[rows], "model")
+
+
+def test_a_hole_is_found_in_a_compiled_graph_too() -> None:
+    torch._dynamo.reset()
+    model = llama().eval()
+    model.set_attn_implementation("vlmkernels")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(input_ids=IDS, attention_mask=LEFT, use_cache=False)
+        with pytest.raises(RuntimeError, match="a mask has a hole"):
+            compiled(input_ids=IDS, attention_mask=GAP, use_cache=False)

@@ -23,9 +23,9 @@ class RangesMask(torch.Tensor):
     """``KeyRanges`` that pass for a bool tensor ``[B, 1, Sq, Sk]``, True where a query sees a key, and have no such storage.
 
     It stays one under ``detach``, ``clone``, ``to(device)`` and slices. Anything else that would read its elements, as ``==``,
-    ``to(dtype)``, an index or arithmetic, gets the dense mask, which is made for that operation (and logged, once for each kind
-    of operation). Writing to it raises a TypeError, as what was written would be lost; what reaches around torch's operations
-    (``tolist``, ``numpy``) raises too.
+    ``to(dtype)``, an index or a logical operation, gets the dense mask, which is made for that operation (and logged, once for
+    each kind of operation). Adding it to something raises a RuntimeError, as a bool mask is not additive. So does writing to
+    it, as what was written would be lost, and what reaches around torch's operations (``tolist``, ``numpy``).
 
     Args:
         start, stop: the fields of the ranges that it stands for; a batch of 1 serves all of ``batch``.
@@ -38,7 +38,8 @@ class RangesMask(torch.Tensor):
 
     start: torch.Tensor
     stop: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations give plain tensors or decide for themselves
+    # Operations give plain tensors, or decide for themselves below.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, start: torch.Tensor, stop: torch.Tensor, batch: int, num_keys: int) -> "RangesMask":
@@ -63,7 +64,7 @@ class RangesMask(torch.Tensor):
         """The tensor that it stands for, bool ``[B, 1, Sq, Sk]``, contiguous."""
         return self.ranges.dense(self.shape[3])[:, None].expand(self.shape[0], -1, -1, -1).contiguous()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RangesMask(shape={tuple(self.shape)}, device={self.device})"
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -77,11 +78,16 @@ class RangesMask(torch.Tensor):
         return cls(inner["start"], inner["stop"], size[0], size[3])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, RangesMask):
                 raise _not_writable(str(func))
+        if func in _ADDS:
+            raise RuntimeError(
+                f"{func} would add a bool mask to something, as layers do that expect attn_implementation='eager' and can't have "
+                "another; give these their own: {'': 'eager', 'vision_config': 'vlmkernels'}"
+            )
         if func in _KEEP and isinstance(args[0], RangesMask):
             kept = _KEEP[func](*args, **kwargs)
             if kept is not None:
@@ -94,8 +100,8 @@ class RangesMask(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _not_writable(operation: str) -> TypeError:
-    return TypeError(f"{operation} would write to a mask of key ranges, which has no elements; mask.dense() gives a tensor")
+def _not_writable(operation: str) -> RuntimeError:
+    return RuntimeError(f"{operation} would write to a mask of key ranges, which has no elements; mask.dense() gives a tensor")
 
 
 def _same(mask: RangesMask, **_: Any) -> RangesMask:
@@ -127,6 +133,8 @@ def _slice(mask: RangesMask, dim: int = 0, start: Any = None, end: Any = None, s
 
 
 _aten = torch.ops.aten
+#: RuntimeErrors, as torch takes a TypeError in an operator to mean that the other operand might know how.
+_ADDS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.sub_.Tensor}
 #: What gives a mask of key ranges again, or None where it can't.
 _KEEP: dict[Any, Callable[..., RangesMask | None]] = {
     _aten.detach.default: _same,

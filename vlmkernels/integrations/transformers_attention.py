@@ -188,44 +188,47 @@ def attention_forward(
         ``[B, Sq, H, Dv]``, and None for the weights, which are never formed.
 
     Raises:
-        ValueError: dropout, attention sinks (``s_aux``), a paged cache, or a mask of another shape.
+        ValueError: dropout, attention sinks (``s_aux``), a paged cache, a mask of another shape, packed sequences in a batch
+            of several; what goes to sdpa with a softcap or packed sequences, which sdpa has not.
     """
     if dropout:
         raise bad_argument("dropout", dropout, "0: set attention_dropout to 0 in the config, or model.eval()")
     if s_aux is not None:
         raise bad_argument("s_aux", "attention sinks", "None; attn_implementation='eager' has them")
+    if cu_seq_lens_q is not None and query.shape[0] != 1:
+        raise bad_argument("query", f"a batch of {query.shape[0]} with cu_seq_lens_q", "the sequences packed in a batch of 1")
     if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
         raise bad_argument("cache", "a paged cache", "none: continuous batching needs attn_implementation='paged|eager'")
     if kwargs.get("output_attentions"):
         _log_once("output_attentions gives None: attention weights are never formed (attn_implementation='eager' has them)")
 
-    settings = {"dropout": 0.0, "scaling": scaling, "is_causal": bool(is_causal)}
-    if position_bias is not None:
-        _log_once("position_bias goes to sdpa, as the kernels add no bias to the logits")
-        mask = attention_mask.dense() if isinstance(attention_mask, RangesMask) else attention_mask
-        out, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=position_bias, **settings)
+    def sdpa(mask: torch.Tensor | None, reason: str, **bias: Any) -> tuple[torch.Tensor, None]:
+        if cu_seq_lens_q is not None or softcap:
+            raise bad_argument("attention_mask, position_bias", reason, f"neither with cu_seq_lens or softcap; {ONE_RUN}")
+        _log_once(f"{type(module).__name__} goes to transformers' sdpa: {reason}")
+        settings = {"scaling": scaling, "is_causal": bool(is_causal), **bias}
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
         return out, None
-    if attention_mask is not None and not isinstance(attention_mask, RangesMask):
-        ranges = _ranges_of(attention_mask, query, key)
-        if isinstance(ranges, str):
-            _log_once(f"{type(module).__name__}: its mask goes to sdpa, as {ranges}")
-            if softcap:
-                raise bad_argument("attention_mask", ranges, f"{ONE_RUN}, as sdpa has no softcap")
-            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-            return out, None
-    else:
+
+    if position_bias is not None:
+        mask = attention_mask.dense() if isinstance(attention_mask, RangesMask) else attention_mask
+        return sdpa(mask, "it adds a position_bias", position_bias=position_bias)
+    if attention_mask is None or isinstance(attention_mask, RangesMask):
         ranges = _fitting(attention_mask, query.shape[2], key.shape[2])
+    else:
+        found = _ranges_of(attention_mask, query, key)
+        if isinstance(found, str):
+            return sdpa(attention_mask, found)
+        ranges = found
     if ranges is None and is_causal and query.shape[2] > 1 and cu_seq_lens_q is None:
         ranges = KeyRanges.causal(query.shape[2], key.shape[2], offset=0, device=query.device)
-    if cu_seq_lens_q is not None and query.shape[0] == 1:
+    if cu_seq_lens_q is not None:
         packed = _packed(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], bool(is_causal) and attention_mask is None)
         ranges = packed if ranges is None else ranges & packed
     q, k, v = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
     batch = max(q.shape[0], k.shape[0])  # learned queries may come with a batch of 1
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
-    out = attention(q, k, v, ranges, scale=scaling, softcap=softcap or 0.0)
-    assert isinstance(out, torch.Tensor)
-    return out, None
+    return attention(q, k, v, ranges, scale=scaling, softcap=softcap or 0.0), None  # type: ignore[return-value]  # no lse
 
 
 def _fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | None:
@@ -243,7 +246,8 @@ def _fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | No
 
 def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, total: int, causal: bool) -> KeyRanges:
     if cu_k is None or cu_k is cu_q:
-        return _once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
+        whole: KeyRanges = _once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
+        return whole
     return KeyRanges.packed(cu_q, total, cu_seqlens_k=cu_k, causal=causal)
 
 
@@ -251,20 +255,21 @@ def _ranges_of(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Ke
     """The ranges of a mask that a model made by itself, or why it has none. Reads the mask once, however many layers get it."""
     queries, keys = query.shape[2], key.shape[2]
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
-        return f"its shape is {tuple(mask.shape)}, not [B, 1, {queries}, {keys}]"
+        return f"the shape of its mask is {tuple(mask.shape)}, not [B, 1, {queries}, {keys}]"
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return "its values can't be read while a graph is traced or captured"
-    return _once(mask, (queries,), lambda: _read(mask, queries))
+        return "the values of its mask can't be read while a graph is traced or captured"
+    found: KeyRanges | str = _once(mask, (queries,), lambda: _read(mask, queries))
+    return found
 
 
 def _read(mask: torch.Tensor, queries: int) -> KeyRanges | str:
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-        return "it adds numbers other than 0 and -inf"
+        return "its mask adds numbers other than 0 and -inf"
     start, stop, hole = _run(seen[:, 0])
     if bool(hole.any()):
         row, query = hole.nonzero()[0].tolist()
-        return f"the keys of batch {row}, query {query} have a hole"
+        return f"its mask has a hole for batch {row}, query {query}"
     return KeyRanges(start.expand(-1, queries), stop.expand(-1, queries))
 
 
