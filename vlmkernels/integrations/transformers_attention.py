@@ -5,6 +5,7 @@ transformers describes a mask as a function of a query's and a key's index, besi
 range of keys for each query, and a dense mask of a few queries at a time is all that there ever is of another form.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def register() -> None:
     """Register both functions under each of ``NAMES``."""
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError("register_attention needs transformers 5.17 or newer, whose masks are made from q_length and q_offset")
     for name in NAMES:
         AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, ranges_mask)
