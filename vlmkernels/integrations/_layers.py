@@ -225,7 +225,12 @@ class Perceiver(Swapped):
 
 
 class KosmosProjection(Swapped):
-    """The resampler of Kosmos-2, which returns attention weights where the attention is eager."""
+    """The resampler of Kosmos-2, which returns attention weights where the attention is eager.
+
+    With sdpa some versions of transformers take its missing mask for a causal one (5.17.0).
+    """
+
+    eager_config = "x_attn.config"
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:

@@ -32,6 +32,8 @@ class Swapped(nn.Module):
     unused: tuple[str, ...] = ()
     #: Whether the module reads parameters where the original calls the layers that hold them.
     reads_leaves = False
+    #: The configuration with which the original is exact only where its attention is eager.
+    eager_config = ""
     original: type[nn.Module]
     recipe: "Recipe"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels.integrations._swap import Swapped, unswap
+from vlmkernels.nn._names import get
 
 
 class Errors(NamedTuple):
@@ -52,6 +53,8 @@ def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     original = _first(layer.original.forward(layer, *args, **kwargs))
     exact_layer = copy.deepcopy(layer)
     unswap(exact_layer)
+    if layer.eager_config:
+        get(exact_layer, layer.eager_config)._attn_implementation = "eager"
     exact_layer.to(wide)
     exact = _first(exact_layer.forward(*_cast(args, wide), **_cast(kwargs, wide))).double()
     scale = exact.square().mean().sqrt().clamp(min=1e-300)
