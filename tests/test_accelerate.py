@@ -334,6 +334,33 @@ def test_adapters_and_hooks_inside(path: str, hook: bool) -> None:
     assert not compare(got, plain.double(), "model")
 
 
+def test_backward_hooks_of_projections() -> None:
+    model, x = tower()
+    accelerate(model)
+    seen: list[nn.Module] = []
+    projection = model.encoder.layers[0].self_attn.k_proj
+    projection.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    model(x).last_hidden_state.sum().backward()
+    assert seen == [projection]
+
+
+def test_masks_by_other_names() -> None:
+    """Of a version of transformers that hands the causal mask over in an argument of its own."""
+    model, _ = tower()
+    accelerate(model)
+    attention = model.encoder.layers[0].self_attn
+    calls = count_calls(attention)
+    tokens = torch.randn(2, 5, 64, device=DEVICE)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    attention(tokens, causal_attention_mask=mask)
+    wanted = attention.original.forward(attention, tokens, mask)[0]
+    for got in (attention(tokens, mask)[0], attention(tokens, attention_mask=mask)[0]):
+        assert torch.equal(got, wanted)
+    assert not calls
+    attention(tokens, causal_attention_mask=None)
+    assert sum(calls.values()) == 1
+
+
 def test_hooks_inside_a_qformer() -> None:
     case = make("blip2")
     accelerate(case.model)

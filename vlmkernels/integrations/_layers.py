@@ -33,6 +33,11 @@ def _asked(config: Any, arguments: dict[str, Any], *names: str) -> bool:
     return any(arguments.get(name) or getattr(config, name, False) for name in names)
 
 
+def _masked(arguments: dict[str, Any]) -> bool:
+    """Whether there is a mask, by whatever name a version of transformers gives it."""
+    return any("mask" in name and value is not None for name, value in arguments.items())
+
+
 def _rate(layer: Any) -> float:
     """The dropout of attention weights."""
     rate = getattr(layer, "attention_dropout", None)
@@ -61,13 +66,12 @@ class Attention(Swapped):
             device="meta",
         )
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        masked = any(value is not None for value in args) or _masked(kwargs)
         drops = self.training and _rate(self) > 0
         causal = bool(kwargs.get("is_causal")) is self.fast.causal
-        if attention_mask is not None or drops or not causal or _asked(self.config, kwargs, "output_attentions"):
-            if attention_mask is not None:
-                kwargs["attention_mask"] = attention_mask
-            return super().forward(hidden_states, **kwargs)
+        if masked or drops or not causal or _asked(self.config, kwargs, "output_attentions"):
+            return super().forward(hidden_states, *args, **kwargs)
         return self.fast(hidden_states), None
 
 
@@ -181,27 +185,21 @@ class QFormerLayers(Swapped):
         )
         return former.encoder
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        encoder_hidden_states: Any = None,
-        encoder_attention_mask: Any = None,
-        query_length: int = 0,
-        **kwargs: Any,
-    ) -> Any:
-        first = self.layer[0]
-        stays = attention_mask is not None or encoder_attention_mask is not None or kwargs.get("return_dict") is False
-        stays = stays or (query_length > 0 and encoder_hidden_states is None)
-        stays = stays or _asked(self.config, kwargs, "output_attentions", "output_hidden_states")
-        stays = stays or (self.training and (first.gradient_checkpointing or _rate(first.attention.attention) > 0))
-        if stays or not self.untouched():
-            arguments = (hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, query_length)
-            return super().forward(*arguments, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or self._stays(kwargs) or not self.untouched():
+            return super().forward(hidden_states, *args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        tokens = self.fast(hidden_states, None, encoder_hidden_states, None, query_length)
+        tokens = self.fast(hidden_states, None, kwargs.get("encoder_hidden_states"), None, kwargs.get("query_length", 0))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=tokens)
+
+    def _stays(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is the original's."""
+        blind = arguments.get("query_length", 0) > 0 and arguments.get("encoder_hidden_states") is None
+        first = self.layer[0]
+        trains = self.training and (first.gradient_checkpointing or _rate(first.attention.attention) > 0)
+        asked = _asked(self.config, arguments, "output_attentions", "output_hidden_states")
+        return _masked(arguments) or blind or trains or asked or arguments.get("return_dict") is False
 
 
 class Perceiver(Swapped):

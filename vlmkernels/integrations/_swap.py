@@ -9,7 +9,7 @@ goes on to ``super().forward``, and the way back is to assign the original class
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,6 +36,11 @@ class Swapped(nn.Module):
     eager_config = ""
     original: type[nn.Module]
     recipe: "Recipe"
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What a layer has is the original's."""
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -103,7 +108,7 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
 
 def unswap(layer: Swapped) -> None:
     """Give ``layer`` its original class."""
-    layer.__class__ = type(layer).original
+    layer.__class__ = type(layer).original  # type: ignore[assignment]
     del vars(layer)["_vlmkernels_fast"], vars(layer)["_vlmkernels_passed"]
 
 
