@@ -146,12 +146,20 @@ def test_nothing_else_changes(name: str) -> None:
 @every_model
 def test_saves_and_loads(name: str, tmp_path: Path) -> None:
     case, other = make(name), make(name)
-    accelerate(case.model)
-    case.model.save_pretrained(tmp_path)  # type: ignore[operator]
-    loaded = type(case.model).from_pretrained(tmp_path).to(DEVICE)  # type: ignore[attr-defined]
     state = case.model.state_dict()
-    assert list(loaded.state_dict()) == list(state)
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+    def saved_and_loaded(folder: Path) -> dict[str, Tensor]:
+        case.model.save_pretrained(folder)  # type: ignore[operator]
+        loaded: dict[str, Tensor] = type(case.model).from_pretrained(folder).to(DEVICE).state_dict()  # type: ignore[attr-defined]
+        return loaded
+
+    # Not all of a state comes back by itself: transformers 5.17.0 zeroes the padding row of Kosmos-2's embedding.
+    plain = saved_and_loaded(tmp_path / "plain")
+    accelerate(case.model)
+    loaded = saved_and_loaded(tmp_path / "accelerated")
+    assert list(loaded) == list(plain) == list(state)
+    assert all(torch.equal(value, plain[key]) for key, value in loaded.items())
+    assert sum(torch.equal(value, state[key]) for key, value in loaded.items()) >= len(state) - 1
     accelerate(other.model)
     with torch.no_grad():
         wanted = case.model(**case.inputs)
