@@ -2,6 +2,7 @@
 """Vision-language layers at the speed of the hardware: kernels, drop-in modules, and the masks between images and text."""
 
 from vlmkernels import nn
+from vlmkernels.integrations.accelerate import accelerate, restore
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
@@ -14,11 +15,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "KeyRanges",
+    "accelerate",
     "attention",
     "cross_attention",
     "nn",
     "patch_embed",
     "resample_pos_embed",
+    "restore",
     "rope",
     "rope_qkv_",
     "use_backend",

@@ -12,12 +12,16 @@ from vlmkernels.ops._packed_linear import lay_side_by_side, packed_linear
 
 def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each; one product where all are plain ``nn.Linear``, with neither hooks nor parametrisations."""
-    plain = len(linears) > 1 and all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in linears)
+    plain = len(linears) > 1 and all(type(m) is nn.Linear and not _hooked(m) for m in linears)
     biases: list[Any] = [m.bias for m in linears] if plain else []
     if not plain or len({bias is None for bias in biases}) > 1:
         return tuple(linear(x) for linear in linears)
     weights: list[Any] = [m.weight for m in linears]
     return packed_linear(x, weights, [] if biases[0] is None else biases)
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 class SideBySide(nn.Module):

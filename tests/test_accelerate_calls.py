@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of an accelerated layer that stay with the original, and those that don't."""
+
+import pytest
+import torch
+import transformers as hf
+from accelerate_parity import check, count_calls, make, originals, randomize, run, tower
+from conftest import DEVICE
+from hf_models import IMAGE, TOWER
+from nn_parity import quick_backend
+from torch import Tensor, nn
+
+from vlmkernels import accelerate, restore
+from vlmkernels.testing import compare
+
+__all__ = ["quick_backend"]
+
+
+def test_attention_weights_and_hidden_states_that_are_asked_for() -> None:
+    model, x = tower(attn_implementation="eager")
+    with torch.no_grad():
+        wanted = model(x, output_attentions=True, output_hidden_states=True)
+        accelerate(model)
+        got = model(x, output_attentions=True, output_hidden_states=True)
+        model.config.output_attentions = True
+        also = model(x)
+    assert len(got.attentions) == len(wanted.attentions) == 2 and len(got.hidden_states) == 3
+    for other in (got, also):
+        for value, exact in zip(other.attentions, wanted.attentions, strict=True):
+            assert compare(value, exact.double(), "model")
+
+
+def test_qformer_returns_what_it_is_asked_for() -> None:
+    case = make("blip2")
+    former = case.model.qformer
+    former.set_attn_implementation("eager")
+    queries, image = torch.randn(2, 6, 64, device=DEVICE), torch.randn(2, 17, 64, device=DEVICE)
+    with torch.no_grad():
+        wanted = former(queries, encoder_hidden_states=image, output_attentions=True, output_hidden_states=True)
+        accelerate(former)
+        got = former(queries, encoder_hidden_states=image, output_attentions=True, output_hidden_states=True)
+        calls = count_calls(former)
+        former(queries, encoder_hidden_states=image)
+    for key in ("attentions", "cross_attentions", "hidden_states"):
+        assert len(got[key]) > 0 and len(got[key]) == len(wanted[key])
+        assert all(torch.equal(a, b) for a, b in zip(got[key], wanted[key], strict=True)), key
+    assert calls["encoder"] == 1, "the hooks that transformers left behind keep no later call from the module"
+
+
+def test_padded_images_and_prompts() -> None:
+    """Their masks are the original's: attention and Q-Former stay there, the pooling head takes the padding as ranges."""
+    case = make("siglip2")
+    case.inputs["pixel_attention_mask"][1, 8:] = 0
+    case.inputs["spatial_shapes"][1] = torch.tensor([2, 4])
+    wanted = originals(case)
+    accelerate(case.model)
+    calls = count_calls(case.model)
+    check(run(case.model, case), wanted)
+    assert set(calls) == {"embeddings", "head"}
+
+    case = make("instructblip")
+    case.inputs["qformer_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=DEVICE)
+    wanted = originals(case)
+    accelerate(case.model)
+    calls = count_calls(case.model)
+    check(run(case.model, case), wanted)
+    assert calls and not [name for name in calls if "qformer" in name]
+
+
+def test_other_image_sizes() -> None:
+    model, _ = tower()
+    x = torch.randn(1, 3, 40, 48, device=DEVICE)
+    with torch.no_grad():
+        wanted = model(x, interpolate_pos_encoding=True).last_hidden_state
+        accelerate(model)
+        calls = count_calls(model)
+        got = model(x, interpolate_pos_encoding=True).last_hidden_state
+    assert compare(got, wanted.double(), "model") and "embeddings" not in calls
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(x)
+
+
+def test_masked_patches() -> None:
+    case = make("vit")
+    case.model = randomize(hf.ViTModel(hf.ViTConfig(**TOWER, **IMAGE), use_mask_token=True))
+    case.inputs["bool_masked_pos"] = torch.rand(2, 16, device=DEVICE) < 0.5
+    wanted = originals(case)
+    accelerate(case.model)
+    calls = count_calls(case.model)
+    check(run(case.model, case), wanted)
+    assert "embeddings" not in calls and len(calls) == 2
+
+
+def test_dropout_of_attention_weights_is_the_original() -> None:
+    model, x = tower(attention_dropout=0.5)
+    accelerate(model)
+    calls = count_calls(model)
+    model.train()(x)
+    assert set(calls) == {"embeddings"}
+    torch.manual_seed(3)
+    got = model.encoder.layers[0].self_attn(model.embeddings(x))[0]
+    embedded = model.embeddings(x)
+    restore(model)
+    torch.manual_seed(3)
+    assert torch.equal(got, model.encoder.layers[0].self_attn(embedded)[0])
+    accelerate(model)
+    calls = count_calls(model)
+    model.eval()(x)
+    assert len(calls) == 3
+
+
+def test_dropout_of_hidden_states_stays() -> None:
+    case = make("vit")
+    case.model.embeddings.dropout.p = 1.0
+    accelerate(case.model)
+    x = case.inputs["pixel_values"]
+    assert case.model.train().embeddings(x).abs().max() == 0 < case.model.eval().embeddings(x).abs().max()
+
+
+def test_under_autocast() -> None:
+    model, x = tower()
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        wanted = model(x).last_hidden_state
+        accelerate(model)
+        got = model(x).last_hidden_state
+    assert got.dtype == wanted.dtype
+    assert compare(got.to(torch.bfloat16), wanted.double(), "model")
+
+
+class Adapted(nn.Module):
+    """A layer with something beside it, as an adapter puts it there."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.weight
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("path", ["embeddings.patch_embedding", "encoder.layers.0.self_attn.q_proj"])
+@pytest.mark.parametrize("hook", [False, True])
+def test_adapters_and_hooks_inside(path: str, hook: bool) -> None:
+    model, x = tower()
+    accelerate(model)
+    owner, _, name = path.rpartition(".")
+    with torch.no_grad():
+        plain = model(x).last_hidden_state
+        if hook:
+            model.get_submodule(path).register_forward_hook(lambda module, args, output: 3 * output)
+        else:
+            setattr(model.get_submodule(owner), name, Adapted(model.get_submodule(path)))
+        got = model(x).last_hidden_state
+        restore(model)
+        wanted = model(x).last_hidden_state
+    assert compare(got, wanted.double(), "model")
+    assert not compare(got, plain.double(), "model")
+
+
+def test_backward_hooks_of_projections() -> None:
+    model, x = tower()
+    accelerate(model)
+    seen: list[nn.Module] = []
+    projection = model.encoder.layers[0].self_attn.k_proj
+    projection.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    model(x).last_hidden_state.sum().backward()
+    assert seen == [projection]
+
+
+def test_masks_by_other_names() -> None:
+    """Of a version of transformers that hands the causal mask over in an argument of its own."""
+    model, _ = tower()
+    accelerate(model)
+    attention = model.encoder.layers[0].self_attn
+    calls = count_calls(attention)
+    tokens = torch.randn(2, 5, 64, device=DEVICE)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    attention(tokens, causal_attention_mask=mask)
+    wanted = attention.original.forward(attention, tokens, mask)[0]
+    for got in (attention(tokens, mask)[0], attention(tokens, attention_mask=mask)[0]):
+        assert torch.equal(got, wanted)
+    assert not calls
+    attention(tokens, causal_attention_mask=None)
+    assert sum(calls.values()) == 1
+
+
+def test_hooks_inside_a_qformer() -> None:
+    case = make("blip2")
+    accelerate(case.model)
+    seen: list[nn.Module] = []
+    layer = case.model.qformer.encoder.layer[1]
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(module))
+    case.model(**case.inputs)
+    assert seen == [layer]
+    handle.remove()
+    calls = count_calls(case.model)
+    case.model(**case.inputs)
+    assert seen == [layer] and calls["qformer.encoder"] == 1
+
+
+def test_gradient_checkpointing() -> None:
+    case = make("instructblip")
+    wanted = originals(case)
+    accelerate(case.model)
+    case.model.gradient_checkpointing_enable()
+    check(run(case.model.train(), case), wanted)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a layer of another project comes to run a module of ours: it stays the object it is, and gets a class of its own.
+
+The class of a swapped layer is a subclass of its original class with another ``forward``, which calls a module of
+``vlmkernels.nn``. That module has no parameters of its own: ``adopt`` gives it the layer's, in the layer's own dictionaries. So
+parameters, buffers, submodules, hooks, state_dict and ``isinstance`` are what they were, a call that the module does not serve
+goes on to ``super().forward``, and the way back is to assign the original class.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmkernels.nn._norm import RMSNorm
+from vlmkernels.nn._packed import SideBySide
+
+#: Layers of ours in whose place the original's are called.
+_LEAVES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding, nn.Dropout, RMSNorm)
+
+
+class Unfit(Exception):
+    """Why a layer of a known class is left as it is."""
+
+
+class Swapped(nn.Module):
+    """What stands before the original class: a subclass has ``build`` and a ``forward`` that may go on to ``super().forward``."""
+
+    #: Parameters of the original that the module does not use: calls that need them go to the original.
+    unused: tuple[str, ...] = ()
+    #: Whether the module reads parameters where the original calls the layers that hold them.
+    reads_leaves = False
+    #: The configuration with which the original is exact only where its attention is eager.
+    eager_config = ""
+    original: type[nn.Module]
+    recipe: "Recipe"
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What a layer has is the original's."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        """The module that serves ``layer``, its sizes on the device ``meta``; raises ``Unfit`` where there is none."""
+        raise NotImplementedError
+
+    @property
+    def fast(self) -> Any:
+        """The module of ours; no submodule, as its parameters are those of the layer."""
+        return self.__dict__["_vlmkernels_fast"]
+
+    def untouched(self) -> bool:
+        """Whether everything that the module passes over is still what it was and has no hooks that wait for a call."""
+        for owner, name, child in self.__dict__["_vlmkernels_passed"]:
+            if owner._modules.get(name) is not child or not _unhooked(child):
+                return False
+        return True
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        lay(self.fast)
+        return self
+
+    def _get_name(self) -> str:
+        return f"{self.original.__name__} as {type(self.fast).__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made, not found in a module: copies and pickles name what it is made of.
+        return _again, (type(self).recipe,), self.__dict__
+
+
+def _again(recipe: "Recipe") -> Swapped:
+    made = swapped_class(recipe)
+    return made.__new__(made)
+
+
+#: What a class is made of: the one that runs the module, the original, and the attributes of the first, as pairs.
+Recipe = tuple[type[Swapped], type[nn.Module], tuple[tuple[str, Any], ...]]
+
+
+@functools.cache
+def swapped_class(recipe: Recipe) -> type[Swapped]:
+    kind, original, arguments = recipe
+    members = {"original": original, "recipe": recipe, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(original.__name__, (kind, original), {**members, **dict(arguments)})
+
+
+def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any], ...]) -> None:
+    """Give ``layer`` the class that runs a module of ours.
+
+    Raises:
+        Unfit: the reason why not; the layer is as before.
+    """
+    if "forward" in vars(layer):
+        raise Unfit("its forward was exchanged")
+    made = swapped_class((kind, type(layer), arguments))
+    fast = made.build(layer)
+    _check_names(fast, layer, kind.unused)
+    adopt(fast, layer)
+    lay(fast)
+    vars(layer)["_vlmkernels_fast"] = fast
+    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, leaves=kind.reads_leaves))
+    layer.__class__ = made
+
+
+def unswap(layer: Swapped) -> None:
+    """Give ``layer`` its original class."""
+    layer.__class__ = type(layer).original  # type: ignore[assignment]
+    del vars(layer)["_vlmkernels_fast"], vars(layer)["_vlmkernels_passed"]
+
+
+def adopt(ours: nn.Module, theirs: nn.Module) -> None:
+    """``ours`` gets the parameters and the innermost layers of ``theirs``, and follows what becomes of them."""
+    ours._parameters = theirs._parameters
+    inner = {name: child for name, child in ours._modules.items() if child is not None and not isinstance(child, _LEAVES)}
+    if not inner:
+        ours._modules = theirs._modules
+        return
+    for name in ours._modules:
+        if name in inner:
+            adopt(inner[name], theirs._modules[name])  # type: ignore[arg-type]
+        else:
+            ours._modules[name] = theirs._modules.get(name)
+
+
+def lay(fast: nn.Module) -> None:
+    """Put the parameters of layers with the same input side by side: one product serves them."""
+    for module in fast.modules():
+        if isinstance(module, SideBySide):
+            module._lay()
+
+
+def _check_names(fast: nn.Module, layer: nn.Module, unused: tuple[str, ...]) -> None:
+    ours = {name: tuple(p.shape) for name, p in fast.named_parameters()}
+    theirs = {name: tuple(p.shape) for name, p in layer.named_parameters() if name not in unused}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise Unfit(f"its {name} is {theirs.get(name, 'missing')}, the module's is {ours.get(name, 'missing')}")
+
+
+def _passed_over(layer: nn.Module, *, leaves: bool) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Owner, name and module of all inside ``layer`` that the module does not call."""
+    for owner in layer.modules():
+        for name, child in owner.named_children():
+            if leaves or child._modules:
+                yield owner, name, child
+
+
+def _unhooked(module: nn.Module) -> bool:
+    """Whether nobody waits for a call of ``module``, but transformers for outputs that it is asked for in an argument."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = module._forward_hooks
+    return not hooks or all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks.values())
+
+
+def autocast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each swapped layer beside its original, on what reaches it in one call of the model."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlmkernels.integrations._swap import Swapped, unswap
+from vlmkernels.nn._names import get
+
+
+class Errors(NamedTuple):
+    """RMS errors of a layer's first result as shares of the RMS of the exact one, which the original computes in fp32 (fp64)."""
+
+    ours: float
+    original: float
+
+
+def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
+    """The errors of every swapped layer that ``model(**inputs)`` calls, by name; of several calls those of the last."""
+    errors: dict[str, Errors] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def check(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            errors[name] = _errors(layer, args, kwargs, output)
+
+        return check
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        layer.register_forward_hook(hook(name), with_kwargs=True)
+        for name, layer in model.named_modules()
+        if isinstance(layer, Swapped)
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return errors
+
+
+def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Errors:
+    got = _first(output)
+    wide = torch.float64 if got.dtype in (torch.float32, torch.float64) else torch.float32
+    original = _first(layer.original.forward(layer, *args, **kwargs))
+    exact_layer = copy.deepcopy(layer)
+    unswap(exact_layer)
+    if layer.eager_config:
+        get(exact_layer, layer.eager_config)._attn_implementation = "eager"
+    exact_layer.to(wide)
+    exact = _first(exact_layer.forward(*_cast(args, wide), **_cast(kwargs, wide))).double()
+    scale = exact.square().mean().sqrt().clamp(min=1e-300)
+    ours, theirs = (((value.double() - exact).square().mean().sqrt() / scale).item() for value in (got, original))
+    return Errors(ours, theirs)
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that a layer returns, alone, in a tuple or in a dataclass of transformers."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of the arguments in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    if isinstance(value, dict):
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    return value
