@@ -69,6 +69,21 @@ def test_dense_tiles(dim, keys, device):
         check(make_qkv((2, 2, 1, queries, keys, dim, dim), torch.bfloat16, device))
 
 
+@pytest.mark.parametrize("step", [16, 64, 192])
+@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
+def test_stretches_of_queries(dim, step, device):
+    """Rows share their keys in stretches, of which a third see none: warpgroups and whole tiles with nothing to do, between others.
+
+    Several times, as a block takes more than one tile, and what goes wrong between two of them depends on when it happens.
+    """
+    for keys in (64, 333, 700) * 3:
+        shape = (3, 8, 2, 1500, keys, dim, dim)
+        start = torch.randint(0, keys, (3, 1500 // step + 1), device=device, dtype=torch.int32)
+        length = torch.randint(-keys // 2, keys, start.shape, device=device, dtype=torch.int32)
+        bounds = (bound.repeat_interleave(step, dim=1)[:, :1500] for bound in (start, start + length))
+        check(make_qkv(shape, torch.bfloat16, device), KeyRanges(*bounds))
+
+
 @pytest.mark.parametrize("view", QKV_VIEWS)
 def test_views(view, device):
     """As they come of fused projections; what the copy engine can't address is refused, and goes to another backend."""
