@@ -72,7 +72,7 @@ def test_dense_tiles(dim, keys, device):
 @pytest.mark.parametrize("step", [16, 64, 192])
 @pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
 def test_stretches_of_queries(dim, step, device):
-    """Rows share their keys in stretches, of which a third see none: warpgroups and whole tiles with nothing to do, between others.
+    """Rows share their keys in stretches, of which a third see none: warpgroups and whole tiles with nothing to do.
 
     Several times, as a block takes more than one tile, and what goes wrong between two of them depends on when it happens.
     """
