@@ -242,10 +242,11 @@ struct Consumer {
   __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
     const int first_key = work.first_key + i * C::kKeys;
     const int stop_key = C::kMasked ? bounds.y : p.num_keys;
+    constexpr bool kEarly = kSumming && C::kPackEarly;
     if (!C::kTrusting) end_scores(i);
     bool grows;
     if (first_key + C::kPart >= stop_key) {
-      grows = attend_columns < C::kPart, kSumming && C::kPackEarly > (softmax, first_key);
+      grows = attend_columns<C::kPart, kEarly>(softmax, first_key);
 #pragma unroll
       for (int j = C::kPart / 2; j < C::kKeys / 2; j += 2) {
         if (C::kPackEarly) {
@@ -255,7 +256,7 @@ struct Consumer {
         }
       }
     } else {
-      grows = attend_columns < C::kKeys, kSumming && C::kPackEarly > (softmax, first_key);
+      grows = attend_columns<C::kKeys, kEarly>(softmax, first_key);
     }
     if (C::kTrusting) end_scores(i);
     if (!C::kPackEarly) {
