@@ -191,3 +191,8 @@ def test_nothing_to_pool() -> None:
 def test_refusals(build: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got .*, wanted "):
         build()
+
+
+def test_it_shows_what_it_is() -> None:
+    pool = AttentionPool(16, 2, layout="timm", num_probes=3, pool="mean")
+    assert pool.extra_repr() == "16, num_heads=2, num_probes=3, layout=timm, pool=mean, approximate=tanh"

@@ -121,11 +121,10 @@ class AttentionPool(nn.Module):
         if self.pool == "first":
             read, ranges = 1, None if ranges is None else ranges[:1]
         names = _LAYOUTS[self.layout]
-        (q_weight, q_bias), (kv_weight, kv_bias) = self._projections()
+        q, kv = self._project(get(self, names.probe)[:, :read], x)
         heads = (self.num_heads, self.embed_dim // self.num_heads)
-        q = F.linear(get(self, names.probe)[:, :read], q_weight, q_bias).unflatten(-1, heads)
-        k, v = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, *heads)).unbind(-3)
-        y = attention(*one_batch(q, k, v, ranges))
+        k, v = kv.unflatten(-1, (2, *heads)).unbind(-3)
+        y = attention(*one_batch(q.unflatten(-1, heads), k, v, ranges))
         assert isinstance(y, torch.Tensor)
         y = get(self, names.out)(y.flatten(-2))
         inner = F.gelu(get(self, "mlp.fc1")(get(self, names.norm)(y)), approximate=self.approximate)
@@ -134,11 +133,16 @@ class AttentionPool(nn.Module):
             return pooled
         return pooled.mean(1) if self.pool == "mean" else pooled[:, 0]
 
-    def _projections(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Weight and bias of the projection of the queries, and of that of keys and values, one after the other."""
+    def _project(self, probe: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries ``[1, Q, C]`` and, one after the other, keys and values ``[B, S, 2 * C]``."""
         names = _LAYOUTS[self.layout].projections
         if len(names) == 2:
-            return [(get(self, name).weight, get(self, name).bias) for name in names]
+            return get(self, names[0])(probe), get(self, names[1])(x)
         parts = (self.embed_dim, 2 * self.embed_dim)
-        weights, biases = (get(self, f"{names[0]}_{kind}").split(parts) for kind in ("weight", "bias"))
-        return list(zip(weights, biases, strict=True))
+        q_weight, kv_weight = get(self, f"{names[0]}_weight").split(parts)
+        q_bias, kv_bias = get(self, f"{names[0]}_bias").split(parts)
+        return F.linear(probe, q_weight, q_bias), F.linear(x, kv_weight, kv_bias)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.embed_dim}, num_heads={self.num_heads}, num_probes={self.num_probes}, layout={self.layout}"
+        return f"{shown}, pool={self.pool}, approximate={self.approximate}"
