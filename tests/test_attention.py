@@ -12,6 +12,8 @@ from vlmkernels.testing import compare
 
 #: Not on the CUDA kernels, whose backward takes few queries: they have files of their own.
 OPS = ("attention_fwd", "attention_bwd")
+#: On every backend but CUDA, which takes 16 bits only and has tests of its own (test_attention_cuda, test_attention_bwd_cuda).
+portable = pytest.mark.backends(*OPS, exclude=("cuda",))
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALF]
 
@@ -77,7 +79,7 @@ def check(inputs: list[torch.Tensor], ranges: KeyRanges | None, backend: str, **
         assert result, f"{name}: {result}"
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -86,7 +88,7 @@ def test_attention(backend, shape, dtype, mask, device):
     check(inputs, make_ranges(mask, shape, device), backend, causal=mask == "causal")
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_scale(backend, dtype, device):
     inputs = make_qkv((1, 2, 1, 40, 70, 16, 16), dtype, device)
@@ -102,7 +104,7 @@ def test_attention_softcap(backend, dtype, mask, device):
     check(inputs, make_ranges(mask, shape, device), backend, softcap=2.0)
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_large_logits(backend, device):
     """The running maximum must keep exp from overflowing, whichever tile holds the largest logit."""
     q, k, v = (x.detach() for x in make_qkv((1, 1, 1, 20, 150, 16, 16), torch.bfloat16, device))
@@ -111,7 +113,7 @@ def test_attention_large_logits(backend, device):
         assert compare(out, attention(*(x.double() for x in (q * 30, keys, values)), backend="reference"), "gemm")
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_takes_views(backend, device):
     """Slices of a packed QKV, transposed heads-first tensors and an expanded batch go in as they are."""
     qkv = torch.randn(2, 33, 3, 2, 16, device=device)
@@ -123,7 +125,7 @@ def test_attention_takes_views(backend, device):
     check([torch.randn(2, 70, 2, 21, device=device).half()[..., 1:17] for _ in range(3)], None, backend)  # rows at odd addresses
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_packed(backend, device):
     """Segments packed along one axis give what each gives alone."""
     lengths = [30, 0, 70, 5]
@@ -143,7 +145,7 @@ def test_attention_packed(backend, device):
                 assert compare(x[begin:end], y, "gemm")
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_empty(backend, device):
     """Rows that see no key give zeros, -inf and no gradient; tensors without elements work."""
     q, k, v = make_qkv((1, 2, 2, 70, 30, 16, 16), torch.float32, device)
@@ -162,7 +164,7 @@ def test_attention_empty(backend, device):
         assert all((g == 0).all() and g.shape == x.shape for g, x in zip(gradients, (q, k, v), strict=True))
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_nan_stays(backend, device):
     """NaN in a query reaches its own row; in a key the rows that see it; in padding that nobody sees nothing."""
     q, k, v = (x.detach() for x in make_qkv((1, 2, 2, 70, 140, 16, 16), torch.float32, device))
@@ -176,7 +178,7 @@ def test_attention_nan_stays(backend, device):
     assert torch.equal(out[0].isnan().all(-1), expected) and torch.equal(out[0].isnan().any(-1), expected)
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_inputs_unchanged(backend, device):
     shape = (1, 2, 1, 40, 70, 16, 16)
     inputs, ranges = make_qkv(shape, torch.float32, device), make_ranges("random", shape, device)
@@ -250,7 +252,7 @@ def test_attention_second_derivative_refused(device):
         gradient.sum().backward()
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 @pytest.mark.parametrize("mask", ["dense", "random"])
 def test_attention_opcheck(backend, mask, device):
     shape = (1, 2, 1, 20, 30, 16, 8)
@@ -263,7 +265,7 @@ def test_attention_opcheck(backend, mask, device):
     torch.library.opcheck(torch.ops.vlmkernels.attention_bwd.default, args)
 
 
-@pytest.mark.backends(*OPS, exclude=("cuda",))
+@portable
 def test_attention_compiles(backend, device):
     shape = (1, 2, 1, 20, 30, 16, 8)
     inputs, ranges = make_qkv(shape, torch.float32, device), make_ranges("random", shape, device)

@@ -12,7 +12,7 @@ from nn_parity import randomize
 from vlmkernels import use_backend
 from vlmkernels.testing.compare import compare
 
-transformers = pytest.importorskip("transformers", "5.17")
+transformers = pytest.importorskip("transformers", "5.17", reason="register_attention needs transformers 5.17")
 import hf_masks  # noqa: E402
 from hf_masks import TEXT, VISION, tiny  # noqa: E402
 

@@ -15,7 +15,7 @@ from vlmkernels import KeyRanges, use_backend
 from vlmkernels.integrations.ranges_mask import RangesMask
 from vlmkernels.testing.compare import compare
 
-transformers = pytest.importorskip("transformers", "5.17")
+transformers = pytest.importorskip("transformers", "5.17", reason="register_attention needs transformers 5.17")
 import hf_masks  # noqa: E402
 from test_integrations_attention import IDS, LEFT, NONE, RIGHT, S, llama  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402

@@ -95,8 +95,8 @@ struct Config {
   static constexpr int kQueryStages = kRoom >= 2 * kQueryBytes + 4 * kTileBytes ? 2 : 1;
   // With a second stage, a tile's results are gathered where its queries were.
   static constexpr bool kStaged = kQueryStages == 2;
-  // Without a mask all warpgroups see all tiles, and need not go through the keys of a tile of
-  // queries before its first scores: those can begin before the tile before is stored.
+  // Without a mask all warpgroups see all tiles: the first scores of a tile of queries can always
+  // begin before the tile before is stored.
   static constexpr bool kOverlapped = kStaged && !kMasked;
   static constexpr bool kTails = kOverlapped && kTailsFit;
   static constexpr int kProducerRegisters = kTails ? kTailRegisters : kGroups == 2 ? 40 : 32;

@@ -481,10 +481,10 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     // The first warpgroup may begin.
     if (group == C::kGroups - 1) pass_turn();
-    if constexpr (C::kStaged && C::kMasked) {
-      run_masked();
-    } else if constexpr (C::kStaged) {
+    if constexpr (C::kOverlapped) {
       run_overlapped();
+    } else if constexpr (C::kStaged) {
+      run_masked();
     } else {
       run_apart();
     }

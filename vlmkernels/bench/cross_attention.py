@@ -87,11 +87,10 @@ def _case(
     )
 
 
-def _flops(batch: int, keys: int, config: Any, once: bool) -> tuple[float, float]:
-    """Operations of a cross-attention with its projections, and of the rest of a layer; ``once``: the queries of a batch of 1."""
+def _flops(batch: int, keys: int, config: Any) -> tuple[float, float]:
+    """Operations of a cross-attention with its projections, and of the rest of a layer."""
     rows, width, inner = batch * towers.QUERIES, config.hidden_size, config.intermediate_size
-    projected = (towers.QUERIES if once else rows) * width**2 + rows * width**2
-    cross = projected + batch * keys * width * (2 * config.encoder_hidden_size + 2 * towers.QUERIES)
+    cross = 2 * rows * width**2 + batch * keys * width * (2 * config.encoder_hidden_size + 2 * towers.QUERIES)
     return 2.0 * cross, 2.0 * rows * width * (4 * width + 2 * inner + 2 * towers.QUERIES)
 
 
@@ -112,7 +111,7 @@ def layer(keys: int, direction: str = "fwd") -> Callable[[torch.device], Case]:
             return y[0] if isinstance(y, tuple) else y  # type: ignore[no-any-return]  # by version
 
         # A step of three products for each of the forward pass, but the one for the image tokens.
-        flops = _flops(batch, keys, config, False)[0] * (1.0 if direction == "fwd" else 2.0)
+        flops = _flops(batch, keys, config)[0] * (1.0 if direction == "fwd" else 2.0)
         return _case(
             mine, theirs, call_theirs, (x, context), direction, rule="module", flops=flops,
             clock="device" if direction == "fwd" else "replay",
@@ -137,7 +136,7 @@ def former(keys: int, batch: int = BATCH, clock: str = "device") -> Callable[[to
             return theirs(query_embeds=x, encoder_hidden_states=context).last_hidden_state  # type: ignore[no-any-return]
 
         layers = towers.QFORMER_LAYERS
-        cross, rest = _flops(images, keys, config, False)
+        cross, rest = _flops(images, keys, config)
         flops = layers * rest + -(-layers // 2) * cross
         return _case(mine, theirs, call_theirs, (queries, context), "fwd", rule="model", flops=flops, clock=clock)
 

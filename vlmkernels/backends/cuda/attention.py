@@ -39,35 +39,43 @@ def _prepared(
     """All but the pointers, or why the kernel doesn't take them. ``ranges``: the stride of the ranges over the batch."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
-    batch, queries, heads, dim = q_shape
-    params = AttentionParams(
-        start=None if ranges is None else 1,  # for the check: whether there are any
-        stop=None if ranges is None else 1,
-        range_stride_b=ranges or 0,
-        batch=batch,
-        num_queries=queries,
-        num_keys=k_shape[1],
-        num_heads=heads,
-        num_kv_heads=k_shape[2],
-        dim=dim,
-        value_dim=value_dim,
-        type=TYPES[dtype],
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-    )
-    for name, strides in (("q", q_strides), ("k", k_strides), ("v", v_strides)):
-        for axis, stride in zip("bsh", strides, strict=False):
-            setattr(params, f"{name}_stride_{axis}", stride)
+    params = AttentionParams(value_dim=value_dim, softcap=softcap)
+    strides = {"q": q_strides, "k": k_strides, "v": v_strides}
+    _fill(params, q_shape, k_shape, strides, dtype, ranges, causal, scale)
     return _check.why_not(params) or params
+
+
+def _fill(
+    params: AttentionParams | AttentionBwdParams,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strides: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    ranges: int | None,
+    causal: bool,
+    scale: float,
+) -> None:
+    """What forward and backward have in common."""
+    params.start = params.stop = None if ranges is None else 1  # for the check: whether there are any
+    params.range_stride_b = ranges or 0
+    params.batch, params.num_queries, params.num_heads, params.dim = q_shape
+    params.num_keys, params.num_kv_heads = k_shape[1:3]
+    params.type, params.causal, params.scale = TYPES[dtype], causal, scale
+    for name, of_tensor in strides.items():
+        for axis, stride in zip("bsh", of_tensor, strict=False):
+            setattr(params, f"{name}_stride_{axis}", stride)
+
+
+def _range_stride(start: Tensor | None) -> int | None:
+    """Of contiguous ranges over the batch, 0 where one row serves it; None where there are none."""
+    return None if start is None else start.shape[1] if start.shape[0] > 1 else 0
 
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float, softcap: float
 ) -> AttentionParams | str:
-    ranges = None if start is None else start.shape[1] if start.shape[0] > 1 else 0
     shapes = q.shape, k.shape, v.shape[3], q.stride(), k.stride(), v.stride()
-    return _prepared(*shapes, q.dtype, ranges, causal, scale, softcap)
+    return _prepared(*shapes, q.dtype, _range_stride(start), causal, scale, softcap)
 
 
 def why_not_attention_fwd(
@@ -159,24 +167,8 @@ def _prepared_bwd(
     """All but the pointers, or why the kernel doesn't take them. ``strides``: of dout, q, k and v; ``ranges``: over the batch."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
-    batch, queries, heads, dim = q_shape
-    params = AttentionBwdParams(
-        start=None if ranges is None else 1,  # for the check: whether there are any
-        stop=None if ranges is None else 1,
-        range_stride_b=ranges or 0,
-        batch=batch,
-        num_queries=queries,
-        num_keys=k_shape[1],
-        num_heads=heads,
-        num_kv_heads=k_shape[2],
-        dim=dim,
-        type=TYPES[dtype],
-        causal=causal,
-        scale=scale,
-    )
-    for name, of_tensor in zip(("dout", "q", "k", "v"), strides, strict=True):
-        for axis, stride in zip("bsh", of_tensor, strict=False):
-            setattr(params, f"{name}_stride_{axis}", stride)
+    params = AttentionBwdParams()
+    _fill(params, q_shape, k_shape, dict(zip(("dout", "q", "k", "v"), strides, strict=True)), dtype, ranges, causal, scale)
     return _check_bwd.why_not(params) or params
 
 
@@ -191,9 +183,8 @@ def _addressable(x: Tensor) -> Tensor:
 def _prepare_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float
 ) -> AttentionBwdParams | str:
-    ranges = None if start is None else start.shape[1] if start.shape[0] > 1 else 0
     strides = (dout.stride(), q.stride(), k.stride(), v.stride())
-    return _prepared_bwd(q.shape, k.shape, strides, q.dtype, ranges, causal, scale)
+    return _prepared_bwd(q.shape, k.shape, strides, q.dtype, _range_stride(start), causal, scale)
 
 
 def why_not_attention_bwd(
