@@ -111,7 +111,7 @@ class CrossAttention(ProjectedAttention):
         if x.dim() == 3:
             q, k, v, ranges = one_batch(q, k, v, ranges)
         y = self._attend(q, k, v, ranges)
-        return y if x.dim() == 2 else y.view(batches[batches[0] == 1], x.shape[1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(batches[1] if batches[0] == 1 else batches[0], x.shape[1], y.shape[-1])
 
     def keys_values(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """k and v for ``forward``, from what the projections of the context returned."""
