@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast
+from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
     AttentionPool,
@@ -34,8 +35,12 @@ def _asked(config: Any, arguments: dict[str, Any], *names: str) -> bool:
 
 
 def _masked(arguments: dict[str, Any]) -> bool:
-    """Whether there is a mask, by whatever name a version of transformers gives it."""
-    return any("mask" in name and value is not None for name, value in arguments.items())
+    """Whether there is a mask that is not one of ranges, by whatever name a version of transformers gives it."""
+    return any("mask" in name and not _known(value) for name, value in arguments.items())
+
+
+def _known(mask: Any) -> bool:
+    return mask is None or isinstance(mask, RangesMask)
 
 
 def _rate(layer: Any) -> float:
@@ -46,7 +51,7 @@ def _rate(layer: Any) -> float:
 
 
 class Attention(Swapped):
-    """Self-attention without a mask: of vision towers, and of CLIP's text where the mask is the causal one."""
+    """Self-attention of vision towers and of their text; masks are those of our attention implementation."""
 
     layout: str
 
@@ -62,17 +67,19 @@ class Attention(Swapped):
             layout=cls.layout,
             bias=inputs.bias is not None,
             out_bias=output.bias is not None,
-            causal=type(layer.config).__name__ == "CLIPTextConfig",
             device="meta",
         )
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        masked = any(value is not None for value in args) or _masked(kwargs)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        masked = any(value is not None for value in args) or _masked({**kwargs, "mask": attention_mask})
         drops = self.training and _rate(self) > 0
-        causal = bool(kwargs.get("is_causal")) is self.fast.causal
-        if masked or drops or not causal or _asked(self.config, kwargs, "output_attentions"):
-            return super().forward(hidden_states, *args, **kwargs)
-        return self.fast(hidden_states), None
+        if masked or drops or _asked(self.config, kwargs, "output_attentions"):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        tokens = hidden_states.shape[1]
+        ranges = fitting(attention_mask, tokens, tokens)
+        if ranges is None and kwargs.get("is_causal"):
+            ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
+        return self.fast(hidden_states, ranges), None
 
 
 class Embeddings(Swapped):
@@ -165,7 +172,7 @@ class Pool(Swapped):
 
 
 class QFormerLayers(Swapped):
-    """All layers of a Q-Former without masks: keys and values of its cross-attentions are one product."""
+    """All layers of a Q-Former: keys and values of its cross-attentions are one product."""
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -190,7 +197,10 @@ class QFormerLayers(Swapped):
             return super().forward(hidden_states, *args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        tokens = self.fast(hidden_states, None, kwargs.get("encoder_hidden_states"), None, kwargs.get("query_length", 0))
+        queries, image = kwargs.get("query_length", 0), kwargs.get("encoder_hidden_states")
+        ranges = fitting(kwargs.get("attention_mask"), hidden_states.shape[1], hidden_states.shape[1])
+        image_ranges = None if image is None else fitting(kwargs.get("encoder_attention_mask"), queries, image.shape[1])
+        tokens = self.fast(hidden_states, ranges, image, image_ranges, queries)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=tokens)
 
     def _stays(self, arguments: dict[str, Any]) -> bool:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.integrations._join import apart
 from vlmkernels.integrations._swap import Swapped, unswap
+from vlmkernels.integrations.ranges_mask import RangesMask
 from vlmkernels.nn._names import get
 
 
@@ -25,7 +27,8 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
 
     def hook(name: str) -> Callable[..., None]:
         def check(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            errors[name] = _errors(layer, args, kwargs, output)
+            with apart(model):
+                errors[name] = _errors(layer, args, kwargs, output)
 
         return check
 
@@ -48,6 +51,7 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
 
 
 def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Errors:
+    args, kwargs = _map(args, _dense), _map(kwargs, _dense)
     got = _first(output)
     wide = torch.float64 if got.dtype in (torch.float32, torch.float64) else torch.float32
     original = _first(layer.original.forward(layer, *args, **kwargs))
@@ -56,7 +60,11 @@ def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if layer.eager_config:
         get(exact_layer, layer.eager_config)._attn_implementation = "eager"
     exact_layer.to(wide)
-    exact = _first(exact_layer.forward(*_cast(args, wide), **_cast(kwargs, wide))).double()
+
+    def widen(x: Tensor) -> Tensor:
+        return x.to(wide) if x.is_floating_point() else x
+
+    exact = _first(exact_layer.forward(*_map(args, widen), **_map(kwargs, widen))).double()
     scale = exact.square().mean().sqrt().clamp(min=1e-300)
     ours, theirs = (((value.double() - exact).square().mean().sqrt() / scale).item() for value in (got, original))
     return Errors(ours, theirs)
@@ -68,12 +76,17 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors of the arguments in ``dtype``."""
+def _dense(x: Tensor) -> Tensor:
+    """Masks as any attention takes them."""
+    return x.dense() if isinstance(x, RangesMask) else x
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments with ``function`` of the tensors in them."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
+        return tuple(_map(part, function) for part in value)
     if isinstance(value, dict):
-        return {name: _cast(part, dtype) for name, part in value.items()}
+        return {name: _map(part, function) for name, part in value.items()}
     return value

@@ -100,6 +100,23 @@ class RangesMask(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | None:
+    """The ranges of ``mask``, which must be for this many keys; ranges that all queries share serve any number of queries.
+
+    Raises:
+        ValueError: it is for other sizes.
+    """
+    if mask is None:
+        return None
+    ranges = KeyRanges(mask.start, mask.stop)  # not mask.ranges, which torch.compile can't follow
+    if mask.shape[2] != queries and ranges.start.stride(1) == ranges.stop.stride(1) == 0:
+        # The Q-Former of BLIP-2 makes the mask of its image for all its tokens, and only its query tokens see the image.
+        ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
+    if ranges.num_queries != queries or mask.shape[3] != keys:
+        raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
+    return ranges
+
+
 def _not_writable(operation: str) -> RuntimeError:
     return RuntimeError(f"{operation} would write to a mask of key ranges, which has no elements; mask.dense() gives a tensor")
 
