@@ -65,14 +65,19 @@ def ranges_mask(
 ) -> torch.Tensor | None:
     """The mask of transformers' ``create_*_mask`` as ranges of keys, or None where every query sees every key.
 
-    A causal mask is never None: what None then means depends on the layer (``is_causal``), whose implementations differ. Padding
-    that masks nothing is a mask too.
+    A causal mask is never None: what None then means depends on the layer (``is_causal``), whose implementations differ.
 
-    Where a query sees keys with a gap between, the mask is transformers' dense one, with which attention goes to sdpa; to see
-    that, the host waits for the device. While a graph is traced or captured it can't, and the device asserts that there is none.
+    Where a query sees keys with a gap between, the mask is transformers' dense one, with which attention goes to sdpa. To see
+    that, and whether padding masks anything, the host waits for the device. While a graph is traced or captured it can't: padding
+    is a mask then, and the device asserts that there is no gap.
     """
     both_ways = mask_function is bidirectional_mask_function
-    if both_ways and attention_mask is None and allow_is_bidirectional_skip:
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+        if not _in_a_graph(padding) and bool(padding.all()):
+            padding = None
+    if both_ways and padding is None and allow_is_bidirectional_skip:
         return None
     dense: dict[str, Any] = {
         "batch_size": batch_size,
@@ -89,7 +94,7 @@ def ranges_mask(
     }
     if both_ways or mask_function is causal_mask_function:
         offset = None if both_ways else q_offset - kv_offset
-        ranges = _closed_form(prepare_padding_mask(attention_mask, kv_length, kv_offset), kv_offset, dense, offset)
+        ranges = _closed_form(padding, dense, offset)
     else:
         ranges = _evaluated(dense)
     if ranges is None:
@@ -99,12 +104,12 @@ def ranges_mask(
     return RangesMask(ranges.start, ranges.stop, batch_size, kv_length)
 
 
-def _closed_form(padding: torch.Tensor | None, first: int, dense: dict[str, Any], offset: Any) -> KeyRanges | None:
+def _closed_form(padding: torch.Tensor | None, dense: dict[str, Any], offset: Any) -> KeyRanges | None:
     """A causal mask whose queries begin at key ``offset`` (None: one both ways), with its padding; None if that has a gap."""
     queries, keys, device = dense["q_length"], dense["kv_length"], dense["device"]
     ranges = KeyRanges.full(1, keys, device=device)
     if padding is not None:
-        start, stop, hole = _run(padding[:, None, first : first + keys])
+        start, stop, hole = _run(padding[:, None])
         if _any(hole):
             return None
         ranges = KeyRanges(start, stop)
