@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmkernels.integrations._once import once
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
@@ -80,6 +81,30 @@ class Attention(Swapped):
         if ranges is None and kwargs.get("is_causal"):
             ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
         return self.fast(hidden_states, ranges), None
+
+
+class PackedAttention(Swapped):
+    """Self-attention of Qwen-VL's towers: the images, frames or windows of a pack in one call, rotated in one pass."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        width, heads = layer.qkv.in_features, layer.num_heads
+        return SelfAttention(width, heads, layout="timm", scale=layer.scaling, device="meta")
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tables = kwargs.get("position_embeddings")
+        drops = self.training and _rate(self) > 0
+        if args or tables is None or cu_seqlens is None or drops or autocast(hidden_states):
+            return super().forward(hidden_states, cu_seqlens, *args, **kwargs)
+        total = hidden_states.shape[0]
+        ranges = once(cu_seqlens, (total, "ranges"), lambda: KeyRanges.packed(cu_seqlens, total))
+        return self.fast(hidden_states, ranges, tuple(_half(table) for table in tables))
+
+
+def _half(table: Tensor) -> Tensor:
+    """A table of transformers for the rope of a pack, without its second half, which repeats the first."""
+    half: Tensor = once(table, ("half",), lambda: table[None, :, : table.shape[-1] // 2].contiguous())
+    return half
 
 
 class Embeddings(Swapped):
@@ -281,6 +306,12 @@ REPLACEMENTS: dict[str, Replacement] = {
         "blip_2.modeling_blip_2.Blip2Attention",
         "instructblip.modeling_instructblip.InstructBlipAttention",
         layout="blip",
+    ),
+    **_rows(
+        PackedAttention,
+        "qwen2_vl.modeling_qwen2_vl.VisionAttention",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention",
     ),
     **_rows(Embeddings, "vit.modeling_vit.ViTEmbeddings", layout="vit"),
     **_rows(
