@@ -95,8 +95,8 @@ def _why_not(model: Any) -> str | None:
     if not model._can_set_attn_implementation():
         return "it has no other attention than its own"
     present = model.config._attn_implementation
-    # Gemma 2 is eager as sdpa has no softcap, and nobody has asked for it.
-    alike = present in _ALIKE or (present == "eager" and not model._supports_sdpa)
+    # Gemma 2 is eager as sdpa has no softcap, and nobody has asked for it. Others are as their layers know nothing else.
+    alike = present in _ALIKE or (present == "eager" and package[2] == "gemma2")
     return None if alike else f"its attention is {present}"
 
 
