@@ -96,7 +96,7 @@ def blip() -> Case:
 def git() -> Case:
     model = hf.GitModel(hf.GitConfig(**TEXT, **NO_DROPOUT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(2, 7), "pixel_values": pixels()}
-    return Case(model, inputs, ("last_hidden_state",), {"GitVisionEmbeddings": 1, "GitVisionAttention": 2})
+    return Case(model, inputs, ("last_hidden_state",), {"GitVisionEmbeddings": 1, "GitVisionAttention": 2, "GitSelfAttention": 2})
 
 
 def kosmos2() -> Case:

@@ -117,16 +117,24 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert implementations(model) == before == ["eager" if name == "gemma2" else "sdpa"] * len(before)
 
 
-def test_generation_is_that_of_before() -> None:
-    for build in (llava, gemma3):
-        model: Any = scattered(build())
-        inputs = {key: value.to(DEVICE) for key, value in images(2, 16 if build is llava else 4).items()}
-        if build is llava:
-            del inputs["token_type_ids"]
-        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        wanted = model.generate(**inputs, **settings)
-        accelerate(model)
-        assert torch.equal(model.generate(**inputs, **settings), wanted)
+def git() -> nn.Module:
+    settings = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vision_config": {**TOWER, **IMAGE}}
+    return hf.GitForCausalLM(hf.GitConfig(**settings))
+
+
+@pytest.mark.parametrize("build", [llava, gemma3, git])
+def test_generation_is_that_of_before(build: Callable[[], nn.Module]) -> None:
+    model: Any = scattered(build())
+    inputs = {key: value.to(DEVICE) for key, value in images(2, {llava: 16, gemma3: 4, git: 1}[build]).items()}
+    if build is not gemma3:
+        del inputs["token_type_ids"]
+    if build is git:
+        inputs["attention_mask"][:] = 1
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(**inputs, **settings)
+    report = accelerate(model)
+    assert not [row for row in report.attention if row.reason and "Vision" not in row.model]
+    assert torch.equal(model.generate(**inputs, **settings), wanted)
 
 
 def test_who_keeps_his_own() -> None:

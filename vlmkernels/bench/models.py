@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models of transformers, of the published sizes with random weights, as they are and after ``accelerate``.
+"""Models of transformers of the published widths with random weights and fewer layers, as they are and after ``accelerate``.
 
 Ours is the accelerated model, through torch.compile where that is faster; its peers are the same model before, as it is and
 compiled. How many floors a model of so many layers is off says little about a kernel: here ours is right where its error against
@@ -193,7 +193,7 @@ def _captions(tokens: int) -> Maker:
     return make
 
 
-def _vision(hidden: int, mlp: int, resolution: int, patch: int, layers: int) -> dict[str, Any]:
+def _vision(hidden: int, mlp: int, resolution: int, patch: int, layers: int = 8) -> dict[str, Any]:
     return {**towers.vit_config(hidden, 16, mlp, resolution, patch), "num_hidden_layers": layers}
 
 
@@ -201,7 +201,7 @@ def _vision(hidden: int, mlp: int, resolution: int, patch: int, layers: int) -> 
 PHOTOS = _patches((1, 64, 44), (1, 52, 52), (1, 60, 50), (1, 54, 50))
 LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32064, "pad_token_id": 0}
 GEMMA3 = {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
-GEMMA3 |= {"num_hidden_layers": 12, "sliding_window": 1024, "vocab_size": 32064, "query_pre_attn_scalar": 256}
+GEMMA3 |= {"num_hidden_layers": 6, "sliding_window": 1024, "vocab_size": 32064, "query_pre_attn_scalar": 256}
 MLLAMA = {
     **LLAMA,
     "intermediate_size": 14336,
@@ -209,38 +209,36 @@ MLLAMA = {
     "num_hidden_layers": 10,
     "cross_attention_layers": [3, 8],
 }
+HALF, CLIP = _images(photos.HALF), _images(photos.CLIP)
+VIT_L, SO400M = _vision(1024, 4096, 224, 16), _vision(1152, 4304, 384, 14)
+QWEN2, QWEN2_5 = "Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"
 TOWERS = (
+    Model("ViT-L/16@224, 8 layers, B128", ("vit", "ViTModel"), ("ViTConfig", VIT_L), HALF, 128),
     Model(
-        "ViT-L/16@224 B128", ("vit", "ViTModel"), ("ViTConfig", _vision(1024, 4096, 224, 16, 24)), _images(photos.HALF), 128
+        "CLIP-L/14@336, 8 layers, B32", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", _vision(1024, 4096, 336, 14)),
+        CLIP, 32, compiled=True,
     ),
+    Model("SigLIP-So400m/14@384, 8 layers, B32", ("siglip", "SiglipVisionModel"), ("SiglipVisionConfig", SO400M), HALF, 32),
     Model(
-        "CLIP-L/14@336 B32", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", _vision(1024, 4096, 336, 14, 24)),
-        _images(photos.CLIP), 32, compiled=True,
-    ),
-    Model(
-        "SigLIP-So400m/14@384 B32", ("siglip", "SiglipVisionModel"), ("SiglipVisionConfig", _vision(1152, 4304, 384, 14, 27)),
-        _images(photos.HALF), 32,
-    ),
-    Model(
-        "EVA-g/14@224 B64", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", _vision(1408, 6144, 224, 14, 39)),
-        _images(photos.CLIP), 64,
+        "EVA-g/14@224, 8 layers, B64", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", _vision(1408, 6144, 224, 14)),
+        CLIP, 64,
     ),
 )  # fmt: skip
 MODELS = (
     *TOWERS,
-    Model("Qwen2-VL tower", ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"), ("Qwen2VLVisionConfig", {}), PHOTOS),
-    Model("Qwen2.5-VL tower", ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"), ("Qwen2_5_VLVisionConfig", {}), PHOTOS),
+    Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),
+    Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", {"depth": 8}), PHOTOS),
     Model(
-        "Gemma-3 4B, 12 layers, 4096 tokens, 8 images", ("gemma3", "Gemma3Model"),
+        "Gemma-3 4B, 6 layers, 4096 tokens, 8 images", ("gemma3", "Gemma3Model"),
         ("Gemma3Config", {"text_config": GEMMA3, "vision_config": _vision(1152, 4304, 896, 14, 1)}),
         _images_in_text(4096, 8, 256), compiled=True,
     ),
     Model(
-        "LLaVA-1.5 text, 8 layers, 8x1024", ("llama", "LlamaModel"),
-        ("LlamaConfig", {**LLAMA, "intermediate_size": 11008, "num_hidden_layers": 8}), _text(1024), 8, compiled=True,
+        "LLaVA-1.5 text, 4 layers, 8x1024", ("llama", "LlamaModel"),
+        ("LlamaConfig", {**LLAMA, "intermediate_size": 11008, "num_hidden_layers": 4}), _text(1024), 8, compiled=True,
     ),
     Model(
-        "Llama-3.2-Vision text, 10 layers, 2x2048x6404", ("mllama", "MllamaTextModel"), ("MllamaTextConfig", MLLAMA),
+        "Llama-3.2-Vision text, 5 layers, 2x2048x6404", ("mllama", "MllamaTextModel"), ("MllamaTextConfig", MLLAMA),
         _text_and_tiles(2048, 6404), 2, compiled=True,
     ),
     Model("GIT-base B64", ("git", "GitModel"), ("GitConfig", {}), _captions(16), 64),

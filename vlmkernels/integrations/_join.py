@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlmkernels.integrations import register_attention
+from vlmkernels.integrations._swap import Swapped
 
 #: Families of transformers, by the folder of their code, with which ``attn_implementation="vlmkernels"`` is tested.
 FAMILIES = {
@@ -95,9 +96,17 @@ def _why_not(model: Any) -> str | None:
     if not model._can_set_attn_implementation():
         return "it has no other attention than its own"
     present = model.config._attn_implementation
-    # Gemma 2 is eager as sdpa has no softcap, and nobody has asked for it. Others are as their layers know nothing else.
-    alike = present in _ALIKE or (present == "eager" and package[2] == "gemma2")
-    return None if alike else f"its attention is {present}"
+    if present in _ALIKE or (present == "eager" and _only_eager(model, package[2])):
+        return None
+    return f"its attention is {present}"
+
+
+def _only_eager(model: nn.Module, family: str) -> bool:
+    """Whether eager was nobody's wish: Gemma 2's softcap is not in sdpa; GIT's layers know nothing else, and ours are there."""
+    if family == "gemma2":
+        return True
+    layers = [layer for layer in model.modules() if any(base.__name__ == "GitSelfAttention" for base in type(layer).__mro__)]
+    return family == "git" and bool(layers) and all(isinstance(layer, Swapped) for layer in layers)
 
 
 def _why_not_registered() -> str | None:

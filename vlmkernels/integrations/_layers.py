@@ -6,6 +6,7 @@ A call that the module would not answer as the original does goes to the origina
 dropout of attention weights, positions to be resized, hooks inside of what the module does in one go.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -81,6 +82,37 @@ class Attention(Swapped):
         if ranges is None and kwargs.get("is_causal"):
             ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
         return self.fast(hidden_states, ranges), None
+
+
+class CaptionAttention(Swapped):
+    """Self-attention of GIT's decoder over image and text, with a cache."""
+
+    adds_masks = True
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        query = layer.query
+        arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
+        return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        drops = self.training and _rate(self) > 0
+        if drops or not _known(attention_mask) or kwargs.get("output_attentions"):
+            mask = attention_mask.additive(hidden_states.dtype) if isinstance(attention_mask, RangesMask) else attention_mask
+            return super().forward(hidden_states, mask, *args, **kwargs)
+        # Named after the version.
+        caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
+        tokens = hidden_states.shape[1]
+        if not caches:
+            return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
+
+        def cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            new = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
+            k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, **new)
+            return k.transpose(1, 2), v.transpose(1, 2)
+
+        keys = tokens if attention_mask is None else attention_mask.shape[3]
+        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, cached), None
 
 
 class PackedAttention(Swapped):
@@ -307,6 +339,7 @@ REPLACEMENTS: dict[str, Replacement] = {
         "instructblip.modeling_instructblip.InstructBlipAttention",
         layout="blip",
     ),
+    **_rows(CaptionAttention, "git.modeling_git.GitSelfAttention"),
     **_rows(
         PackedAttention,
         "qwen2_vl.modeling_qwen2_vl.VisionAttention",

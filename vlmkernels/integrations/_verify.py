@@ -2,6 +2,7 @@
 """Each swapped layer beside its original, on what reaches it in one call of the model."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     try:
         model.eval()
         with torch.no_grad():
-            model(**inputs)
+            model(**_without_cache(model, inputs))
     finally:
         for handle in hooks:
             handle.remove()
@@ -50,9 +51,21 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     return errors
 
 
+def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, and no cache if they don't ask for one: layers are called again, and would fill it again."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False, **inputs} if takes else dict(inputs)
+
+
 def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Errors:
-    args, kwargs = _map(args, _dense), _map(kwargs, _dense)
     got = _first(output)
+
+    def dense(x: Tensor) -> Tensor:
+        if not isinstance(x, RangesMask):
+            return x
+        return x.additive(got.dtype) if layer.adds_masks else x.dense()
+
+    args, kwargs = _map(args, dense), _map(kwargs, dense)
     wide = torch.float64 if got.dtype in (torch.float32, torch.float64) else torch.float32
     original = _first(layer.original.forward(layer, *args, **kwargs))
     exact_layer = copy.deepcopy(layer)
@@ -74,11 +87,6 @@ def _first(output: Any) -> Tensor:
     """The tensor that a layer returns, alone, in a tuple or in a dataclass of transformers."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Masks as any attention takes them."""
-    return x.dense() if isinstance(x, RangesMask) else x
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -64,6 +64,11 @@ class RangesMask(torch.Tensor):
         """The tensor that it stands for, bool ``[B, 1, Sq, Sk]``, contiguous."""
         return self.ranges.dense(self.shape[3])[:, None].expand(self.shape[0], -1, -1, -1).contiguous()
 
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same as eager attention adds it: 0, or the lowest number of ``dtype``."""
+        dense = self.dense()
+        return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill_(~dense, torch.finfo(dtype).min)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RangesMask(shape={tuple(self.shape)}, device={self.device})"
 
