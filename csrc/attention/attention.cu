@@ -3,6 +3,8 @@
 #include <climits>
 
 #include "attention/config.h"
+#include "attention/rows.h"
+#include "attention_few/config.h"
 #include "common/error.h"
 #include "vlmkernels.h"
 
@@ -48,6 +50,15 @@ int check(const VlmkAttentionParams& p) {
 }
 
 }  // namespace attention
+
+namespace attention_few {
+
+bool takes(const VlmkAttentionParams& p) {
+  const int64_t rows = int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads);
+  return rows <= attention::kMaxRows && p.dim <= kMaxWidth && p.value_dim <= kMaxWidth;
+}
+
+}  // namespace attention_few
 }  // namespace vlmk
 
 int vlmk_attention_check(const VlmkAttentionParams* params) {
@@ -55,11 +66,16 @@ int vlmk_attention_check(const VlmkAttentionParams* params) {
 }
 
 int vlmk_attention(const VlmkAttentionParams* params, void* stream) {
+  using namespace vlmk;
   using namespace vlmk::attention;
   const VlmkAttentionParams& p = *params;
   const int code = check(p);
   if (code) return code;
   if (p.batch == 0 || p.num_queries == 0) return 0;
   VLMK_CHECK(p.num_keys > 0, "no keys: nothing to launch, the result is zeros");
+  if (attention_few::takes(p)) {
+    return p.type == VLMK_FLOAT16 ? attention_few::forward_float16(p, stream)
+                                  : attention_few::forward_bfloat16(p, stream);
+  }
   return p.type == VLMK_FLOAT16 ? forward_float16(p, stream) : forward_bfloat16(p, stream);
 }
