@@ -40,7 +40,7 @@ struct Config {
   static constexpr int kKeys = 64;  // of a tile
   static constexpr int kPanels = ceil_div(kWidth, kPanel);
   // Of a multiprocessor.
-  static constexpr int kBlocks = kWidth <= 64 ? (kGroups == 1 ? 3 : 2) : (kGroups == 1 ? 2 : 1);
+  static constexpr int kBlocks = kGroups == 2 ? 1 : kWidth <= 64 ? 3 : 2;
   static_assert(kWidth % 16 == 0 && kWidth <= kMaxWidth);
 
   // As many stages as fit of a tile of keys and one of values.
@@ -58,13 +58,12 @@ struct Config {
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
   static_assert(kSharedBytes <= kRoom);
 
-  // What the blocks of a cluster exchange at the end, where rows and stages were: a maximum and a
-  // sum of each row; what each block's sums count for; the sums.
-  static constexpr int kTotalsAt = 0;
-  static constexpr int kSharesAt = kTotalsAt + kRows * 8;
+  // What the blocks of a cluster exchange at the end, where the stages were: sums; a maximum and a
+  // sum of weights of each row; what each block's sums count for.
   static constexpr int kSumsAt = kStagesAt;
-  static_assert(kSharesAt + kMaxSplits * kRows * 4 <= kStagesAt);
-  static_assert(kSumsAt + kRows * kWidth * 4 <= kBarriersAt);
+  static constexpr int kTotalsAt = kSumsAt + kRows * kWidth * 4;
+  static constexpr int kSharesAt = kTotalsAt + kRows * 8;
+  static_assert(kSharesAt + kMaxSplits * kRows * 4 <= kBarriersAt);
 };
 
 // All barriers of a block, as addresses in shared memory.

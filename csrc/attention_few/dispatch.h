@@ -47,8 +47,10 @@ int run(const VlmkAttentionParams& p, void* stream) {
     if (clusters < heads) break;
     splits *= 2;
   }
+  const int64_t blocks =
+      splits > 1 ? heads * splits : std::min<int64_t>(heads, int64_t{count} * C::kBlocks);
   return launch_clusters("attention_few_kernel", attention_few_kernel<C>,
-                         dim3(static_cast<unsigned>(heads * splits)), dim3(C::kThreads),
+                         dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
                          static_cast<unsigned>(splits), C::kSharedBytes, stream, p, maps);
 }
 

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention for few queries, which takes as long as its keys and values take to be read: once.
 //
-// A block, or a cluster that shares out the keys, has one key head of one batch entry and all rows
-// that read it. Several blocks stand on a multiprocessor, so that there are always copies under
-// way.
+// A block takes one key head of one batch entry after another, with all rows that read it; where
+// heads are few, a cluster of blocks shares out the keys of one. Several blocks stand on a
+// multiprocessor, so that one's copies run beside another's products.
 #pragma once
 
 #include <cstdint>
 
 #include "attention/rows.h"
 #include "attention_few/config.h"
+#include "attention_few/loader.h"
 #include "attention_few/store.h"
 #include "attention_few/tiles.h"
 #include "common/hopper.h"
+#include "common/tensor_map.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
@@ -24,29 +26,52 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                          const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
-  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
-  const Head head = attention::head_of_item(p, static_cast<int>(blockIdx.x) / ranks);
-  if (threadIdx.x == 0) {
-    barrier_init(barriers.rows_full(), 1);
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(barriers.full(stage), 1);
-      barrier_init(barriers.empty(stage), C::kThreads / 32);
+  const int ranks = static_cast<int>(cluster_size()), items = p.batch * p.num_kv_heads;
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+  Loader<C> loader{p, maps, shared_address(shared), barriers};
+  loader.item = static_cast<int>(blockIdx.x) / ranks;
+  loader.items = items;
+  loader.stride = static_cast<int>(gridDim.x) / ranks;
+  int item = loader.item;
+  if (warp == 0) {
+    if (lane_index() == 0) {
+      // All at once: what is described is read from memory first.
+      prefetch_map(maps.queries);
+      prefetch_map(maps.keys);
+      prefetch_map(maps.values);
+      barrier_init(barriers.rows_full(), 1);
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        barrier_init(barriers.full(stage), 1);
+        barrier_init(barriers.empty(stage), C::kThreads / 32);
+      }
+      fence_barrier_init();
+      loader.load_rows(attention::head_of_item(p, item));
     }
-    fence_barrier_init();
+    __syncwarp();
+    loader.find();
+#pragma unroll 1
+    for (int stage = 0; stage < C::kStages; ++stage) loader.load(stage);
   }
-  const int4 bounds = attention::bounds_of_rows(p, head.batch);
-  const int num_tiles = max(ceil_div(bounds.y - bounds.x, C::kKeys), 0);
-  Tiles<C> tiles{p, maps, head, shared, barriers, bounds};
-  tiles.begin = static_cast<int>(int64_t{num_tiles} * rank / ranks);
-  tiles.end = static_cast<int>(int64_t{num_tiles} * (rank + 1) / ranks);
-  if (threadIdx.x == 0) tiles.load_first();
-  tiles.clear_rows();
+  Tiles<C> tiles{p, shared, barriers, warp};
+  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+  tiles.name_rows(rows);
+  tiles.clear_rows(rows);
   __syncthreads();
-  tiles.run();
-  if (ranks > 1) {
-    combine_rows(tiles);
-  } else {
-    store_rows(tiles);
+#pragma unroll 1
+  for (; item < items; item += loader.stride) {
+    tiles.head = attention::head_of_item(p, item);
+    tiles.span = span_of_head<C>(p, tiles.head.batch);
+    tiles.take_rows();
+    if (threadIdx.x == 0 && item + loader.stride < items) {
+      loader.load_rows(attention::head_of_item(p, item + loader.stride));
+    }
+    __syncwarp();
+    tiles.run(loader);
+    if (ranks > 1) {
+      combine_rows(tiles);
+    } else {
+      store_rows(tiles);
+    }
   }
 }
 

@@ -15,12 +15,14 @@
 namespace vlmk {
 namespace attention_few {
 
-template <typename T>
-__device__ __forceinline__ T* out_of_row(const VlmkAttentionParams& p, const Head& head, int row) {
-  const int of_group = row / p.num_queries, query = row - of_group * p.num_queries;
-  const int64_t at = (int64_t{head.batch} * p.num_queries + query) * p.num_heads +
-                     head.head * head.heads + of_group;
-  return static_cast<T*>(p.out) + at * p.value_dim;
+// Of this thread's first or second row.
+template <typename C>
+__device__ __forceinline__ typename C::Element* out_of_row(const Tiles<C>& tiles, int half) {
+  const VlmkAttentionParams& p = tiles.p;
+  const Head& head = tiles.head;
+  const int64_t at = (int64_t{head.batch} * p.num_queries + tiles.query[half]) * p.num_heads +
+                     head.head * head.heads + tiles.of_group[half];
+  return static_cast<typename C::Element*>(p.out) + at * p.value_dim;
 }
 
 __device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Head& head, int own,
@@ -51,7 +53,7 @@ __device__ __forceinline__ void store_rows(const Tiles<C>& tiles) {
   for (int half = 0; half < 2; ++half) {
     const int row = tiles.own_row() + 8 * half;
     const float inverse = softmax.sum[half] == 0 ? 0 : __fdividef(1.0f, softmax.sum[half]);
-    T* out = out_of_row<T>(p, tiles.head, row);
+    T* out = out_of_row(tiles, half);
 #pragma unroll
     for (int block = 0; block < C::kWidth / 8; block += 4) {
       uint32_t word[4] = {};
@@ -126,7 +128,7 @@ __device__ __forceinline__ void combine_rows(Tiles<C>& tiles) {
   const VlmkAttentionParams& p = tiles.p;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int thread = static_cast<int>(threadIdx.x), own = tiles.own_row();
-  const int pair = thread / 32 * 8 + lane_index() / 4;
+  const int pair = tiles.warp * 8 + lane_index() / 4;
   __syncthreads();  // nobody multiplies any more
   auto* sums = reinterpret_cast<float4*>(tiles.shared + C::kSumsAt) + thread;
 #pragma unroll
@@ -159,7 +161,7 @@ __device__ __forceinline__ void combine_rows(Tiles<C>& tiles) {
         const int row = own + 8 * half;
         if (row < tiles.head.rows && column < p.value_dim) {
           const uint32_t word = half ? pack<T>(total.z, total.w) : pack<T>(total.x, total.y);
-          auto* out = reinterpret_cast<uint32_t*>(out_of_row<T>(p, tiles.head, row) + column);
+          auto* out = reinterpret_cast<uint32_t*>(out_of_row(tiles, half) + column);
           *out = seen[half] ? word : 0;
         }
       }
