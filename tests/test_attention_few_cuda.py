@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
 
 # B, H, Hk, Sq, Sk, D, Dv
 SHAPES = {
-    "qformer-S32x257-D64": (3, 12, 12, 32, 257, 64, 64),
+    "qformer-S32x257-D64": (12, 12, 12, 32, 257, 64, 64),
     "resampler-S64x321-D96": (2, 16, 16, 64, 321, 96, 96),
     "resampler-S64x1024-D128": (2, 4, 4, 64, 1024, 128, 128),
     "minicpm-S96x700-D128": (1, 4, 4, 96, 700, 128, 128),
@@ -58,11 +58,11 @@ def test_every_head_dim(dim, device):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("queries", [1, 32, 64, 128])
+@pytest.mark.parametrize("queries", [1, 16, 32, 64])
 @pytest.mark.parametrize("batch", [1, 5, 10, 20, 40, 60, 120, 300])
 def test_splits(batch, queries, dim, device):
     """Where heads are few, up to 16 blocks share out the keys of one; some of them may see nothing."""
-    shape = (batch, 3, 3, queries, 2200 if batch <= 40 else 500, dim, dim)
+    shape = (batch, 6, 3, queries, 2200 if batch <= 40 else 500, dim, dim)
     check(tensors(shape, device))
     few = torch.randint(0, 300, (batch, queries), device=device, dtype=torch.int32)
     check(tensors(shape, device), KeyRanges(few, few + torch.randint_like(few, -50, 200)))

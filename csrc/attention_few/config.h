@@ -75,7 +75,7 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return base + 8 * (1 + kMaxStages + stage); }
 };
 
-// Whether these kernels take the call; the others take every one.
+// Whether these kernels take the call; those of attention/ take every one.
 bool takes(const VlmkAttentionParams& p);
 
 int forward_bfloat16(const VlmkAttentionParams& p, void* stream);

@@ -27,12 +27,13 @@ struct Span {
 
 template <typename C>
 __device__ __forceinline__ Span span_of_head(const VlmkAttentionParams& p, int batch) {
-  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
+  const unsigned rank = cluster_rank(), ranks = cluster_size();
   Span span;
   span.bounds = attention::bounds_of_rows(p, batch);
-  const int tiles = max(ceil_div(span.bounds.y - span.bounds.x, C::kKeys), 0);
-  span.begin = static_cast<int>(int64_t{tiles} * rank / ranks);
-  span.end = static_cast<int>(int64_t{tiles} * (rank + 1) / ranks);
+  // Of at most 2^24, shared out among 16.
+  const unsigned tiles = max(ceil_div(span.bounds.y - span.bounds.x, C::kKeys), 0);
+  span.begin = static_cast<int>(tiles * rank / ranks);
+  span.end = static_cast<int>(tiles * (rank + 1) / ranks);
   return span;
 }
 
@@ -62,13 +63,13 @@ struct Loader {
     if (item >= items) return;
     if (lane_index() == 0) {
       const uint32_t barrier = barriers.full(stage);
-      const uint32_t keys = shared + C::kStagesAt + stage * 2 * C::kTileBytes;
-      const int row = first_key + tile * C::kKeys;
+      const uint32_t at = shared + C::kStagesAt + stage * 2 * C::kTileBytes;
       barrier_expect(barrier, 2 * C::kTileBytes);
 #pragma unroll
       for (int i = 0; i < 2 * C::kPanels; ++i) {
-        copy_tile(keys + i * C::kKeys * kRowBytes, i < C::kPanels ? maps.keys : maps.values,
-                  i % C::kPanels * kPanel, row, head.head, head.batch, barrier);
+        copy_tile(at + i * C::kKeys * kRowBytes, i < C::kPanels ? maps.keys : maps.values,
+                  i % C::kPanels * kPanel, first_key + tile * C::kKeys, head.head, head.batch,
+                  barrier);
       }
     }
     __syncwarp();

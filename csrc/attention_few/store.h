@@ -120,17 +120,53 @@ __device__ __forceinline__ void combine_totals(attention::Softmax& softmax, uint
   __syncwarp();
 }
 
-// Eight columns at a time are dealt out to the blocks: each adds up its own over all blocks, in the
-// order of their ranks.
+// Eight columns at a time are dealt out to the blocks, those of `i` to block i % ranks: each adds
+// up its own over all blocks, always in the same order, which begins with itself, so that not all
+// read from one block at a time.
+template <typename C>
+__device__ __forceinline__ void combine_sums(const Tiles<C>& tiles, uint32_t sums,
+                                             const float2* shares, int rank, int ranks) {
+  using T = typename C::Element;
+  constexpr int kAtOnce = 8;  // loads before the first use of one
+  const VlmkAttentionParams& p = tiles.p;
+  const int of_rank = ranks - 1;  // a mask: ranks are a power of 2
+  const int count = (C::kWidth / 8 - rank + of_rank) & ~of_rank;
+  float4 total;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    float4 x[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int n = min(first + j, count - 1), i = rank + (n & ~of_rank);
+      x[j] = load_from_block(in_block(sums + i * C::kThreads * 16, (rank + n) & of_rank));
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int n = first + j;
+      if (n >= count) break;
+      if ((n & of_rank) == 0) total = make_float4(0, 0, 0, 0);
+      const float2 share = shares[((rank + n) & of_rank) * (C::kRows / 2)];
+      total.x += x[j].x * share.x, total.y += x[j].y * share.x;
+      total.z += x[j].z * share.y, total.w += x[j].w * share.y;
+      if ((n & of_rank) != of_rank) continue;
+      const int column = 8 * (rank + (n & ~of_rank)) + lane_index() % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (tiles.own_row() + 8 * half >= tiles.head.rows || column >= p.value_dim) continue;
+        const uint32_t word = half ? pack<T>(total.z, total.w) : pack<T>(total.x, total.y);
+        auto* out = reinterpret_cast<uint32_t*>(out_of_row(tiles, half) + column);
+        *out = tiles.softmax.sum[half] == 0 ? 0 : word;
+      }
+    }
+  }
+}
+
 template <typename C>
 __device__ __forceinline__ void combine_rows(Tiles<C>& tiles) {
-  using T = typename C::Element;
-  const VlmkAttentionParams& p = tiles.p;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
-  const int thread = static_cast<int>(threadIdx.x), own = tiles.own_row();
   const int pair = tiles.warp * 8 + lane_index() / 4;
   __syncthreads();  // nobody multiplies any more
-  auto* sums = reinterpret_cast<float4*>(tiles.shared + C::kSumsAt) + thread;
+  auto* sums = reinterpret_cast<float4*>(tiles.shared + C::kSumsAt) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < C::kWidth / 8; ++i) {
     const float* x = &tiles.sums[4 * i];
@@ -143,31 +179,12 @@ __device__ __forceinline__ void combine_rows(Tiles<C>& tiles) {
   if (tiles.has_rows()) {
     auto* shares = reinterpret_cast<float2*>(tiles.shared + C::kSharesAt) + pair;
     combine_totals<C>(tiles.softmax, shared_address(totals), shares, ranks);
-    if (rank == 0) store_lse(p, tiles.head, own, tiles.softmax);
-    const bool seen[2] = {tiles.softmax.sum[0] != 0, tiles.softmax.sum[1] != 0};
-#pragma unroll 1
-    for (int i = rank; i < C::kWidth / 8; i += ranks) {
-      float4 total = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-      for (int other = 0; other < ranks; ++other) {
-        const float4 x = load_from_block(in_block(shared_address(&sums[i * C::kThreads]), other));
-        const float2 share = shares[other * (C::kRows / 2)];
-        total.x += x.x * share.x, total.y += x.y * share.x;
-        total.z += x.z * share.y, total.w += x.w * share.y;
-      }
-      const int column = 8 * i + lane_index() % 4 * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = own + 8 * half;
-        if (row < tiles.head.rows && column < p.value_dim) {
-          const uint32_t word = half ? pack<T>(total.z, total.w) : pack<T>(total.x, total.y);
-          auto* out = reinterpret_cast<uint32_t*>(out_of_row(tiles, half) + column);
-          *out = seen[half] ? word : 0;
-        }
-      }
-    }
+    if (rank == 0) store_lse(tiles.p, tiles.head, tiles.own_row(), tiles.softmax);
+    combine_sums(tiles, shared_address(sums), shares, rank, ranks);
   }
-  cluster_sync();  // others may still read this block's sums
+  // Others may still read this block's sums; what this one has read has come to its registers.
+  cluster_arrive();
+  cluster_wait();
 }
 
 }  // namespace attention_few
