@@ -137,7 +137,8 @@ __device__ __forceinline__ void combine_sums(const Tiles<C>& tiles, uint32_t sum
     float4 x[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int n = min(first + j, count - 1), i = rank + (n & ~of_rank);
+      // Behind the last, its own again: those of another could come when that block is gone.
+      const int n = first + j < count ? first + j : 0, i = rank + (n & ~of_rank);
       x[j] = load_from_block(in_block(sums + i * C::kThreads * 16, (rank + n) & of_rank));
     }
 #pragma unroll
