@@ -140,12 +140,10 @@ def qwen2_vl() -> Case:
 def qwen2_5_vl() -> Case:
     vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 96}
     config = hf.Qwen2_5_VLConfig(vision_config={**vision, "window_size": 16})
-    return _qwen(
-        Qwen2_5_VisionTransformerPretrainedModel(config.vision_config),
-        3 * 2 * 16,
-        "Qwen2_5_VisionPatchEmbed",
-        "Qwen2_5_VLVisionAttention",
-    )
+    tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
+    case = _qwen(tower, 3 * 2 * 16, "Qwen2_5_VisionPatchEmbed", "Qwen2_5_VLVisionAttention")
+    case.replaced["Qwen2_5_VLRMSNorm"] = 5
+    return case
 
 
 def qwen3_vl() -> Case:

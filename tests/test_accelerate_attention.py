@@ -110,6 +110,7 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert compare(got[rows], wanted[rows].double(), "model")
     length = rows.shape[1]
     assert sizes.count(length) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
+    assert ("RMSNorm" in {row.module for row in report.replaced}) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
     assert report.attention and not [row for row in report.attention if row.reason]
     assert f"attention of {type(model).__name__}" in str(report)
     assert accelerate(model).attention == report.attention

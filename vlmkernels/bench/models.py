@@ -180,7 +180,11 @@ def _text_and_tiles(tokens: int, image_tokens: int) -> Maker:
 
     def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
         features = torch.randn(batch, image_tokens, config.hidden_size, device=device, dtype=dtype)
-        return {**_text(tokens)(config, device, dtype, batch), "cross_attention_states": features}
+        # As MllamaModel makes them; without a mask sdpa takes the cross-attention for a causal one.
+        mask = torch.zeros(batch, 1, tokens, image_tokens, device=device, dtype=dtype)
+        rows = torch.ones(batch, 1, tokens, 1, device=device, dtype=dtype)
+        masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": rows}
+        return {**_text(tokens)(config, device, dtype, batch), "cross_attention_states": features, **masks}
 
     return make
 
@@ -211,6 +215,7 @@ MLLAMA = {
 }
 HALF, CLIP = _images(photos.HALF), _images(photos.CLIP)
 VIT_L, SO400M = _vision(1024, 4096, 224, 16), _vision(1152, 4304, 384, 14)
+QWEN2_5_CONFIG = {"depth": 8, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
 QWEN2, QWEN2_5 = "Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"
 TOWERS = (
     Model("ViT-L/16@224, 8 layers, B128", ("vit", "ViTModel"), ("ViTConfig", VIT_L), HALF, 128),
@@ -227,7 +232,7 @@ TOWERS = (
 MODELS = (
     *TOWERS,
     Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),
-    Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", {"depth": 8}), PHOTOS),
+    Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", QWEN2_5_CONFIG), PHOTOS),
     Model(
         "Gemma-3 4B, 6 layers, 4096 tokens, 8 images", ("gemma3", "Gemma3Model"),
         ("Gemma3Config", {"text_config": GEMMA3, "vision_config": _vision(1152, 4304, 896, 14, 1)}),
@@ -239,7 +244,7 @@ MODELS = (
     ),
     Model(
         "Llama-3.2-Vision text, 5 layers, 2x2048x6404", ("mllama", "MllamaTextModel"), ("MllamaTextConfig", MLLAMA),
-        _text_and_tiles(2048, 6404), 2, compiled=True,
+        _text_and_tiles(2048, 6404), 2,
     ),
     Model("GIT-base B64", ("git", "GitModel"), ("GitConfig", {}), _captions(16), 64),
     Model("BERT-base B64 S256 padded", ("bert", "BertModel"), ("BertConfig", {}), _padded_text(256), 64, compiled=True),

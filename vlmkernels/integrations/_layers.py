@@ -27,6 +27,7 @@ from vlmkernels.nn import (
     SelfAttention,
 )
 from vlmkernels.nn._names import get
+from vlmkernels.nn._norm import RMSNorm
 
 Tensor = torch.Tensor
 
@@ -269,6 +270,18 @@ class QFormerLayers(Swapped):
         return _masked(arguments) or blind or trains or asked or arguments.get("return_dict") is False
 
 
+class Norm(Swapped):
+    """RMSNorm of text decoders, in one kernel."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return RMSNorm(layer.weight.shape[0], layer.variance_epsilon, device="meta")
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        same = hidden_states.dtype == self.weight.dtype
+        return self.fast(hidden_states) if same else super().forward(hidden_states)
+
+
 class Perceiver(Swapped):
     """The resampler of IDEFICS."""
 
@@ -379,6 +392,17 @@ REPLACEMENTS: dict[str, Replacement] = {
         QFormerLayers,
         "blip_2.modeling_blip_2.Blip2QFormerEncoder",
         "instructblip.modeling_instructblip.InstructBlipQFormerEncoder",
+    ),
+    **_rows(
+        Norm,
+        "llama.modeling_llama.LlamaRMSNorm",
+        "mistral.modeling_mistral.MistralRMSNorm",
+        "mllama.modeling_mllama.MllamaTextRMSNorm",
+        "qwen2.modeling_qwen2.Qwen2RMSNorm",
+        "qwen2_vl.modeling_qwen2_vl.Qwen2VLRMSNorm",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+        "qwen3.modeling_qwen3.Qwen3RMSNorm",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm",
     ),
     **_rows(Perceiver, "idefics.perceiver.IdeficsPerceiverResampler"),
     **_rows(KosmosProjection, "kosmos2.modeling_kosmos2.Kosmos2ImageToTextProjection"),
