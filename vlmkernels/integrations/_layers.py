@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmkernels.integrations import _timm
 from vlmkernels.integrations._once import once
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
@@ -334,6 +335,7 @@ def _rows(kind: type[Swapped], *names: str, **arguments: Any) -> dict[str, Repla
 
 #: By class, with its module: a new row for a class of the same kind is all that it takes.
 REPLACEMENTS: dict[str, Replacement] = {
+    **_timm.REPLACEMENTS,
     **_rows(Attention, "vit.modeling_vit.ViTAttention", layout="llama"),
     **_rows(
         Attention,
