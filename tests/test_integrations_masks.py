@@ -21,10 +21,12 @@ from test_integrations_attention import IDS, LEFT, NONE, RIGHT, S, llama  # noqa
 from transformers.masking_utils import (  # noqa: E402
     and_masks,
     bidirectional_mask_function,
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
     packed_sequence_mask_function,
+    padding_mask_function,
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
@@ -48,6 +50,10 @@ RUNS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0] * 12])
 GROUPS = torch.tensor([[-1, 0, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1], [0, 0, 0, 0, 0, 0, -1, -1, -1, 1, 1, 1]])
 
 
+#: Images whose ids don't increase, which is not enough to know that each is in one place.
+BACKWARDS = torch.tensor([[-1, 1, 1, 1, -1, 0, 0, -1, -1, -1, -1, -1], [-1] * 12])
+
+
 def same_group(batch: Any, head: Any, q: Any, k: Any) -> Any:
     return (GROUPS[batch, q] == GROUPS[batch, k]) & (GROUPS[batch, q] >= 0)
 
@@ -60,12 +66,16 @@ FUNCTIONS = {
     "chunked": chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.int64)),
     "packed": and_masks(packed_sequence_mask_function(RUNS), causal_mask_function),
     "groups": or_masks(causal_mask_function, same_group),
+    "images": or_masks(causal_mask_function, blockwise_overlay(GROUPS)),
+    "images in windows": or_masks(sliding_window_causal_mask_function(3), blockwise_overlay(GROUPS)),
+    "images backwards": or_masks(causal_mask_function, blockwise_overlay(BACKWARDS)),
+    "blocks alone": blockwise_overlay(GROUPS),
+    "padding": and_masks(causal_mask_function, padding_mask_function(LEFT.bool())),
     "window of groups": and_masks(sliding_window_causal_mask_function(20), or_masks(causal_mask_function, same_group)),
 }
 
 
-@pytest.mark.parametrize("block", [1 << 22, 50], ids=["one block", "two rows"])
-@pytest.mark.parametrize("vmap", [False, True], ids=["broadcast", "vmap"])
+@pytest.mark.parametrize("vmap, block", [(False, 1 << 22), (True, 50)], ids=["broadcast, one block", "vmap, two rows"])
 @pytest.mark.parametrize("real", [None, NONE.bool(), LEFT.bool(), RIGHT.bool()], ids=["none", "full", "left", "right"])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
 def test_masks_are_those_of_sdpa(function: Any, real: Any, vmap: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +89,15 @@ def test_masks_are_those_of_sdpa(function: Any, real: Any, vmap: bool, block: in
             wanted = sdpa_mask(**arguments, allow_is_causal_skip=False)
             assert isinstance(mask, RangesMask) and mask.shape == wanted.shape
             assert torch.equal(mask.dense(), wanted)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_known_is_not_evaluated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a mask with a hole is found without being evaluated for that."""
+    calls = []
+    monkeypatch.setattr(ours, "_evaluated", lambda dense: calls.append(dense))
+    ours.ranges_mask(2, S, S, mask_function=FUNCTIONS[name])
+    assert bool(calls) is (name in ("chunked", "groups", "window of groups", "images backwards"))
 
 
 def test_keys_past_the_padding_mask_are_not_seen() -> None:
@@ -133,6 +152,8 @@ def test_a_mask_with_a_hole_is_dense(block: int, monkeypatch: pytest.MonkeyPatch
         return (k <= q) & ~((batch == 1) & (q >= 6) & (k == 3))
 
     assert dense_mask(2, S, S, mask_function=function) is not None
+    again = blockwise_overlay(torch.tensor([[-1, 0, 0, -1, 1, 1, -1, 0, 0, -1, -1, -1]] * 2))
+    assert dense_mask(2, S, S, mask_function=or_masks(causal_mask_function, again)) is not None
     # A query that is padding itself may have one, as nobody reads it.
     seen = torch.tensor([[True] * S, [True] * 6 + [False] * 6])
     assert dense_mask(2, S, S, mask_function=function, attention_mask=seen) is None

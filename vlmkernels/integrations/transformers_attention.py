@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from vlmkernels.integrations._mask_functions import runs_of
 from vlmkernels.integrations._once import once
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
@@ -95,7 +96,7 @@ def ranges_mask(
         offset = None if both_ways else q_offset - kv_offset
         ranges = _closed_form(padding, dense, offset)
     else:
-        ranges = _evaluated(dense)
+        ranges = _known(dense, padding) or _evaluated(dense)
     if ranges is None:
         _log_once(f"a mask has a hole, and its attention goes to transformers' sdpa; wanted {ONE_RUN}")
         mask: torch.Tensor = sdpa_mask(**dense)
@@ -114,6 +115,26 @@ def _closed_form(padding: torch.Tensor | None, dense: dict[str, Any], offset: An
         ranges = KeyRanges(start, stop)
     ranges = KeyRanges(ranges.start.expand(-1, queries), ranges.stop.expand(-1, queries))  # a stride of 0, see fitting
     return ranges if offset is None else ranges & KeyRanges.causal(queries, keys, offset=offset, device=device)
+
+
+def _known(dense: dict[str, Any], padding: torch.Tensor | None) -> KeyRanges | None:
+    """The ranges of a mask function that transformers made, from what it is made of; None of others, and in a graph, which can't
+    look whether they are exact."""
+    first, keys, queries = dense["kv_offset"], dense["kv_length"], dense["q_length"]
+    positions = torch.arange(queries, device=dense["device"])[None] + dense["q_offset"]
+    if _in_a_graph(positions):
+        return None
+    found = runs_of(dense["mask_function"], positions)
+    if found is None:
+        return None
+    start, stop, exact = found.start - first, found.stop - first, found.exact
+    if padding is not None:
+        real_start, real_stop, hole = _run(padding[:, None])
+        start, stop, exact = torch.maximum(start, real_start), torch.minimum(stop, real_stop), exact & ~hole.any()
+    if not bool(exact):
+        return None
+    start, stop = (x.clamp(0, keys).to(torch.int32) for x in (start, stop))
+    return KeyRanges(start, torch.maximum(start, stop))
 
 
 def _evaluated(dense: dict[str, Any]) -> KeyRanges | None:
