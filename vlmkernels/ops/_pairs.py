@@ -73,7 +73,9 @@ def pairs(image: torch.Tensor, text: torch.Tensor, targets: torch.Tensor | KeyRa
         return Pairs(image, text, targets.start[0], targets.stop[0], images)
     kind = torch.bool if not isinstance(targets, torch.Tensor) else targets.dtype
     if kind == torch.bool or kind.is_floating_point or targets.shape != (texts,) or targets.device != image.device:
-        got = f"{targets.dtype} {tuple(targets.shape)} on {targets.device}" if isinstance(targets, torch.Tensor) else repr(targets)
+        got = (
+            f"{targets.dtype} {tuple(targets.shape)} on {targets.device}" if isinstance(targets, torch.Tensor) else repr(targets)
+        )
         raise bad_argument("targets", got, f"integers [{texts}] on {image.device}, the image of each text, or KeyRanges")
     start = targets.to(torch.int32)
     return Pairs(text, image, start, start + 1, images)

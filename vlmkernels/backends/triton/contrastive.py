@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive losses in Triton and cuBLAS: tiles of logits that are reduced as they are made, and panels of their gradients.
+
+The gradient of the logits exists in one panel of ``PANEL x PANEL`` at a time, in the dtype of the features. Two matrix products
+take it to the gradients of ``a`` and ``b``, which are added up in fp32 in the order of the panels: there are no atomics, and two
+runs give the same bits.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vlmkernels.backends.triton import INTERPRETED, cdiv
+from vlmkernels.backends.triton._aot import AotCase
+from vlmkernels.backends.triton._contrastive_tiles import (
+    _clip_bwd_kernel,
+    _clip_fwd_kernel,
+    _merge_lse_kernel,
+    _siglip_kernel,
+)
+
+#: Rows and columns of the panel of gradients, 32 MiB in bf16: both products then have a tile for nearly every multiprocessor.
+PANEL = 4096
+#: Rows whose shares of the log-sum-exps, 4 bytes for each tile of a row or a column, are there at a time.
+STRIP = 4096
+
+
+class Config(NamedTuple):
+    """Tile, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+TMA_CONFIG = Config(128, 128, 64, 8, 3)
+CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
+# Products of fp32 without tensor cores.
+FP32_CONFIG = Config(64, 64, 32, 8, 2)
+INTERPRETER_CONFIG = Config(32, 32, 32, 4, 1)
+#: Row blocks that go through all columns together.
+GROUP = 8
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class _Tiles:
+    """Two matrices as the kernels take them, and the launches that go over tiles of their products."""
+
+    def __init__(self, a: Tensor, b: Tensor, inverse_a: Tensor | None, inverse_b: Tensor | None) -> None:
+        self.a, self.b = (_aligned(x) for x in (a, b))
+        self.inverse = inverse_a, inverse_b
+        self.size = (len(a), len(b))
+        tma = a.dtype != torch.float32 and _has_tma(a.device)
+        self.config = TMA_CONFIG if tma else FP32_CONFIG if a.dtype == torch.float32 else CP_ASYNC_CONFIG
+        self.config = c = INTERPRETER_CONFIG if INTERPRETED else self.config
+        self.even = not len(a) % c.block_m and not len(b) % c.block_n
+        self.options = {
+            "D": a.shape[1], "EVEN": self.even, "USE_TMA": tma, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n,
+            "BLOCK_K": c.block_k, "GROUP": GROUP, "num_warps": c.warps, "num_stages": c.stages,
+        }  # fmt: skip
+        self.sources: list[Any] = [self.a, self.b]
+        if tma:
+            sizes = (c.block_m, c.block_n)
+            self.sources = [
+                TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [size, c.block_k])
+                for x, size in zip(self.sources, sizes, strict=True)
+            ]
+
+    def launch(
+        self,
+        kernel: Any,
+        rows: int,
+        columns: int,
+        tensors: tuple[Tensor, ...],
+        place: tuple[int, ...],
+        rest: tuple[float, ...],
+        **options: Any,
+    ) -> None:
+        """A program for each tile of these many rows and columns, which are at ``place``."""
+        tiles = cdiv(rows, self.config.block_m) * cdiv(columns, self.config.block_n)
+        numbers = (*place, *self.size, self.a.stride(0), self.b.stride(0), *rest)
+        kernel[(tiles,)](*self.sources, *self.inverse, *tensors, *numbers, **self.options, **options)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy where it is no matrix of dense rows that begin at multiples of 16 bytes."""
+    step = 16 // x.element_size()
+    if x.stride(1) == 1 and x.stride(0) % step == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
+        return x
+    return x.new_empty(x.shape[0], cdiv(x.shape[1], step) * step)[:, : x.shape[1]].copy_(x)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for begin in range(0, size, step):
+        yield slice(begin, min(begin + step, size))
+
+
+def _panels(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    for some in _slices(rows, PANEL):
+        for others in _slices(columns, PANEL):
+            yield some, others
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor, first: bool) -> None:
+    """``out = x @ y``, or ``out += x @ y`` but for the first, in fp32."""
+    if not x.is_cuda or x.dtype == torch.float32:
+        out.addmm_(x.to(out.dtype), y.to(out.dtype), beta=0 if first else 1)
+    elif first:
+        torch.mm(x, y, out_dtype=torch.float32, out=out)
+    else:
+        torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
+
+
+def _finish(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor | None, factor: Tensor) -> None:
+    """``out = factor * grad`` without what lies along the rows of ``x``, where these were divided by their norms."""
+    if inverse is not None:
+        unit = x.float() * inverse[:, None]
+        grad = torch.addcmul(grad, unit, (unit * grad).sum(1, keepdim=True), value=-1)
+    torch.mul(grad, factor.view(1, 1), out=out)
+
+
+class _Gradients:
+    """The gradients of ``a`` and ``b`` from panels of that of their products, a row of panels after the other."""
+
+    def __init__(self, tiles: _Tiles, dtype_a: torch.dtype, dtype_b: torch.dtype, factor: Tensor, empty: bool = False) -> None:
+        self.tiles, self.factor = tiles, factor
+        (rows, dim), columns, like = tiles.a.shape, len(tiles.b), tiles.a
+        panel_rows, panel_columns = min(rows, PANEL), min(columns, PANEL)
+        self.panels = cdiv(rows, PANEL) * cdiv(columns, PANEL)
+        self.programs = cdiv(panel_rows, tiles.config.block_m) * cdiv(panel_columns, tiles.config.block_n)
+        self.da = like.new_empty(0 if empty else (rows, dim), dtype=dtype_a)
+        self.db = like.new_empty(0 if empty else (columns, dim), dtype=dtype_b)
+        self.sum_a = like.new_empty(0 if empty else (panel_rows, dim), dtype=torch.float32)
+        self.sum_b = self.db if dtype_b == torch.float32 else like.new_empty(self.db.shape, dtype=torch.float32)
+        # Rows of a panel begin at multiples of 16 bytes.
+        self.panel = like.new_empty(0 if empty else panel_rows, cdiv(panel_columns, 8) * 8)
+
+    def add(self, rows: slice, columns: slice) -> None:
+        """The panel of these rows and columns."""
+        a, b = self.tiles.a[rows], self.tiles.b[columns]
+        g = self.panel[: len(a), : len(b)]
+        _add_product(self.sum_a[: len(a)], g, b, columns.start == 0)
+        _add_product(self.sum_b[columns], g.T, a, rows.start == 0)
+        if columns.stop == len(self.tiles.b):
+            inverse = self.tiles.inverse[0]
+            _finish(self.da[rows], self.sum_a[: len(a)], a, None if inverse is None else inverse[rows], self.factor)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        inverse = self.tiles.inverse[1]
+        for rows in _slices(len(self.db), PANEL):
+            b = self.tiles.b[rows]
+            _finish(self.db[rows], self.sum_b[rows], b, None if inverse is None else inverse[rows], self.factor)
+        return self.da, self.db
+
+
+def _why_not(a: Tensor, inverse_a: Tensor | None) -> str | None:
+    if a.dtype == torch.float64:
+        return "it has no float64"
+    if a.dtype == torch.float16 and inverse_a is not None:
+        return "it normalizes bf16 and fp32, not fp16, which does not hold a gradient over two norms"
+    return None
+
+
+def why_not_clip_loss_fwd(a: Tensor, *rest: Any) -> str | None:
+    return _why_not(a, None)
+
+
+def why_not_clip_loss_bwd(dloss: Tensor, a: Tensor, *rest: Any) -> str | None:
+    return _why_not(a, rest[8])
+
+
+def why_not_siglip_loss_fwd(a: Tensor, *rest: Any) -> str | None:
+    return _why_not(a, rest[5])
+
+
+def clip_loss_fwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    row: Tensor,
+    row_positive: Tensor,
+    column: Tensor,
+    column_positive: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    smooth_row: float,
+    smooth_column: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = _Tiles(a, b, inverse_a, inverse_b)
+    m, n = tiles.size
+    tiles_n, strip = cdiv(n, tiles.config.block_n), min(m, STRIP)
+    tiles_m = cdiv(strip, tiles.config.block_m)
+    lse_a, lse_b = torch.empty_like(row), torch.empty_like(column)
+    share_a, share_b = row.new_empty(tiles_n * strip), row.new_empty(tiles_m * n)
+    picked = _partial(row, cdiv(m, strip), tiles_m * tiles_n)
+    vectors = (scale, start, stop, row, row_positive, column, column_positive)
+    for i, rows in enumerate(_slices(m, strip)):
+        size = rows.stop - rows.start
+        place, rest = (rows.start, size), (smooth_row, smooth_column)
+        tiles.launch(_clip_fwd_kernel, size, n, (*vectors, share_a, share_b, picked[i]), place, rest, SMOOTH=smooth_row != 0)
+        _merge(share_a, lse_a[rows], tiles_n, False)
+        _merge(share_b, lse_b, cdiv(size, tiles.config.block_m), i > 0)
+    return lse_a, lse_b, _total(picked)
+
+
+def _partial(like: Tensor, launches: int, programs: int) -> Tensor:
+    """A number of each program of each launch, whose row begins at a multiple of 16 bytes."""
+    return like.new_zeros(launches, cdiv(programs, 4) * 4, dtype=torch.float32)
+
+
+def _total(partial: Tensor) -> Tensor:
+    return partial.sum(dtype=torch.float64).float()
+
+
+def _merge(shares: Tensor, lse: Tensor, tiles: int, add: bool) -> None:
+    block = 64
+    grid = (cdiv(len(lse), block),)
+    _merge_lse_kernel[grid](shares, lse, tiles, len(lse), ADD=add, BLOCK_T=32, BLOCK_S=block, num_warps=4)
+
+
+def clip_loss_bwd(
+    dloss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    row: Tensor,
+    row_positive: Tensor,
+    column: Tensor,
+    column_positive: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    lse_a: Tensor,
+    lse_b: Tensor,
+    smooth_row: float,
+    smooth_column: float,
+    wide_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = _Tiles(a, b, inverse_a, inverse_b)
+    # Probabilities, of which a loss is the mean over the rows, keep their size in fp16.
+    gain = 2.0 * len(a)
+    factor = dloss.float() * scale.float() * (1.0 / gain)
+    out = _Gradients(tiles, a.dtype, torch.float32 if wide_b else b.dtype, factor)
+    vectors = (scale, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
+    dscale = _partial(row, out.panels, out.programs)
+    rest = (out.panel.stride(0), smooth_row, smooth_column, gain)
+    for i, (rows, columns) in enumerate(_panels(*tiles.size)):
+        place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
+        tensors = (*vectors, out.panel, dscale[i])
+        tiles.launch(_clip_bwd_kernel, place[1], place[3], tensors, place, rest, SMOOTH=smooth_row != 0)
+        out.add(rows, columns)
+    return *out.results(), dloss.float() * _total(dscale)
+
+
+def siglip_loss_fwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    weight: float,
+    grads: bool,
+    wide_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = _Tiles(a, b, inverse_a, inverse_b)
+    # fp16 does not hold what a loss scaler is yet to multiply.
+    kept = torch.float32 if a.dtype == torch.float16 else a.dtype
+    out = _Gradients(tiles, kept, torch.float32 if wide_b else kept, weight * scale.float(), empty=not grads)
+    # Of the loss, of the scale's gradient and of the bias's.
+    sums = [_partial(scale, out.panels, out.programs) for _ in range(3)]
+    for i, (rows, columns) in enumerate(_panels(*tiles.size)):
+        place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
+        tensors = (scale, bias, start, stop, out.panel, *(x[i] for x in sums))
+        tiles.launch(_siglip_kernel, place[1], place[3], tensors, place, (out.panel.stride(0),), GRADS=grads)
+        if grads:
+            out.add(rows, columns)
+    loss, dscale, dbias = (weight * _total(x) for x in sums)
+    if not grads:
+        return loss, out.da, out.db, loss.new_empty(0)
+    return loss, *out.results(), torch.stack((dscale, dbias))
+
+
+def aot_cases() -> list[AotCase]:
+    """Both losses and the gradients of CLIP's: whole tiles and not, with norms and label smoothing, every configuration."""
+
+    def call(rows: int, columns: int, dim: int, dtype: torch.dtype, norms: bool, smooth: float) -> None:
+        a, b = torch.empty(rows, dim, dtype=dtype), torch.empty(columns, dim, dtype=dtype)
+        scale, start = torch.empty(()), torch.empty(rows, dtype=torch.int32)
+        row, column = torch.empty(rows), torch.empty(columns)
+        inverse = (row, column) if norms else (None, None)
+        vectors = (a, b, scale, start, start, row, row, column, column, *inverse)
+        clip_loss_fwd(*vectors, smooth, smooth)
+        clip_loss_bwd(scale, *vectors, row, column, smooth, smooth, False)
+        for grads in (False, True):
+            siglip_loss_fwd(a, b, scale, scale, start, start, *inverse, 1.0, grads, False)
+
+    cases = []
+    for rows, columns, dim, dtype, norms, smooth in (
+        (4096, 8192, 768, torch.bfloat16, False, 0.0),
+        (4096, 4096, 1152, torch.bfloat16, True, 0.1),
+        (1000, 3000, 512, torch.float16, False, 0.1),
+        (4096, 4096, 512, torch.float32, True, 0.1),
+        (1000, 1000, 72, torch.float32, False, 0.0),
+    ):
+        name = f"{rows}x{columns} D{dim} {str(dtype)[6:]} norms={norms} smoothing={smooth}"
+        cases.append(AotCase(name, functools.partial(call, rows, columns, dim, dtype, norms, smooth)))
+    return cases
