@@ -54,18 +54,49 @@ def _products(
 
 
 @triton.jit
-def _ranges(start_ptr, stop_ptr, offs_m, M, first_n, BLOCK_N: tl.constexpr):
-    """The ranges of a tile's rows, and whether any of them may reach into its columns."""
-    mask_m = offs_m < M
-    start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
-    stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
-    first = tl.min(tl.where(start < stop, start, 2147483647))
-    return start, stop, (tl.max(stop) > first_n) & (first < first_n + BLOCK_N)
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns, which in the layout of a product costs nothing."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``[BLOCK_M, BLOCK_N // 4]`` each: what is made of a tile at a time, as more would not fit in registers beside it."""
+    left, right = _halves(x, BLOCK_M, BLOCK_N)
+    first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
+    third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _reach(start, stop):
+    """The first column that any row of a tile belongs to, and the end of the last."""
+    return tl.min(tl.where(start < stop, start, 2147483647)), tl.max(stop)
 
 
 @triton.jit
 def _belong(start, stop, offs_n):
     return (offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None])
+
+
+@triton.jit
+def _pick(
+    s, start, stop, reach, row, row_positive, column_ptr, column_positive_ptr, offs_m, first_n, M, N,
+    smooth_row, smooth_column, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sum of what the loss subtracts in these columns."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    picked = 0.0
+    if (reach[1] > first_n) & (reach[0] < first_n + BLOCK_N):
+        column_positive = tl.load(column_positive_ptr + offs_n, mask=mask_n, other=0.0)
+        share = row_positive[:, None] + column_positive[None, :]
+        picked += tl.sum(tl.where(_belong(start, stop, offs_n), s * share, 0.0))
+    if SMOOTH:
+        column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
+        share = smooth_row * row[:, None] + smooth_column * column[None, :]
+        picked += tl.sum(tl.where((offs_m < M)[:, None] & mask_n[None, :], s * share, 0.0))
+    return picked
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "M", "N"])
@@ -80,44 +111,56 @@ def _clip_fwd_kernel(
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    s = scale * _products(
+    mask_m = offs_m < M
+    s = (tl.load(scale_ptr).to(tl.float32) * LOG2E) * _products(
         a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
         D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    parts = _quarters(s, BLOCK_M, BLOCK_N)
+    PART: tl.constexpr = BLOCK_N // 4
 
-    start, stop, near = _ranges(start_ptr, stop_ptr, offs_m, M, first_n, BLOCK_N)
+    start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
+    stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
+    row = tl.load(row_ptr + offs_m, mask=mask_m, other=0.0)
+    row_positive = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0.0)
+    reach = _reach(start, stop)
     picked = 0.0
-    if near:
-        row_positive = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0.0)
-        column_positive = tl.load(column_positive_ptr + offs_n, mask=mask_n, other=0.0)
-        belong = _belong(start, stop, offs_n)
-        picked += tl.sum(tl.where(belong, s * (row_positive[:, None] + column_positive[None, :]), 0.0))
-    if SMOOTH:
-        row = tl.load(row_ptr + offs_m, mask=mask_m, other=0.0)
-        column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
-        share = smooth_row * row[:, None] + smooth_column * column[None, :]
-        picked += tl.sum(tl.where(mask_m[:, None] & mask_n[None, :], s * share, 0.0))
+    for i in tl.static_range(4):
+        picked += _pick(
+            parts[i], start, stop, reach, row, row_positive, column_ptr, column_positive_ptr, offs_m, first_n + i * PART, M, N,
+            smooth_row, smooth_column, SMOOTH, PART,
+        )  # fmt: skip
     tl.store(picked_ptr + tl.program_id(0), picked * LN2)
 
-    if not EVEN:
-        s = tl.where(mask_m[:, None] & mask_n[None, :], s, float("-inf"))
-    max_m, max_n = tl.max(s, 1), tl.max(s, 0)
-    top = tl.max(max_m)
-    lowest = tl.minimum(tl.min(tl.where(mask_m, max_m, top)), tl.min(tl.where(mask_n, max_n, top)))
-    if top - lowest < NARROW:
-        # One exponential for both directions: no row or column is so far below the tile's maximum that it would vanish.
-        p = tl.exp2(s - top)
-        lse_m = top + tl.log2(tl.sum(p, 1))
-        lse_n = top + tl.log2(tl.sum(p, 0))
-    else:
-        lse_m = max_m + tl.log2(tl.sum(tl.exp2(s - max_m[:, None]), 1))
-        lse_n = max_n + tl.log2(tl.sum(tl.exp2(s - max_n[None, :]), 0))
     local_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, PART)
+    top_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    lowest = float("inf")
+    for i in tl.static_range(4):
+        mask_n = first_n + i * PART + local_n < N
+        part = parts[i] if EVEN else tl.where(mask_m[:, None] & mask_n[None, :], parts[i], float("-inf"))
+        top_m = tl.maximum(top_m, tl.max(part, 1))
+        lowest = tl.minimum(lowest, tl.min(tl.where(mask_n, tl.max(part, 0), float("inf"))))
+    top = tl.max(top_m)
+    lowest = tl.minimum(lowest, tl.min(tl.where(mask_m, top_m, float("inf"))))
+    # One exponential serves both directions where no row or column is so far below the tile's maximum that it would vanish.
+    one = top - lowest < NARROW
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(4):
+        offs_n = first_n + i * PART + local_n
+        mask_n = offs_n < N
+        part = parts[i] if EVEN else tl.where(mask_m[:, None] & mask_n[None, :], parts[i], float("-inf"))
+        if one:
+            p = tl.exp2(part - top)
+            total += tl.sum(p, 1)
+            lse_n = top + tl.log2(tl.sum(p, 0))
+        else:
+            top_n = tl.max(part, 0)
+            total += tl.sum(tl.exp2(part - top_m[:, None]), 1)
+            lse_n = top_n + tl.log2(tl.sum(tl.exp2(part - top_n[None, :]), 0))
+        tl.store(lse_b_ptr + tile_m.to(tl.int64) * N + offs_n, lse_n, mask=mask_n)
+    lse_m = tl.where(one, top, top_m) + tl.log2(total)
     tl.store(lse_a_ptr + tile_n.to(tl.int64) * rows + local_m, lse_m, mask=mask_m)
-    tl.store(lse_b_ptr + tile_m.to(tl.int64) * N + offs_n, lse_n, mask=mask_n)
 
 
 @triton.jit
@@ -142,6 +185,50 @@ def _merge_lse_kernel(
     tl.store(lse_ptr + offs_s, (top + tl.log2(total)) * LN2, mask=mask_s)
 
 
+@triton.jit
+def _clip_gradient(
+    x, scale, row, row_positive, lse_m, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr, offs_m, first_n, M, N,
+    smooth_row, smooth_column, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the logits in these columns."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
+    lse_n = tl.load(lse_b_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
+    inf = float("inf")
+    lowest = tl.minimum(tl.min(tl.where(mask_m, lse_m, inf)), tl.min(tl.where(mask_n, lse_n, inf)))
+    highest = tl.maximum(tl.max(tl.where(mask_m, lse_m, -inf)), tl.max(tl.where(mask_n, lse_n, -inf)))
+    if highest - lowest < NARROW:
+        # exp2(s - lse_n) = exp2(s - lse_m) * exp2(lse_m - lowest) * exp2(lowest - lse_n): one exponential for each pair.
+        weight = row[:, None] + tl.exp2(lse_m - lowest)[:, None] * (column * tl.exp2(lowest - lse_n))[None, :]
+        g = tl.exp2(x * scale - lse_m[:, None]) * weight
+    else:
+        g = row[:, None] * tl.exp2(x * scale - lse_m[:, None]) + column[None, :] * tl.exp2(x * scale - lse_n[None, :])
+    if (reach[1] > first_n) & (reach[0] < first_n + BLOCK_N):
+        column_positive = tl.load(column_positive_ptr + offs_n, mask=mask_n, other=0.0)
+        g -= tl.where(_belong(start, stop, offs_n), row_positive[:, None] + column_positive[None, :], 0.0)
+    if SMOOTH:
+        g -= smooth_row * row[:, None] + smooth_column * column[None, :]
+    return g
+
+
+@triton.jit
+def _store_gradient(
+    g, inverse_a_ptr, inverse_b_ptr, g_ptr, local_m, local_n, offs_m, offs_n, M, N, stride_gm, gain, EVEN: tl.constexpr
+):  # fmt: skip
+    mask_m, mask_n = offs_m < M, offs_n < N
+    if inverse_a_ptr is not None:
+        g *= tl.load(inverse_a_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        g *= tl.load(inverse_b_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    # A panel has less than 2**31 elements.
+    ptrs = g_ptr + (local_m[:, None] * stride_gm + local_n[None, :])
+    g = (g * gain).to(g_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(ptrs, g)
+    else:
+        tl.store(ptrs, g, mask=mask_m[:, None] & mask_n[None, :])
+
+
 @triton.jit(do_not_specialize=PLACE)
 def _clip_bwd_kernel(
     a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, start_ptr, stop_ptr,
@@ -154,61 +241,44 @@ def _clip_bwd_kernel(
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    mask_m = offs_m < M
     x = _products(
         a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
         D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    parts = _quarters(x, BLOCK_M, BLOCK_N)
+    PART: tl.constexpr = BLOCK_N // 4
 
+    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
     row = tl.load(row_ptr + offs_m, mask=mask_m, other=0.0)
-    column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
+    row_positive = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0.0)
     lse_m = tl.load(lse_a_ptr + offs_m, mask=mask_m, other=0.0) * LOG2E
-    lse_n = tl.load(lse_b_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
-    inf = float("inf")
-    lowest = tl.minimum(tl.min(tl.where(mask_m, lse_m, inf)), tl.min(tl.where(mask_n, lse_n, inf)))
-    highest = tl.maximum(tl.max(tl.where(mask_m, lse_m, -inf)), tl.max(tl.where(mask_n, lse_n, -inf)))
-    if highest - lowest < NARROW:
-        # exp2(s - lse_n) = exp2(s - lse_m) * exp2(lse_m - lowest) * exp2(lowest - lse_n): one exponential for each pair.
-        weight = row[:, None] + tl.exp2(lse_m - lowest)[:, None] * (column * tl.exp2(lowest - lse_n))[None, :]
-        g = tl.exp2(x * scale - lse_m[:, None]) * weight
-    else:
-        g = row[:, None] * tl.exp2(x * scale - lse_m[:, None]) + column[None, :] * tl.exp2(x * scale - lse_n[None, :])
-    start, stop, near = _ranges(start_ptr, stop_ptr, offs_m, M, first_n, BLOCK_N)
-    if near:
-        row_positive = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0.0)
-        column_positive = tl.load(column_positive_ptr + offs_n, mask=mask_n, other=0.0)
-        g -= tl.where(_belong(start, stop, offs_n), row_positive[:, None] + column_positive[None, :], 0.0)
-    if SMOOTH:
-        g -= smooth_row * row[:, None] + smooth_column * column[None, :]
-    _store_gradient(
-        g, x, inverse_a_ptr, inverse_b_ptr, g_ptr, dscale_ptr, tile_m, tile_n, offs_m, offs_n, mask_m, mask_n, stride_gm, gain,
-        EVEN, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
+    stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
+    reach = _reach(start, stop)
+    dscale = 0.0
+    for i in tl.static_range(4):
+        offs_n = first_n + i * PART + tl.arange(0, PART)
+        g = _clip_gradient(
+            parts[i], scale, row, row_positive, lse_m, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr,
+            offs_m, first_n + i * PART, M, N, smooth_row, smooth_column, SMOOTH, PART,
+        )  # fmt: skip
+        if not EVEN:
+            g = tl.where(mask_m[:, None] & (offs_n < N)[None, :], g, 0.0)
+        dscale += tl.sum(g * parts[i])
+        _store_gradient(
+            g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
+            tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, gain, EVEN,
+        )  # fmt: skip
+    tl.store(dscale_ptr + tl.program_id(0), dscale)
 
 
 @triton.jit
-def _store_gradient(
-    g, x, inverse_a_ptr, inverse_b_ptr, g_ptr, dscale_ptr, tile_m, tile_n, offs_m, offs_n, mask_m, mask_n, stride_gm, gain,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    mask = mask_m[:, None] & mask_n[None, :]
-    if not EVEN:
-        g = tl.where(mask, g, 0.0)
-    tl.store(dscale_ptr + tl.program_id(0), tl.sum(g * x))
-    if inverse_a_ptr is not None:
-        g *= tl.load(inverse_a_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        g *= tl.load(inverse_b_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    # A panel has less than 2**31 elements.
-    local_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs = local_m[:, None] * stride_gm + local_n[None, :]
-    g = (g * gain).to(g_ptr.dtype.element_ty)
-    if EVEN:
-        tl.store(g_ptr + offs, g)
-    else:
-        tl.store(g_ptr + offs, g, mask=mask)
+def _softplus(x, e):
+    """``log(1 + exp(x))`` from x to the base 2 and ``e = exp2(-abs(x))``."""
+    # log(1 + e) forgets what 1 + e does, and the e of most pairs is as small.
+    log1p = tl.where(e < 1.0 / 64, e * (1.0 - e * (0.5 - e * (1.0 / 3))), tl.log2(1.0 + e) * LN2)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2 + log1p
 
 
 @triton.jit(do_not_specialize=PLACE)
@@ -223,32 +293,46 @@ def _siglip_kernel(
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
+    mask_m = offs_m < M
     x = _products(
         a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
         D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    # Positive where the logit has the wrong sign.
-    wrong = x * (tl.load(scale_ptr).to(tl.float32) * LOG2E) + tl.load(bias_ptr).to(tl.float32) * LOG2E
-    start, stop, near = _ranges(start_ptr, stop_ptr, offs_m, M, first_n, BLOCK_N)
-    if near:
-        wrong = tl.where(_belong(start, stop, offs_n), -wrong, wrong)
-    e = tl.exp2(-tl.abs(wrong))
-    # log(1 + e) forgets what 1 + e does, and most pairs are as small.
-    log1p = tl.where(e < 1.0 / 64, e * (1.0 - e * (0.5 - e * (1.0 / 3))), tl.log2(1.0 + e) * LN2)
-    loss = tl.maximum(wrong, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2 + log1p
-    if not EVEN:
-        loss = tl.where(mask_m[:, None] & mask_n[None, :], loss, 0.0)
-    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss))
-    if GRADS:
-        g = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+    parts = _quarters(x, BLOCK_M, BLOCK_N)
+    PART: tl.constexpr = BLOCK_N // 4
+
+    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    bias = tl.load(bias_ptr).to(tl.float32) * LOG2E
+    start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
+    stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
+    reach = _reach(start, stop)
+    loss, dscale, dbias = 0.0, 0.0, 0.0
+    for i in tl.static_range(4):
+        offs_n = first_n + i * PART + tl.arange(0, PART)
+        # Positive where the logit has the wrong sign.
+        wrong = parts[i] * scale + bias
+        near = (reach[1] > first_n + i * PART) & (reach[0] < first_n + i * PART + PART)
         if near:
-            g = tl.where(_belong(start, stop, offs_n), -g, g)
+            wrong = tl.where(_belong(start, stop, offs_n), -wrong, wrong)
+        e = tl.exp2(-tl.abs(wrong))
+        here = _softplus(wrong, e)
         if not EVEN:
-            g = tl.where(mask_m[:, None] & mask_n[None, :], g, 0.0)
-        tl.store(dbias_ptr + tl.program_id(0), tl.sum(g))
-        _store_gradient(
-            g, x, inverse_a_ptr, inverse_b_ptr, g_ptr, dscale_ptr, tile_m, tile_n, offs_m, offs_n, mask_m, mask_n, stride_gm, 1.0,
-            EVEN, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            mask = mask_m[:, None] & (offs_n < N)[None, :]
+            here = tl.where(mask, here, 0.0)
+        loss += tl.sum(here)
+        if GRADS:
+            g = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+            if near:
+                g = tl.where(_belong(start, stop, offs_n), -g, g)
+            if not EVEN:
+                g = tl.where(mask, g, 0.0)
+            dbias += tl.sum(g)
+            dscale += tl.sum(g * parts[i])
+            _store_gradient(
+                g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
+                tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, 1.0, EVEN,
+            )  # fmt: skip
+    tl.store(loss_ptr + tl.program_id(0), loss)
+    if GRADS:
+        tl.store(dscale_ptr + tl.program_id(0), dscale)
+        tl.store(dbias_ptr + tl.program_id(0), dbias)

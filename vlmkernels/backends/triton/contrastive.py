@@ -39,18 +39,25 @@ class Config(NamedTuple):
     stages: int
 
 
+HOPPER_CONFIG = Config(128, 128, 64, 4, 3)
 TMA_CONFIG = Config(128, 128, 64, 8, 3)
 CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
 # Products of fp32 without tensor cores.
 FP32_CONFIG = Config(64, 64, 32, 8, 2)
-INTERPRETER_CONFIG = Config(32, 32, 32, 4, 1)
+INTERPRETER_CONFIG = Config(32, 64, 32, 4, 1)
 #: Row blocks that go through all columns together.
 GROUP = 8
 
 
 @functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
+def _config(device: torch.device, dtype: torch.dtype) -> tuple[Config, bool]:
+    """The configuration, and whether the kernels take matrices as TMA descriptors."""
+    if INTERPRETED:
+        return INTERPRETER_CONFIG, dtype != torch.float32
+    if dtype == torch.float32:
+        return FP32_CONFIG, False
+    major = torch.cuda.get_device_capability(device)[0]
+    return (HOPPER_CONFIG if major == 9 else TMA_CONFIG, True) if major >= 9 else (CP_ASYNC_CONFIG, False)
 
 
 class _Tiles:
@@ -60,9 +67,8 @@ class _Tiles:
         self.a, self.b = (_aligned(x) for x in (a, b))
         self.inverse = inverse_a, inverse_b
         self.size = (len(a), len(b))
-        tma = a.dtype != torch.float32 and _has_tma(a.device)
-        self.config = TMA_CONFIG if tma else FP32_CONFIG if a.dtype == torch.float32 else CP_ASYNC_CONFIG
-        self.config = c = INTERPRETER_CONFIG if INTERPRETED else self.config
+        self.config, tma = _config(a.device, a.dtype)
+        c = self.config
         self.even = not len(a) % c.block_m and not len(b) % c.block_n
         self.options = {
             "D": a.shape[1], "EVEN": self.even, "USE_TMA": tma, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n,
