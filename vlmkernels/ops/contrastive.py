@@ -233,10 +233,11 @@ class _SigLipLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         da, db, dnumbers = ctx.saved_tensors
         dtype, *number_dtypes = ctx.dtypes
-        # A tensor without dimensions would be rounded to the dtype of the other before the product.
+        # A tensor without dimensions would be rounded to the dtype of the other before the product, and without out the product
+        # would be there in fp32 too.
         factor = dloss.reshape(1, 1)
         dscale, dbias = (dloss * dnumbers).unbind()
-        features = ((x * factor).to(dtype) for x in (da, db))
+        features = (torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)) for x in (da, db))
         return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
 
 

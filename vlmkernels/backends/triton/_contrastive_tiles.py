@@ -12,6 +12,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # How far apart the log-sum-exps of a tile may be for one exponential to serve rows and columns: 2**60 times 2**-60 is exact.
 NARROW = tl.constexpr(60.0)
+# A tile's largest exponential is 2**40, so that what is 2**-130 of it still counts. A sum below 2**-90 may have lost terms.
+LARGEST = tl.constexpr(40.0)
+SMALLEST = tl.constexpr(2.0**-90)
 # Arguments that say where a launch is: whether 16 divides them shall not make another kernel.
 PLACE = ["first_row", "rows", "first_column", "columns", "M", "N"]
 
@@ -102,12 +105,15 @@ def _pick(
 @triton.jit(do_not_specialize=["first_row", "rows", "M", "N"])
 def _clip_fwd_kernel(
     a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, start_ptr, stop_ptr,
-    row_ptr, row_positive_ptr, column_ptr, column_positive_ptr, lse_a_ptr, lse_b_ptr, picked_ptr,
+    row_ptr, row_positive_ptr, column_ptr, column_positive_ptr, lse_a_ptr, lse_b_ptr, shift_ptr, picked_ptr,
     first_row, rows, M, N, stride_am, stride_bn, smooth_row, smooth_column,
     D: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Shares of the log-sum-exps, of rows ``[tiles_n, rows]`` and of columns ``[tiles_m, N]``, and of what the loss picks."""
+    """Shares of the log-sum-exps, of rows ``[tiles_n, rows]`` and of columns ``[tiles_m, N]``, and of what the loss picks.
+
+    A share is the sum of ``exp2(s - shift)`` with the tile's ``shift`` ``[tiles_m, tiles_n]``, or itself where that is infinite.
+    """
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -131,41 +137,47 @@ def _clip_fwd_kernel(
             smooth_row, smooth_column, SMOOTH, PART,
         )  # fmt: skip
     tl.store(picked_ptr + tl.program_id(0), picked * LN2)
-
-    local_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # One exponential serves both directions, and its sums go out as they are: their logarithms are taken where they are merged.
+    lse_a_ptr += tile_n.to(tl.int64) * rows + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    lse_b_ptr += tile_m.to(tl.int64) * N + first_n
     local_n = tl.arange(0, PART)
-    top_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    lowest = float("inf")
+    shift = tl.max(tl.max(s, 1)) - LARGEST
+    total = tl.zeros([BLOCK_M], tl.float32)
+    least = tl.full([PART], 1.0, tl.float32)
     for i in tl.static_range(4):
         mask_n = first_n + i * PART + local_n < N
-        part = parts[i] if EVEN else tl.where(mask_m[:, None] & mask_n[None, :], parts[i], float("-inf"))
-        top_m = tl.maximum(top_m, tl.max(part, 1))
-        lowest = tl.minimum(lowest, tl.min(tl.where(mask_n, tl.max(part, 0), float("inf"))))
-    top = tl.max(top_m)
-    lowest = tl.minimum(lowest, tl.min(tl.where(mask_m, top_m, float("inf"))))
-    # One exponential serves both directions where no row or column is so far below the tile's maximum that it would vanish.
-    one = top - lowest < NARROW
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(4):
-        offs_n = first_n + i * PART + local_n
-        mask_n = offs_n < N
-        part = parts[i] if EVEN else tl.where(mask_m[:, None] & mask_n[None, :], parts[i], float("-inf"))
-        if one:
-            p = tl.exp2(part - top)
-            total += tl.sum(p, 1)
-            lse_n = top + tl.log2(tl.sum(p, 0))
-        else:
+        p = tl.exp2(parts[i] - shift)
+        if not EVEN:
+            p = tl.where(mask_m[:, None] & mask_n[None, :], p, 0.0)
+        total += tl.sum(p, 1)
+        total_n = tl.sum(p, 0)
+        least = tl.minimum(least, tl.where(mask_n, total_n, 1.0), propagate_nan=tl.PropagateNan.ALL)
+        tl.store(lse_b_ptr + i * PART + local_n, total_n, mask=mask_n)
+    least_m = tl.where(mask_m, total, 1.0)
+    if (tl.min(least_m) < SMALLEST) | (tl.min(least) < SMALLEST):
+        # A row or a column is so far below the tile's maximum that it would vanish: each gets its own, and its logarithm here.
+        shift = float("inf")
+        top_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        for i in tl.static_range(4):
+            mask = mask_m[:, None] & (first_n + i * PART + local_n < N)[None, :]
+            top_m = tl.maximum(top_m, tl.max(tl.where(mask, parts[i], float("-inf")), 1))
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for i in tl.static_range(4):
+            mask_n = first_n + i * PART + local_n < N
+            part = tl.where(mask_m[:, None] & mask_n[None, :], parts[i], float("-inf"))
             top_n = tl.max(part, 0)
             total += tl.sum(tl.exp2(part - top_m[:, None]), 1)
             lse_n = top_n + tl.log2(tl.sum(tl.exp2(part - top_n[None, :]), 0))
-        tl.store(lse_b_ptr + tile_m.to(tl.int64) * N + offs_n, lse_n, mask=mask_n)
-    lse_m = tl.where(one, top, top_m) + tl.log2(total)
-    tl.store(lse_a_ptr + tile_n.to(tl.int64) * rows + local_m, lse_m, mask=mask_m)
+            tl.store(lse_b_ptr + i * PART + local_n, lse_n, mask=mask_n)
+        total = top_m + tl.log2(total)
+    tl.store(lse_a_ptr, total, mask=mask_m)
+    tl.store(shift_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n, shift)
 
 
 @triton.jit
 def _merge_lse_kernel(
-    share_ptr, lse_ptr, tiles, size, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
+    share_ptr, shift_ptr, lse_ptr, tiles, size, stride_tiles, stride_size, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp over the first dimension of ``[tiles, size]``, to the base 2, to that of the logits; in a fixed order."""
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -176,9 +188,12 @@ def _merge_lse_kernel(
         top = tl.load(lse_ptr + offs_s, mask=mask_s, other=0.0) * LOG2E
         total += 1.0
     for first in range(0, tiles, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T)
+        offs_t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = (offs_t < tiles)[:, None] & mask_s[None, :]
-        share = tl.load(share_ptr + offs_t.to(tl.int64)[:, None] * size + offs_s[None, :], mask=mask, other=float("-inf"))
+        share = tl.load(share_ptr + offs_t[:, None] * size + offs_s[None, :], mask=mask, other=0.0)
+        places = offs_t[:, None] * stride_tiles + (offs_s // BLOCK)[None, :] * stride_size
+        shift = tl.load(shift_ptr + places, mask=mask, other=0.0)
+        share = tl.where(shift == float("inf"), share, tl.log2(share) + shift)
         new = tl.maximum(top, tl.max(share, 0))
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(share - new[None, :]), 0)
         top = new
@@ -186,21 +201,39 @@ def _merge_lse_kernel(
 
 
 @triton.jit
+def _add_narrow_kernel(
+    x_ptr, high_ptr, low_ptr, size, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Add fp32 ``x`` to a sum of 24 bits, whose high 16 are a bf16, and round to nearest; with ``LAST`` add the sum to ``x``."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    if not FIRST:
+        high = tl.load(high_ptr + offs, mask=mask, other=0).to(tl.int32)
+        low = tl.load(low_ptr + offs, mask=mask, other=0).to(tl.int32)
+        x += ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
+    if LAST:
+        tl.store(x_ptr + offs, x, mask=mask)
+    else:
+        # The NaN of a GPU has all bits set, and one more would make it a number.
+        bits = tl.where(x == x, x.to(tl.int32, bitcast=True) + 0x80, 0x7FC00000)
+        tl.store(high_ptr + offs, (bits >> 16).to(tl.int16), mask=mask)
+        tl.store(low_ptr + offs, ((bits >> 8) & 0xFF).to(tl.uint8), mask=mask)
+
+
+@triton.jit
 def _clip_gradient(
-    x, scale, row, row_positive, lse_m, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr, offs_m, first_n, M, N,
-    smooth_row, smooth_column, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, scale, row, row_positive, lse_m, far_m, lowest, narrow, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr,
+    first_n, N, smooth_row, smooth_column, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits in these columns."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
+    mask_n = offs_n < N
     column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
     lse_n = tl.load(lse_b_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
-    inf = float("inf")
-    lowest = tl.minimum(tl.min(tl.where(mask_m, lse_m, inf)), tl.min(tl.where(mask_n, lse_n, inf)))
-    highest = tl.maximum(tl.max(tl.where(mask_m, lse_m, -inf)), tl.max(tl.where(mask_n, lse_n, -inf)))
-    if highest - lowest < NARROW:
+    if narrow:
         # exp2(s - lse_n) = exp2(s - lse_m) * exp2(lse_m - lowest) * exp2(lowest - lse_n): one exponential for each pair.
-        weight = row[:, None] + tl.exp2(lse_m - lowest)[:, None] * (column * tl.exp2(lowest - lse_n))[None, :]
+        weight = row[:, None] + far_m[:, None] * (column * tl.exp2(lowest - lse_n))[None, :]
         g = tl.exp2(x * scale - lse_m[:, None]) * weight
     else:
         g = row[:, None] * tl.exp2(x * scale - lse_m[:, None]) + column[None, :] * tl.exp2(x * scale - lse_n[None, :])
@@ -256,29 +289,27 @@ def _clip_bwd_kernel(
     start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
     stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
     reach = _reach(start, stop)
-    dscale = 0.0
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    lse_n = tl.load(lse_b_ptr + offs_n, mask=offs_n < N, other=0.0) * LOG2E
+    inf = float("inf")
+    lowest = tl.minimum(tl.min(tl.where(mask_m, lse_m, inf)), tl.min(tl.where(offs_n < N, lse_n, inf)))
+    highest = tl.maximum(tl.max(tl.where(mask_m, lse_m, -inf)), tl.max(tl.where(offs_n < N, lse_n, -inf)))
+    far_m = tl.exp2(lse_m - lowest)
+    dscale = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(4):
         offs_n = first_n + i * PART + tl.arange(0, PART)
         g = _clip_gradient(
-            parts[i], scale, row, row_positive, lse_m, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr,
-            offs_m, first_n + i * PART, M, N, smooth_row, smooth_column, SMOOTH, PART,
+            parts[i], scale, row, row_positive, lse_m, far_m, lowest, highest - lowest < NARROW, start, stop, reach,
+            column_ptr, column_positive_ptr, lse_b_ptr, first_n + i * PART, N, smooth_row, smooth_column, SMOOTH, PART,
         )  # fmt: skip
         if not EVEN:
             g = tl.where(mask_m[:, None] & (offs_n < N)[None, :], g, 0.0)
-        dscale += tl.sum(g * parts[i])
+        dscale += tl.sum(g * parts[i], 1)
         _store_gradient(
             g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
             tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, gain, EVEN,
         )  # fmt: skip
-    tl.store(dscale_ptr + tl.program_id(0), dscale)
-
-
-@triton.jit
-def _softplus(x, e):
-    """``log(1 + exp(x))`` from x to the base 2 and ``e = exp2(-abs(x))``."""
-    # log(1 + e) forgets what 1 + e does, and the e of most pairs is as small.
-    log1p = tl.where(e < 1.0 / 64, e * (1.0 - e * (0.5 - e * (1.0 / 3))), tl.log2(1.0 + e) * LN2)
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2 + log1p
+    tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale))
 
 
 @triton.jit(do_not_specialize=PLACE)
@@ -306,7 +337,8 @@ def _siglip_kernel(
     start = tl.load(start_ptr + offs_m, mask=mask_m, other=0)
     stop = tl.load(stop_ptr + offs_m, mask=mask_m, other=0)
     reach = _reach(start, stop)
-    loss, dscale, dbias = 0.0, 0.0, 0.0
+    loss = tl.zeros([BLOCK_M], tl.float32)
+    dscale, dbias = loss, loss
     for i in tl.static_range(4):
         offs_n = first_n + i * PART + tl.arange(0, PART)
         # Positive where the logit has the wrong sign.
@@ -314,25 +346,30 @@ def _siglip_kernel(
         near = (reach[1] > first_n + i * PART) & (reach[0] < first_n + i * PART + PART)
         if near:
             wrong = tl.where(_belong(start, stop, offs_n), -wrong, wrong)
-        e = tl.exp2(-tl.abs(wrong))
-        here = _softplus(wrong, e)
         if not EVEN:
-            mask = mask_m[:, None] & (offs_n < N)[None, :]
-            here = tl.where(mask, here, 0.0)
-        loss += tl.sum(here)
+            wrong = tl.where(mask_m[:, None] & (offs_n < N)[None, :], wrong, float("-inf"))
+        # The loss is log(1 + exp(wrong)) = max(wrong, 0) + log(1 + e). One logarithm of twenty instructions serves four pairs, and
+        # none those of small e, which are most: 1 + e would forget what they are.
+        e = tl.exp2(-tl.abs(wrong))
+        small = e < 1.0 / 64
+        left, right = _halves(tl.where(small, 1.0, 1.0 + e), BLOCK_M, PART)
+        left, right = _halves(left * right, BLOCK_M, PART // 2)
+        series = tl.where(small, e * (LOG2E - e * (0.5 * LOG2E - e * (LOG2E / 3))), 0.0)
+        loss += tl.sum(tl.maximum(wrong, 0.0, propagate_nan=tl.PropagateNan.ALL) + series, 1)
+        loss += tl.sum(tl.log2(left * right), 1)
         if GRADS:
-            g = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+            # 1 / (1 + e) in one instruction of the special function unit, where a division takes several others.
+            root = tl.rsqrt(1.0 + e)
+            g = tl.where(wrong >= 0, 1.0, e) * (root * root)
             if near:
                 g = tl.where(_belong(start, stop, offs_n), -g, g)
-            if not EVEN:
-                g = tl.where(mask, g, 0.0)
-            dbias += tl.sum(g)
-            dscale += tl.sum(g * parts[i])
+            dbias += tl.sum(g, 1)
+            dscale += tl.sum(g * parts[i], 1)
             _store_gradient(
                 g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
                 tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, 1.0, EVEN,
             )  # fmt: skip
-    tl.store(loss_ptr + tl.program_id(0), loss)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss) * LN2)
     if GRADS:
-        tl.store(dscale_ptr + tl.program_id(0), dscale)
-        tl.store(dbias_ptr + tl.program_id(0), dbias)
+        tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale))
+        tl.store(dbias_ptr + tl.program_id(0), tl.sum(dbias))
