@@ -92,7 +92,13 @@ def scalar(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.
 
 def inverse_norms(x: torch.Tensor) -> torch.Tensor:
     """One over the length of each row, in the dtype of the mathematics."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=compute_dtype(x)).clamp_min(EPS).reciprocal()
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=1, dtype=compute_dtype(x))
+    return norms.clamp_min(EPS).reciprocal()
+
+
+# Their names from torch 2.13 on, where the others warn.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 class Group:
@@ -104,13 +110,13 @@ class Group:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, in order."""
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        _all_gather(out, x.contiguous(), group=self.group)
         return out
 
     def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of this rank's rows."""
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x, group=self.group)
+        _reduce_scatter(out, x, group=self.group)
         return out
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:

@@ -312,6 +312,11 @@ def _clip_bwd_kernel(
     tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale))
 
 
+@triton.jit
+def _multiply(x, y):
+    return x * y
+
+
 @triton.jit(do_not_specialize=PLACE)
 def _siglip_kernel(
     a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, bias_ptr, start_ptr, stop_ptr,
@@ -348,15 +353,13 @@ def _siglip_kernel(
             wrong = tl.where(_belong(start, stop, offs_n), -wrong, wrong)
         if not EVEN:
             wrong = tl.where(mask_m[:, None] & (offs_n < N)[None, :], wrong, float("-inf"))
-        # The loss is log(1 + exp(wrong)) = max(wrong, 0) + log(1 + e). One logarithm of twenty instructions serves four pairs, and
-        # none those of small e, which are most: 1 + e would forget what they are.
+        # The loss is log(1 + exp(wrong)) = max(wrong, 0) + log(1 + e). A logarithm takes twenty instructions: one serves a row of
+        # the part, and none the pairs of small e, which are most, as 1 + e would forget what they are.
         e = tl.exp2(-tl.abs(wrong))
         small = e < 1.0 / 64
-        left, right = _halves(tl.where(small, 1.0, 1.0 + e), BLOCK_M, PART)
-        left, right = _halves(left * right, BLOCK_M, PART // 2)
         series = tl.where(small, e * (LOG2E - e * (0.5 * LOG2E - e * (LOG2E / 3))), 0.0)
         loss += tl.sum(tl.maximum(wrong, 0.0, propagate_nan=tl.PropagateNan.ALL) + series, 1)
-        loss += tl.sum(tl.log2(left * right), 1)
+        loss += tl.log2(tl.reduce(tl.where(small, 1.0, 1.0 + e), 1, _multiply))
         if GRADS:
             # 1 / (1 + e) in one instruction of the special function unit, where a division takes several others.
             root = tl.rsqrt(1.0 + e)
