@@ -171,7 +171,7 @@ def test_gradcheck(normalize: bool, targets: str, backend: str, device: torch.de
 def test_extreme_logits(loss: Loss, backend: str, device: torch.device) -> None:
     """A scale of 100, which no exponential may overflow; and rows so far apart that no exponential serves both directions."""
     a, b = (F.normalize(torch.randn(40, 24, device=device)) for _ in range(2))
-    b = F.normalize(b + a)
+    b = F.normalize(b + a / 2)
     size = torch.logspace(-1, 1, 40, device=device)[:, None]
     for image, text in ((a, b), (a * size, b)):
         leaves = [x.bfloat16().requires_grad_() for x in (image, text)]
@@ -194,7 +194,8 @@ def test_ties_and_single_rows(loss: Loss, backend: str, device: torch.device) ->
         check(loss, one, backend)
     else:
         value = loss(*one, backend=backend)
-        assert value == 0 and not any(x.any() for x in torch.autograd.grad(value, one))
+        gradients = torch.autograd.grad(value, one)
+        assert value == 0 and all(compare(x, torch.zeros_like(x), "gemm", terms=12.0) for x in gradients)
 
 
 @pytest.mark.backends(*OPS)
@@ -210,7 +211,8 @@ def test_strides(backend: str, device: torch.device) -> None:
                 (y if dtype != torch.float32 else z).detach().requires_grad_() for y, z in zip(leaves, (x, text), strict=True)
             ]
             check(siglip_loss, [*leaves, *numbers(siglip_loss, device)], backend)
-            check(clip_loss, [*leaves, torch.full((1,), 2.5, device=device).bfloat16().requires_grad_()], backend)
+            if text.stride(0):  # equal texts, of which the gradients cancel, are for other tests
+                check(clip_loss, [*leaves, torch.full((1,), 2.5, device=device).bfloat16().requires_grad_()], backend)
             assert clip_loss(*leaves, 2.5, backend=backend) == clip_loss(
                 *leaves, torch.tensor([2.5], device=device), backend=backend
             )
@@ -259,7 +261,7 @@ def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> No
     again = [torch.autograd.grad(value, leaves[0], retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*again)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(value, leaves[0], create_graph=True)[0].sum().backward()
+        torch.autograd.grad(value.square(), leaves[0], create_graph=True)[0].sum().backward()
 
 
 @pytest.mark.backends(*OPS)
@@ -361,3 +363,59 @@ def test_refusals(device: torch.device) -> None:
         clip_loss(image, text, 1.0, label_smoothing=1.5)
     with pytest.raises(ValueError, match="logit_bias: got torch.float32"):
         siglip_loss(image, text, 1.0, torch.ones(2, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_two_runs_give_the_same_bits(loss: Loss, device: torch.device) -> None:
+    """Triton and cuBLAS, over several panels with rests."""
+    leaves = [*features(1100, 1900, 512, torch.bfloat16, device), *numbers(loss, device)]
+    index = several_captions(1100, 1900, device)
+    results = []
+    for _ in range(3):
+        value = loss(*leaves, targets=index, backend="triton")
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_memory(loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside inputs and results, less than 3 % of what the logits alone would take in bf16, at 4 GiB of those."""
+    triton = importlib.import_module("vlmkernels.backends.triton.contrastive")
+    monkeypatch.setattr(triton, "PANEL", 4096)
+    monkeypatch.setattr(triton, "STRIP", 4096)
+    rows = 46336
+    leaves = [*features(rows, rows, 256, torch.bfloat16, device), *numbers(loss, device)]
+    loss(*(x[:512] if x.dim() else x for x in leaves), backend="triton").backward()  # what cuBLAS allocates once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = torch.autograd.grad(loss(*leaves, backend="triton"), leaves)
+    results = sum(x.numel() * x.element_size() for x in gradients)
+    assert torch.cuda.max_memory_allocated() - before - results < 0.03 * 2 * rows**2
+
+
+@pytest.mark.gpu
+@pytest.mark.backends(*OPS)
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_graph_capture(loss: Loss, backend: str, device: torch.device) -> None:
+    leaves = [*features(300, 300, 64, torch.bfloat16, device), *numbers(loss, device)]
+
+    def step() -> list[torch.Tensor]:
+        value = loss(*leaves, backend=backend)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves[:3]:
+            x.mul_(torch.rand_like(x) + 0.5)
+    graph.replay()
+    for x, y in zip(captured, step(), strict=True):
+        assert compare(x, y, "exact")

@@ -96,7 +96,7 @@ def clip_loss_bwd(
     wide_b: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     unit_b = _unit(b, inverse_b)
-    da, db, dscale = a.new_empty(a.shape), torch.zeros_like(unit_b), torch.zeros_like(row)
+    da, db, dscale = a.new_empty(a.shape), unit_b.new_zeros(b.shape), torch.zeros_like(row)
     factor = (dloss * scale).to(unit_b.dtype)
     for rows, unit_a, products, belong in _chunks(a, unit_b, start, stop, inverse_a):
         logits = products * scale

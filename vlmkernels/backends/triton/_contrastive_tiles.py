@@ -12,8 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # How far apart the log-sum-exps of a tile may be for one exponential to serve rows and columns: 2**60 times 2**-60 is exact.
 NARROW = tl.constexpr(60.0)
-# A tile's largest exponential is 2**40, so that what is 2**-130 of it still counts. A sum below 2**-90 may have lost terms.
-LARGEST = tl.constexpr(40.0)
+# A sum of exponentials below this, where the largest of the tile is 1, may have lost terms: nothing below 2**-126 is there.
 SMALLEST = tl.constexpr(2.0**-90)
 # Arguments that say where a launch is: whether 16 divides them shall not make another kernel.
 PLACE = ["first_row", "rows", "first_column", "columns", "M", "N"]
@@ -141,7 +140,7 @@ def _clip_fwd_kernel(
     lse_a_ptr += tile_n.to(tl.int64) * rows + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     lse_b_ptr += tile_m.to(tl.int64) * N + first_n
     local_n = tl.arange(0, PART)
-    shift = tl.max(tl.max(s, 1)) - LARGEST
+    shift = tl.max(tl.max(s, 1))
     total = tl.zeros([BLOCK_M], tl.float32)
     least = tl.full([PART], 1.0, tl.float32)
     for i in tl.static_range(4):
