@@ -222,31 +222,32 @@ def _add_narrow_kernel(
 
 @triton.jit
 def _clip_gradient(
-    x, scale, row, row_positive, lse_m, far_m, lowest, narrow, start, stop, reach, column_ptr, column_positive_ptr, lse_b_ptr,
-    first_n, N, smooth_row, smooth_column, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, scale, lse_m, far_m, lowest, narrow, start, stop, reach, row, row_positive, column_ptr, column_positive_ptr, lse_b_ptr,
+    first_n, N, smooth_row, smooth_column, gain, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits in these columns."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
     lse_n = tl.load(lse_b_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
+    g = tl.exp2(x * scale - lse_m[:, None])
     if narrow:
         # exp2(s - lse_n) = exp2(s - lse_m) * exp2(lse_m - lowest) * exp2(lowest - lse_n): one exponential for each pair.
-        weight = row[:, None] + far_m[:, None] * (column * tl.exp2(lowest - lse_n))[None, :]
-        g = tl.exp2(x * scale - lse_m[:, None]) * weight
+        g *= 1.0 + far_m[:, None] * tl.exp2(lowest - lse_n)[None, :]
     else:
-        g = row[:, None] * tl.exp2(x * scale - lse_m[:, None]) + column[None, :] * tl.exp2(x * scale - lse_n[None, :])
+        g += tl.exp2(x * scale - lse_n[None, :])
     if (reach[1] > first_n) & (reach[0] < first_n + BLOCK_N):
         column_positive = tl.load(column_positive_ptr + offs_n, mask=mask_n, other=0.0)
-        g -= tl.where(_belong(start, stop, offs_n), row_positive[:, None] + column_positive[None, :], 0.0)
+        share = gain * (row_positive[:, None] + column_positive[None, :])
+        g -= tl.where(_belong(start, stop, offs_n), share, 0.0)
     if SMOOTH:
-        g -= smooth_row * row[:, None] + smooth_column * column[None, :]
+        column = tl.load(column_ptr + offs_n, mask=mask_n, other=0.0)
+        g -= gain * (smooth_row * row[:, None] + smooth_column * column[None, :])
     return g
 
 
 @triton.jit
 def _store_gradient(
-    g, inverse_a_ptr, inverse_b_ptr, g_ptr, local_m, local_n, offs_m, offs_n, M, N, stride_gm, gain, EVEN: tl.constexpr
+    g, inverse_a_ptr, inverse_b_ptr, g_ptr, local_m, local_n, offs_m, offs_n, M, N, stride_gm, EVEN: tl.constexpr
 ):  # fmt: skip
     mask_m, mask_n = offs_m < M, offs_n < N
     if inverse_a_ptr is not None:
@@ -254,7 +255,7 @@ def _store_gradient(
         g *= tl.load(inverse_b_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     # A panel has less than 2**31 elements.
     ptrs = g_ptr + (local_m[:, None] * stride_gm + local_n[None, :])
-    g = (g * gain).to(g_ptr.dtype.element_ty)
+    g = g.to(g_ptr.dtype.element_ty)
     if EVEN:
         tl.store(ptrs, g)
     else:
@@ -269,7 +270,11 @@ def _clip_bwd_kernel(
     D: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``gain`` times the gradient of the logits of a panel, times the inverse norms, and shares of that of the scale."""
+    """``gain`` times the gradient of the logits of a panel, times the inverse norms, and shares of that of the scale.
+
+    The log-sum-exps come less the logarithms of ``gain`` times the weights of rows and columns, so that each probability is
+    weighted by its exponential.
+    """
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -298,15 +303,15 @@ def _clip_bwd_kernel(
     for i in tl.static_range(4):
         offs_n = first_n + i * PART + tl.arange(0, PART)
         g = _clip_gradient(
-            parts[i], scale, row, row_positive, lse_m, far_m, lowest, highest - lowest < NARROW, start, stop, reach,
-            column_ptr, column_positive_ptr, lse_b_ptr, first_n + i * PART, N, smooth_row, smooth_column, SMOOTH, PART,
+            parts[i], scale, lse_m, far_m, lowest, highest - lowest < NARROW, start, stop, reach, row, row_positive,
+            column_ptr, column_positive_ptr, lse_b_ptr, first_n + i * PART, N, smooth_row, smooth_column, gain, SMOOTH, PART,
         )  # fmt: skip
         if not EVEN:
             g = tl.where(mask_m[:, None] & (offs_n < N)[None, :], g, 0.0)
         dscale += tl.sum(g * parts[i], 1)
         _store_gradient(
             g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
-            tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, gain, EVEN,
+            tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, EVEN,
         )  # fmt: skip
     tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale))
 
@@ -369,7 +374,7 @@ def _siglip_kernel(
             dscale += tl.sum(g * parts[i], 1)
             _store_gradient(
                 g, inverse_a_ptr, inverse_b_ptr, g_ptr, tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
-                tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, 1.0, EVEN,
+                tile_n * BLOCK_N + i * PART + tl.arange(0, PART), offs_m, offs_n, M, N, stride_gm, EVEN,
             )  # fmt: skip
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss) * LN2)
     if GRADS:

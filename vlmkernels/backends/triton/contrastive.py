@@ -308,6 +308,7 @@ def clip_loss_bwd(
     gain = 2.0 * len(a)
     factor = dloss.float() * scale.float() * (1.0 / gain)
     out = _Gradients(tiles, (a.dtype, torch.float32 if wide_b else b.dtype), factor)
+    lse_a, lse_b = (lse - torch.log(weight * gain) for lse, weight in ((lse_a, row), (lse_b, column)))
     vectors = (scale, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
     dscale = _partial(row, out.panels, out.programs)
     rest = (out.panel.stride(0), smooth_row, smooth_column, gain)
@@ -315,7 +316,7 @@ def clip_loss_bwd(
         place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
         tensors = (*vectors, out.panel, dscale[i])
         tiles.launch(_clip_bwd_kernel, place[1], place[3], tensors, place, rest, SMOOTH=smooth_row != 0)
-    return out.da, out.db, dloss.float() * _total(dscale)
+    return out.da, out.db, dloss.float() * _total(dscale) / gain
 
 
 def siglip_loss_fwd(
