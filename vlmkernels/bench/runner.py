@@ -236,7 +236,8 @@ def extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     torch.cuda.synchronize(device)
     tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
     results = sum(x.numel() * x.element_size() for x in tensors)
-    return max(0, torch.cuda.max_memory_allocated(device) - before - results)
+    extra: int = torch.cuda.max_memory_allocated(device) - before - results
+    return max(0, extra)
 
 
 def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.device, options: Options) -> dict[str, Timing]:

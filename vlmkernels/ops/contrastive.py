@@ -203,7 +203,11 @@ def _siglip_forward(
 
 
 class _SigLipLoss(torch.autograd.Function):
-    """The forward pass leaves the gradients for a loss whose own gradient is 1."""
+    """The forward pass leaves the gradients for a loss whose own gradient is 1.
+
+    The first backward pass multiplies them where they are and gives them away, so that they are never there twice. Another one
+    over the same graph has them computed again.
+    """
 
     @staticmethod
     def forward(
@@ -220,25 +224,44 @@ class _SigLipLoss(torch.autograd.Function):
         gather_with_grad: bool,
         backend: str,
     ) -> torch.Tensor:
-        p = Pairs(a, b, start, stop, images)
-        loss, da, db, dnumbers = _siglip_forward(p, scale, bias, normalize, shared, True, backend)
-        if shared is not None:
-            da, db, dnumbers = _shared_gradients(shared, da, db, dnumbers, gather_with_grad)
-        ctx.save_for_backward(da, db, dnumbers)
+        ctx.images, ctx.options, ctx.gather_with_grad = images, (normalize, shared, True, backend), gather_with_grad
         ctx.dtypes = a.dtype, scale.dtype, bias.dtype
+        loss, *gradients = _siglip_forward(Pairs(a, b, start, stop, images), scale, bias, *ctx.options)
+        gradients = _siglip_shares(gradients, shared, gather_with_grad)
+        if torch.compiler.is_compiling():  # which plans the memory itself
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(a, b, scale, bias, start, stop)
+            ctx.gradients = gradients
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        da, db, dnumbers = ctx.saved_tensors
+        gradients = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                a, b, scale, bias, start, stop = ctx.saved_tensors
+                _, *gradients = _siglip_forward(Pairs(a, b, start, stop, ctx.images), scale, bias, *ctx.options)
+                gradients = _siglip_shares(gradients, ctx.options[1], ctx.gather_with_grad)
+        da, db, dnumbers = gradients
         dtype, *number_dtypes = ctx.dtypes
-        # A tensor without dimensions would be rounded to the dtype of the other before the product, and without out the product
-        # would be there in fp32 too.
+        # A tensor without dimensions would be rounded to the dtype of the other before the product.
         factor = dloss.reshape(1, 1)
         dscale, dbias = (dloss * dnumbers).unbind()
-        features = (torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)) for x in (da, db))
+        if torch.compiler.is_compiling():
+            features = [(x * factor).to(dtype) for x in (da, db)]
+        else:
+            features = [x.mul_(factor).to(dtype) for x in (da, db)]
         return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
+
+
+def _siglip_shares(gradients: list[torch.Tensor], shared: Group | None, gather_with_grad: bool) -> list[torch.Tensor]:
+    if shared is None:
+        return gradients
+    da, db, dnumbers = gradients
+    return list(_shared_gradients(shared, da, db, dnumbers, gather_with_grad))
 
 
 def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
