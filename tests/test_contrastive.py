@@ -24,9 +24,9 @@ def several_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small inputs shall have more than one panel, strip and chunk."""
     if "triton" in runnable(*OPS):
         triton = importlib.import_module("vlmkernels.backends.triton.contrastive")
-        monkeypatch.setattr(triton, "PANEL", 256 if ON_GPU else 64)
-        monkeypatch.setattr(triton, "STRIP", 256 if ON_GPU else 64)
-    monkeypatch.setattr(importlib.import_module("vlmkernels.backends.torch.contrastive"), "LOGITS", 5000)
+        monkeypatch.setattr(triton, "PANEL", 256 if ON_GPU else 32)
+        monkeypatch.setattr(triton, "STRIP", 256 if ON_GPU else 32)
+    monkeypatch.setattr(importlib.import_module("vlmkernels.backends.torch.contrastive"), "LOGITS", 1000)
     yield
 
 
@@ -107,11 +107,11 @@ def runs(images: int, texts: int, device: torch.device) -> KeyRanges:
 
 # images, texts, D, kind of targets, options
 CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
-    "square": (100, 100, 40, "", {}),
-    "captions": (40, 70, 24, "index", {}),
-    "runs-smoothing": (50, 60, 33, "ranges", {"label_smoothing": 0.1}),
-    "smoothing": (33, 33, 64, "", {"label_smoothing": 0.2}),
-    "normalize": (64, 64, 32, "", {"normalize": True}),
+    "square": (50, 50, 40, "", {}),
+    "captions": (30, 50, 24, "index", {}),
+    "runs-smoothing": (28, 31, 33, "ranges", {"label_smoothing": 0.1}),
+    "smoothing": (20, 20, 64, "", {"label_smoothing": 0.2}),
+    "normalize": (32, 32, 32, "", {"normalize": True}),
 }
 if ON_GPU:
     CASES |= {
@@ -131,7 +131,8 @@ def case(name: str, device: torch.device) -> tuple[int, int, int, Any, dict[str,
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, dtype) for name in CASES for dtype in (torch.float32, torch.bfloat16)]
+    [(name, torch.float32) for name in CASES]
+    + [(name, torch.bfloat16) for name in CASES if name not in ("smoothing", "runs-smoothing")]
     + [(name, torch.float16) for name in ("square", "normalize")],
     ids=str,
 )
@@ -170,9 +171,9 @@ def test_gradcheck(normalize: bool, targets: str, backend: str, device: torch.de
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_extreme_logits(loss: Loss, backend: str, device: torch.device) -> None:
     """A scale of 100, which no exponential may overflow; and rows so far apart that no exponential serves both directions."""
-    a, b = (F.normalize(torch.randn(40, 24, device=device)) for _ in range(2))
+    a, b = (F.normalize(torch.randn(32, 24, device=device)) for _ in range(2))
     b = F.normalize(b + a / 2)
-    size = torch.logspace(-1, 1, 40, device=device)[:, None]
+    size = torch.logspace(-1, 1, 32, device=device)[:, None]
     for image, text in ((a, b), (a * size, b)):
         leaves = [x.bfloat16().requires_grad_() for x in (image, text)]
         # Where few answers are left the gradient is what is left of their probabilities, each rounded to bf16.
@@ -182,12 +183,12 @@ def test_extreme_logits(loss: Loss, backend: str, device: torch.device) -> None:
 @pytest.mark.backends(*OPS)
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_ties_and_single_rows(loss: Loss, backend: str, device: torch.device) -> None:
-    image, text = features(40, 40, 16, torch.float32, device)
-    twice = text.detach()[torch.arange(40, device=device) // 2].requires_grad_()
+    image, text = features(30, 30, 16, torch.float32, device)
+    twice = text.detach()[torch.arange(30, device=device) // 2].requires_grad_()
     check(loss, [image, twice, *numbers(loss, device)], backend)
-    same = torch.ones(40, 16, device=device, requires_grad=True)
+    same = torch.ones(30, 16, device=device, requires_grad=True)
     value = loss(same, text * 0, *numbers(loss, device), backend=backend)
-    wanted = torch.tensor(40.0).log() if loss is clip_loss else exact(loss, [same, text * 0, *numbers(loss, device)])[0][0]
+    wanted = torch.tensor(30.0).log() if loss is clip_loss else exact(loss, [same, text * 0, *numbers(loss, device)])[0][0]
     assert compare(value, wanted.double(), "gemm")
     one = [*features(1, 1, 16, torch.float32, device), *numbers(loss, device)]
     if loss is siglip_loss:
@@ -204,24 +205,20 @@ def test_strides(backend: str, device: torch.device) -> None:
     table = torch.randn(24 * 30 + 1, device=device) / 5
     wide = table[1:].view(30, 24)
     images = wide[:, ::2], table[: 12 * 30].view(12, 30).T, wide[:, 3:15]
-    for dtype in (torch.float32, torch.bfloat16):
-        for x, text in zip(images, (images[1], images[2], wide[:1, 1:13].expand(30, 12)), strict=True):
-            leaves = [y.to(dtype) for y in (x, text)]
-            leaves = [
-                (y if dtype != torch.float32 else z).detach().requires_grad_() for y, z in zip(leaves, (x, text), strict=True)
-            ]
-            check(siglip_loss, [*leaves, *numbers(siglip_loss, device)], backend)
-            if text.stride(0):  # equal texts, of which the gradients cancel, are for other tests
-                check(clip_loss, [*leaves, torch.full((1,), 2.5, device=device).bfloat16().requires_grad_()], backend)
-            assert clip_loss(*leaves, 2.5, backend=backend) == clip_loss(
-                *leaves, torch.tensor([2.5], device=device), backend=backend
-            )
+    texts = images[1], images[2], wide[:1, 1:13].expand(30, 12)
+    for x, text, dtype in zip(images, texts, (torch.float32, torch.bfloat16, torch.float32), strict=True):
+        leaves = [y.detach() if dtype == torch.float32 else y.to(dtype) for y in (x, text)]
+        leaves = [y.requires_grad_() for y in leaves]
+        check(siglip_loss, [*leaves, *numbers(siglip_loss, device)], backend)
+        if text.stride(0):  # equal texts, of which the gradients cancel, are for other tests
+            check(clip_loss, [*leaves, torch.full((1,), 2.5, device=device).bfloat16().requires_grad_()], backend)
+        assert clip_loss(*leaves, 2.5, backend=backend) == clip_loss(*leaves, torch.tensor([2.5], device=device), backend=backend)
 
 
 @pytest.mark.backends(*OPS)
 def test_nan_stays_in_its_rows(backend: str, device: torch.device) -> None:
     """Where every pair is by itself. A softmax takes it to all."""
-    leaves = [*features(70, 70, 16, torch.float32, device), *numbers(siglip_loss, device)]
+    leaves = [*features(40, 40, 16, torch.float32, device), *numbers(siglip_loss, device)]
     with torch.no_grad():
         leaves[0][5, 3] = float("nan")
     value = siglip_loss(*leaves, backend=backend)
@@ -267,9 +264,9 @@ def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> No
 @pytest.mark.backends(*OPS)
 def test_gradients_that_ranks_add_up_are_wide(backend: str, device: torch.device) -> None:
     """What a rank computes for the others' texts: fp32 whatever the features, of more columns than rows."""
-    a, b = (x.detach() for x in features(40, 80, 16, torch.bfloat16, device))
-    row, column = torch.rand(40, device=device), torch.rand(80, device=device)
-    start = torch.arange(40, dtype=torch.int32, device=device) + 40
+    a, b = (x.detach() for x in features(24, 48, 16, torch.bfloat16, device))
+    row, column = torch.rand(24, device=device), torch.rand(48, device=device)
+    start = torch.arange(24, dtype=torch.int32, device=device) + 24
     scale = torch.tensor(9.0, device=device)
     vectors = (start, start + 1, row, row, column, column, None, None)
     ops = torch.ops.vlmkernels
@@ -292,12 +289,11 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     scale, row, column = torch.tensor(2.0, device=device), torch.rand(6, device=device), torch.rand(9, device=device)
     start = torch.arange(6, dtype=torch.int32, device=device)
     ops = torch.ops.vlmkernels
-    for norms in ((None, None), (row, column)):
-        vectors = (start, start + 1, row, row, column, column, *norms)
-        opcheck(ops.clip_loss_fwd, (a, b, scale, *vectors, 0.1, 0.1, backend))
-        opcheck(ops.clip_loss_bwd, (scale, a, b, scale, *vectors, row, column, 0.1, 0.1, norms[0] is None, backend))
-        for grads in (False, True):
-            opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, *norms, 0.1, grads, False, backend))
+    vectors = (start, start + 1, row, row, column, column)
+    opcheck(ops.clip_loss_fwd, (a, b, scale, *vectors, None, None, 0.1, 0.1, backend))
+    opcheck(ops.clip_loss_bwd, (scale, a, b, scale, *vectors, row, column, row, column, 0.1, 0.1, True, backend))
+    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, None, None, 0.1, False, False, backend))
+    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, row, column, 0.1, True, False, backend))
 
 
 @pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))

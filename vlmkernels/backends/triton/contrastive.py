@@ -45,7 +45,7 @@ TMA_CONFIG = Config(128, 128, 64, 8, 3)
 CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
 # Products of fp32 without tensor cores.
 FP32_CONFIG = Config(64, 64, 32, 8, 2)
-INTERPRETER_CONFIG = Config(64, 64, 64, 4, 1)
+INTERPRETER_CONFIG = Config(32, 32, 64, 4, 1)
 #: Row blocks that go through all columns together.
 GROUP = 8
 
