@@ -109,14 +109,16 @@ def cells(row: Row, ours: Row) -> tuple[str, ...]:
 def print_table(report: Report, console: Any) -> None:
     """The table on a rich console."""
     table = need("rich.table").Table(title=report.environment["device"])
-    for name in COLUMNS[1:]:
+    # The last column is of GPUs alone, and the others need the width.
+    columns = COLUMNS[1:] if any(row.extra_bytes is not None for row in report.rows) else COLUMNS[1:-1]
+    for name in columns:
         table.add_column(name, justify="left" if name == "provider" else "right", overflow="fold")
     markup = need("rich.markup").escape
     for group in report.groups():
         lost = group[0].status != "ok" or _standing(group) < 1
         table.add_row(markup(_title(group[0])), style="bold red" if lost else "bold green")
         for row in group:
-            line = [markup(cell) for cell in cells(row, group[0])[1:]]
+            line = [markup(cell) for cell in cells(row, group[0])[1 : 1 + len(columns)]]
             table.add_row(*line, style="bold" if row is group[0] else None, end_section=row is group[-1])
     console.print(table)
     c = report.ceilings

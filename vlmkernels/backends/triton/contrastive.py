@@ -357,7 +357,7 @@ def aot_cases() -> list[AotCase]:
         vectors = (a, b, scale, start, start, row, row, column, column, *inverse)
         clip_loss_fwd(*vectors, smooth, smooth)
         clip_loss_bwd(scale, *vectors, row, column, smooth, smooth, False)
-        for grads in (False, True):
+        for grads in (True,) if norms else (False, True):
             siglip_loss_fwd(a, b, scale, scale, start, start, *inverse, 1.0, grads, False)
 
     wide = (
@@ -369,7 +369,6 @@ def aot_cases() -> list[AotCase]:
     for rows, columns, dim, dtype, norms, smooth, allowed in (
         (12288, 4096, 768, torch.bfloat16, False, 0.0, ()),
         (1000, 3000, 520, torch.bfloat16, True, 0.1, wide),
-        (1024, 1024, 512, torch.float16, False, 0.1, ()),
         (1000, 1000, 72, torch.float32, True, 0.1, small),
     ):
         name = f"{rows}x{columns} D{dim} {str(dtype)[6:]} norms={norms} smoothing={smooth}"
