@@ -66,11 +66,13 @@ def check(got: Results, wanted: tuple[Results, Results]) -> None:
     exact, own = wanted
     assert set(got) == set(exact)
     for name, value in got.items():
-        # The exact gradient of a bias of the keys is 0: a softmax does not see a shift of all logits of a row.
+        # The exact gradient of a bias of the keys is 0: a softmax does not see a shift of all logits of a row. What is there is
+        # rounding, ours and the original's each up to 5 times the other's by chance (36 of a Q-Former with random weights).
         no_gradient = re.search(r"(k_proj|key|k_layer_norm)\.bias$", name)
+        factor = 16 if no_gradient else 2
         terms = exact[name.replace("bias", "weight")].abs().max().item() if no_gradient else 0.0
         result = compare(value, exact[name], "model", terms=terms)
-        assert result or result.error <= 2 * compare(own[name], exact[name], "model").error, f"{name}: {result}"
+        assert result or result.error <= factor * compare(own[name], exact[name], "model").error, f"{name}: {result}"
 
 
 def originals(case: Case) -> tuple[Results, Results]:

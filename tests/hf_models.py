@@ -96,7 +96,7 @@ def blip() -> Case:
 def git() -> Case:
     model = hf.GitModel(hf.GitConfig(**TEXT, **NO_DROPOUT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(2, 7), "pixel_values": pixels()}
-    return Case(model, inputs, ("last_hidden_state",), {"GitVisionEmbeddings": 1, "GitVisionAttention": 2})
+    return Case(model, inputs, ("last_hidden_state",), {"GitVisionEmbeddings": 1, "GitVisionAttention": 2, "GitSelfAttention": 2})
 
 
 def kosmos2() -> Case:
@@ -127,26 +127,29 @@ def idefics() -> Case:
     return Case(hf.IdeficsModel(config), inputs, ("last_hidden_state",), replaced)
 
 
-def _qwen(model: nn.Module, width: int, layer: str) -> Case:
+def _qwen(model: nn.Module, width: int, layer: str, attention: str) -> Case:
     inputs = {"hidden_states": torch.randn(24, width), "grid_thw": torch.tensor([[1, 4, 4], [2, 2, 2]])}
-    return Case(model, inputs, ("last_hidden_state",), {layer: 1})
+    return Case(model, inputs, ("last_hidden_state",), {layer: 1, attention: 2})
 
 
 def qwen2_vl() -> Case:
     config = hf.Qwen2VLConfig(vision_config={"embed_dim": 64, "hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4})
-    return _qwen(Qwen2VisionTransformerPretrainedModel(config.vision_config), 3 * 2 * 16, "PatchEmbed")
+    return _qwen(Qwen2VisionTransformerPretrainedModel(config.vision_config), 3 * 2 * 16, "PatchEmbed", "VisionAttention")
 
 
 def qwen2_5_vl() -> Case:
     vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 96}
     config = hf.Qwen2_5_VLConfig(vision_config={**vision, "window_size": 16})
-    return _qwen(Qwen2_5_VisionTransformerPretrainedModel(config.vision_config), 3 * 2 * 16, "Qwen2_5_VisionPatchEmbed")
+    tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
+    case = _qwen(tower, 3 * 2 * 16, "Qwen2_5_VisionPatchEmbed", "Qwen2_5_VLVisionAttention")
+    case.replaced["Qwen2_5_VLRMSNorm"] = 5
+    return case
 
 
 def qwen3_vl() -> Case:
     vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 96}
     config = hf.Qwen3VLConfig(vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]})
-    return _qwen(Qwen3VLVisionModel(config.vision_config), 3 * 2 * 16, "Qwen3VLVisionPatchEmbed")
+    return _qwen(Qwen3VLVisionModel(config.vision_config), 3 * 2 * 16, "Qwen3VLVisionPatchEmbed", "Qwen3VLVisionAttention")
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -209,6 +209,21 @@ def test_peer_that_cannot_run_says_why() -> None:
     }
 
 
+def test_the_fastest_of_our_forms_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that is wrong is as bad as ours being wrong, and is not timed."""
+    right, wrong = lambda: lambda: torch.ones(3), lambda: lambda: torch.full((3,), 2.0)
+    forms = {OURS: 4.0, f"{OURS} compiled": 2.0, "peer": 6.0}
+    monkeypatch.setattr(runner, "_times", lambda rows, calls, *_: {name: timing.Timing(forms[name], 0, 0, 5) for name in calls})
+    peers = (Provider("peer", right),)
+    for form, speedup, failed in ((right, 3.0, []), (wrong, 1.5, [f"{OURS} compiled"])):
+        case = dataclasses.replace(_case(peers), also=(Provider(f"{OURS} compiled", form, compiled=True),))
+        rows = one(lambda device, case=case: case)  # type: ignore[misc]
+        assert [row.provider for row in rows] == [OURS, f"{OURS} compiled", "peer"]
+        assert (rows[0].speedup, rows[0].best_peer) == (speedup, "peer")
+        found = report.Report("now", 0.0, {"device": "d"}, CEILINGS, rows, [])
+        assert [row.provider for row in found.failed] == failed
+
+
 def test_workload_that_cannot_be_built_fails_the_run() -> None:
     def build(device: torch.device) -> Case:
         raise RuntimeError("no memory")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masks behind attn_implementation="vlmkernels": which ranges, and what is refused, read and allocated."""
+"""The masks behind attn_implementation="vlmkernels": which ranges, and what is refused, dense, read and allocated."""
 
 import copy
 import pickle
@@ -101,31 +101,42 @@ def test_none_only_where_nothing_is_masked() -> None:
 GAP = torch.tensor([[1] * S, [1] * 4 + [0] * 3 + [1] * (S - 7)])
 
 
-def test_padding_with_a_gap_is_refused() -> None:
-    with pytest.raises(ValueError, match="attention_mask: got keys with a hole for batch 1, query 0, wanted one run of keys"):
-        run(llama(), input_ids=IDS, attention_mask=GAP)
+def dense_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """A mask that did not become ranges, or None."""
+    mask = ours.ranges_mask(*args, **kwargs)
+    if isinstance(mask, RangesMask):
+        return None
+    assert torch.equal(mask, sdpa_mask(*args, **kwargs, allow_is_causal_skip=False))
+    return mask
+
+
+def test_padding_with_a_gap_goes_to_sdpa() -> None:
+    model = llama()
+    got = run(model, input_ids=IDS, attention_mask=GAP)[0]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, attention_mask=GAP)[0]
+    assert compare(got[GAP.bool()], wanted[GAP.bool()], "model")
     sizes = {"batch_size": 2, "q_length": S, "kv_length": S, "attention_mask": GAP.bool()}
-    with pytest.raises(ValueError, match="hole for batch 1, query 7"):
-        ours.ranges_mask(**sizes, mask_function=sliding_window_causal_mask_function(5))
+    assert dense_mask(**sizes) is not None
+    assert dense_mask(**sizes, mask_function=sliding_window_causal_mask_function(5)) is not None
     # Real queries no window of which spans the gap.
     mask = ours.ranges_mask(**sizes, mask_function=sliding_window_causal_mask_function(3))
     assert torch.equal(mask.dense(), sdpa_mask(**sizes, mask_function=sliding_window_causal_mask_function(3)))
 
 
 @pytest.mark.parametrize("block", [1 << 22, 50], ids=["one block", "two rows"])
-def test_a_mask_with_a_hole_is_refused(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_with_a_hole_is_dense(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "BLOCK", block)
 
     def function(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) & ~((batch == 1) & (q >= 6) & (k == 3))
 
-    with pytest.raises(ValueError, match="hole for batch 1, query 6"):
-        ours.ranges_mask(2, S, S, mask_function=function)
+    assert dense_mask(2, S, S, mask_function=function) is not None
     # A query that is padding itself may have one, as nobody reads it.
     seen = torch.tensor([[True] * S, [True] * 6 + [False] * 6])
-    assert ours.ranges_mask(2, S, S, mask_function=function, attention_mask=seen) is not None
-    with pytest.raises(ValueError, match="hole for batch 1, query 6"):
-        ours.ranges_mask(2, S, S, mask_function=function, attention_mask=NONE.bool())
+    assert dense_mask(2, S, S, mask_function=function, attention_mask=seen) is None
+    assert dense_mask(2, S, S, mask_function=function, attention_mask=NONE.bool()) is not None
 
 
 def run(model: Any, **inputs: Any) -> Any:
@@ -239,9 +250,9 @@ def test_masks_without_ranges_go_to_sdpa() -> None:
         assert compare(attend(q, k, v, mask), wanted, "gemm")
     reason = ours._ranges_of(hole, q, k)
     assert reason == "its mask has a hole for batch 1, query 5"
-    with pytest.raises(ValueError, match="a hole for batch 1, query 5, wanted neither with cu_seq_lens or softcap"):
+    with pytest.raises(ValueError, match="a hole for batch 1, query 5, wanted none of them with cu_seq_lens or softcap"):
         attend(q, k, v, hole, softcap=2.0)
-    with pytest.raises(ValueError, match="a hole for batch 0, query 5, wanted neither with cu_seq_lens or softcap"):
+    with pytest.raises(ValueError, match="a hole for batch 0, query 5, wanted none of them with cu_seq_lens or softcap"):
         attend(q[1:], k[1:], v[1:], hole[1:], cu_seq_lens_q=torch.tensor([0, S]))
 
 
@@ -285,7 +296,7 @@ class PagedAttentionCache:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("dropout", 0.1), ("s_aux", torch.zeros(2)), ("cache", PagedAttentionCache()), ("cu_seq_lens_q", torch.tensor([0, 2 * S]))],
+    [("s_aux", torch.zeros(2)), ("cache", PagedAttentionCache()), ("cu_seq_lens_q", torch.tensor([0, 2 * S]))],
 )
 def test_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{'query' if name == 'cu_seq_lens_q' else name}: got .*, wanted"):
@@ -319,13 +330,23 @@ def test_gradients_are_those_of_eager() -> None:
         assert compare(got, wanted, "module")
 
 
-def test_attention_dropout_is_refused_in_training_only() -> None:
-    model = llama()
+def test_dropout_of_attention_weights_goes_to_sdpa() -> None:
+    """In training; the same weights are dropped with the same seed."""
+    found, model = [], llama()
     for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    run(model, input_ids=IDS)
-    with pytest.raises(ValueError, match="dropout: got 0.1"):
-        model.train()(input_ids=IDS)
+        layer.self_attn.attention_dropout = 0.5
+    for implementation in ("sdpa", "vlmkernels"):
+        model.train().set_attn_implementation(implementation)
+        torch.manual_seed(4)
+        found.append(model(input_ids=IDS, attention_mask=RIGHT).logits[RIGHT.bool()])
+    assert compare(found[1], found[0].double(), "model")
+    model.eval().set_attn_implementation("sdpa")
+    assert not compare(model(input_ids=IDS, attention_mask=RIGHT).logits[RIGHT.bool()], found[0].double(), "model")
+    q, k, v = qkv()
+    with pytest.raises(
+        ValueError, match="dropout: got it drops attention weights, wanted none of them with cu_seq_lens or softcap"
+    ):
+        attend(q, k, v, None, dropout=0.1, softcap=2.0)
 
 
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import DEVICE
 from nn_parity import check_module, check_parity, quick_backend, randn, randomize
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -365,3 +366,19 @@ def test_attention_dropout_cannot_train() -> None:
 def test_refusals(build: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got .*, wanted "):
         build()
+
+
+def test_with_a_cache() -> None:
+    """Tokens in two calls, the second with the keys and values of the first, are those of one causal call."""
+    layer = randomize(SelfAttention(64, 4, 2, layout="llama", causal=True)).to(DEVICE)
+    x = torch.randn(2, 9, 64, device=DEVICE)
+    kept: list[Tensor] = []
+
+    def cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kept[:] = [torch.cat([old, new], dim=1) for old, new in zip(kept, (k, v), strict=True)] if kept else [k, v]
+        return kept[0], kept[1]
+
+    with torch.no_grad():
+        parts = [layer(x[:, begin:end], cached=cached) for begin, end in ((0, 6), (6, 9))]
+        assert kept[0].shape == (2, 9, 2, 16)
+        assert compare(torch.cat(parts, dim=1), layer(x).double(), "module")

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention, the host's side: what the kernel takes.
+#include <algorithm>
 #include <climits>
 
 #include "attention/config.h"
+#include "attention/rows.h"
+#include "attention_few/config.h"
 #include "common/error.h"
 #include "vlmkernels.h"
 
@@ -48,6 +51,24 @@ int check(const VlmkAttentionParams& p) {
 }
 
 }  // namespace attention
+
+namespace attention_few {
+
+// Where they were faster, or as fast, on an H200 (docs/attention.md).
+bool takes(const VlmkAttentionParams& p) {
+  const int group = p.num_heads / p.num_kv_heads, width = std::max(p.dim, p.value_dim);
+  const int64_t rows = int64_t{p.num_queries} * group, heads = int64_t{p.batch} * p.num_kv_heads;
+  if (rows > attention::kMaxRows || width > kMaxWidth || heads > INT_MAX / 2) return false;
+  // The others read a key head once for each query head.
+  if (group > 1) return true;
+  // Enough to share out the keys among eight blocks each.
+  if (heads <= 32) return true;
+  // The others have a multiprocessor for each head, or rows that keep it as busy as memory.
+  if (heads <= 132 || rows > attention::kGroupQueries) return false;
+  return width <= 80 || width > 96 || p.num_keys <= 512;
+}
+
+}  // namespace attention_few
 }  // namespace vlmk
 
 int vlmk_attention_check(const VlmkAttentionParams* params) {
@@ -55,11 +76,16 @@ int vlmk_attention_check(const VlmkAttentionParams* params) {
 }
 
 int vlmk_attention(const VlmkAttentionParams* params, void* stream) {
+  using namespace vlmk;
   using namespace vlmk::attention;
   const VlmkAttentionParams& p = *params;
   const int code = check(p);
   if (code) return code;
   if (p.batch == 0 || p.num_queries == 0) return 0;
   VLMK_CHECK(p.num_keys > 0, "no keys: nothing to launch, the result is zeros");
+  if (attention_few::takes(p)) {
+    return p.type == VLMK_FLOAT16 ? attention_few::forward_float16(p, stream)
+                                  : attention_few::forward_bfloat16(p, stream);
+  }
   return p.type == VLMK_FLOAT16 ? forward_float16(p, stream) : forward_bfloat16(p, stream);
 }

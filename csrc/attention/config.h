@@ -109,6 +109,9 @@ struct Config {
   // with a mask up to 7 % (H200). Four warpgroups hide it anyway.
   static constexpr bool kPackEarly =
       kGroups == 2 || (kGroups == 3 && (!kTrusting || !kMasked || kWidth < 96));
+  // Four warpgroups have no registers for what a mask takes: it is read again, and there is no
+  // softcap.
+  static constexpr bool kTight = kMasked && kGroups == 4;
   // The next warpgroup's turn comes as soon as this one's scores are under way, not its sums too.
   // 1 to 3 % faster here; tiles of 96 keys at D 64 to 96 lose 4 to 13 % (H200).
   static constexpr bool kTurnOfScores = kWidth > 96 || (kGroups == 3 && kKeys <= 80);

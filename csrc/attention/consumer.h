@@ -39,8 +39,8 @@ struct Consumer {
   // The tile of queries at hand, and the tiles of keys that any query of this warpgroup sees.
   Work work;
   int begin, end;
-  int4 bounds;    // see bounds_of_queries
-  int2 range[2];  // of this thread's two queries
+  int4 bounds;    // see bounds_of_queries; not with kTight
+  int2 range[2];  // of this thread's two queries; the same
 
   float scores[C::kKeys / 2];
   uint32_t weights[C::kKeys / 4];
@@ -72,20 +72,20 @@ struct Consumer {
 
   // This warp's scores of the same stage once more, by its own products.
   __device__ __forceinline__ void multiply_keys_again() {
-    const int lane = lane_index(), first = static_cast<int>(threadIdx.x) / 32 * 16;
-    const uint32_t q =
-        shared_address(shared) + queries.stage * C::kQueryBytes + (first + lane % 16) * kRowBytes;
+    const int thread = thread_again(), lane = thread % 32, first = thread / 32 * 16;
+    // Of the first 16 columns: the addresses of the others differ in bits, as rows are swizzled.
+    const uint32_t q = shared_address(shared) + queries.stage * C::kQueryBytes +
+                       (first + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
     const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes +
-                       (lane % 8 + lane / 16 * 8) * kRowBytes;
+                       (lane % 8 + lane / 16 * 8) * kRowBytes + ((lane / 8 % 2 ^ lane % 8) << 4);
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) scores[i] = 0;
 #pragma unroll 1
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, word = step * 2 % (kRowBytes / 16);
+      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
       uint32_t a[4], b[4];
-      load_matrices(a, q + panel * C::kQueries * kRowBytes + ((word + lane / 16 ^ lane % 8) << 4));
-      const uint32_t rows =
-          k + panel * C::kKeys * kRowBytes + ((word + lane / 8 % 2 ^ lane % 8) << 4);
+      load_matrices(a, (q ^ inside) + panel * C::kQueries * kRowBytes);
+      const uint32_t rows = (k ^ inside) + panel * C::kKeys * kRowBytes;
 #pragma unroll
       for (int i = 0; i < C::kKeys / 16; ++i) {
         load_matrices(b, rows + i * 16 * kRowBytes);
@@ -157,18 +157,31 @@ struct Consumer {
     if (C::kMasked && i == work.num_tiles - 1) clear_unseen();
   }
 
+  __device__ __forceinline__ int4 bounds_at_hand() const {
+    if (!C::kTight) return bounds;
+    const int at = queries.stage * C::kGroups + group;
+    uint4 x;
+    load_shared(shared_address(shared) + C::kBoundsAt + at * sizeof(int4), x);
+    return make_int4(x.x, x.y, x.z, x.w);
+  }
+
+  __device__ __forceinline__ int2 range_at_hand(int half) const {
+    return C::kTight ? range_of_query(p, work.batch, own_query(work) + 8 * half) : range[half];
+  }
+
   // Softcap and mask, on the scores of a tile's first kColumns; their unit over log2.
   template <int kColumns>
   __device__ __forceinline__ float finish_scores(int first_key) {
     const float scale = p.scale * kLog2E;
     float unit = scale;
-    if (C::kMasked && p.softcap > 0) {
+    if (C::kMasked && !C::kTight && p.softcap > 0) {
       cap_scores<kColumns / 2>(scores, scale, p.softcap);
       unit = 1;
     }
     if constexpr (C::kMasked) {
-      if (first_key < bounds.z || first_key + kColumns > bounds.w) {
-        const int2 seen[2] = {cut(p, range[0]), cut(p, range[1])};
+      const int4 own = bounds_at_hand();
+      if (first_key < own.z || first_key + kColumns > own.w) {
+        const int2 seen[2] = {cut(p, range_at_hand(0)), cut(p, range_at_hand(1))};
         const int2 relative[2] = {make_int2(seen[0].x - first_key, seen[0].y - first_key),
                                   make_int2(seen[1].x - first_key, seen[1].y - first_key)};
         mask_scores<kColumns>(scores, relative);
@@ -220,7 +233,7 @@ struct Consumer {
     };
     const float unit = finish_scores<kColumns>(first_key);
     if constexpr (C::kTrusting) {
-      if (softmax.settled) {
+      if (C::kTight ? softmax.settled_now() : softmax.settled) {
         if (softmax.template weigh<kCount>(scores, unit, pack_from_halfway)) return false;
         multiply_keys_again();
         finish_scores<kColumns>(first_key);
@@ -241,7 +254,7 @@ struct Consumer {
   template <bool kSumming>
   __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
     const int first_key = work.first_key + i * C::kKeys;
-    const int stop_key = C::kMasked ? bounds.y : p.num_keys;
+    const int stop_key = C::kMasked ? bounds_at_hand().y : p.num_keys;
     constexpr bool kEarly = kSumming && C::kPackEarly;
     if (!C::kTrusting) end_scores(i);
     bool grows;
@@ -288,7 +301,8 @@ struct Consumer {
 
   // This thread's first query of two.
   __device__ __forceinline__ int own_query(const Work& work) const {
-    return work.first_query + static_cast<int>(threadIdx.x) / 32 * 16 + lane_index() / 4;
+    const int thread = thread_again();
+    return work.first_query + thread / 32 * 16 + thread % 32 / 4;
   }
 
   // Waits for the next tile of queries; false if there is none.
@@ -298,14 +312,16 @@ struct Consumer {
     if (work.num_tiles == kNoMore) return false;
     const int first = work.first_query + group * kGroupQueries;
     if constexpr (C::kMasked) {
-      bounds =
+      const int4 own =
           reinterpret_cast<const int4*>(shared + C::kBoundsAt)[queries.stage * C::kGroups + group];
-      const bool any = bounds.y > bounds.x;
-      begin = any ? (bounds.x - work.first_key) / C::kKeys : work.num_tiles;
-      end = any ? ceil_div(bounds.y - work.first_key, C::kKeys) : begin;
-      const int own = own_query(work);
-      range[0] = range_of_query(p, work.batch, own);
-      range[1] = range_of_query(p, work.batch, own + 8);
+      const bool any = own.y > own.x;
+      begin = any ? (own.x - work.first_key) / C::kKeys : work.num_tiles;
+      end = any ? ceil_div(own.y - work.first_key, C::kKeys) : begin;
+      if (!C::kTight) {
+        bounds = own;
+        range[0] = range_of_query(p, work.batch, own_query(work));
+        range[1] = range_of_query(p, work.batch, own_query(work) + 8);
+      }
     } else {
       begin = 0;
       end = first < schedule.main_queries ? work.num_tiles : 0;

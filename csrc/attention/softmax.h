@@ -51,6 +51,11 @@ struct SoftmaxOver {
   float shrink[2];
   bool settled = false;  // every query of the warp has a maximum
 
+  // The same as settled, for who has no register to keep it.
+  __device__ __forceinline__ bool settled_now() const {
+    return __all_sync(kAllLanes, fminf(maximum[0], maximum[1]) > -INFINITY);
+  }
+
   // Looks for the maximum of the first kCount scores. True if it has grown for any query of the
   // warp, and all that was summed before has to shrink.
   template <int kCount, int kAll>

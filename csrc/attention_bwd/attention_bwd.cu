@@ -2,7 +2,7 @@
 // Attention's backward pass, the host's side: what the kernel takes.
 #include <climits>
 
-#include "attention/config.h"
+#include "attention/rows.h"
 #include "attention_bwd/config.h"
 #include "common/error.h"
 #include "vlmkernels.h"
@@ -19,10 +19,10 @@ int check(const VlmkAttentionBwdParams& p) {
              "batch %d, %d queries, %d keys, %d heads, %d heads of keys", p.batch, p.num_queries,
              p.num_keys, p.num_heads, p.num_kv_heads);
   const int64_t rows = int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads);
-  VLMK_CHECK(rows <= kMaxRows,
+  VLMK_CHECK(rows <= attention::kMaxRows,
              "the backward takes up to %d queries of all heads that read a key head, these are "
              "%lld",
-             kMaxRows, static_cast<long long>(rows));
+             attention::kMaxRows, static_cast<long long>(rows));
   VLMK_CHECK(p.num_keys < INT_MAX / 2, "more than 2^30 keys");  // tiles reach beyond the end
   VLMK_CHECK(p.scale > 0, "scale %g: positive", static_cast<double>(p.scale));
   VLMK_CHECK(!p.start == !p.stop, "start and stop: both or neither");

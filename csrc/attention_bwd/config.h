@@ -19,7 +19,6 @@ using attention::kPanel;
 using attention::kRowBytes;
 using attention::Ring;
 
-constexpr int kMaxRows = 128;  // queries of all heads that read one key head
 constexpr int kMaxSplits = 8;  // blocks of a cluster
 constexpr int kMaxStages = 4;
 

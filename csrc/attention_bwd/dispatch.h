@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "attention/rows.h"
 #include "attention_bwd/kernel.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
@@ -13,31 +14,13 @@
 namespace vlmk {
 namespace attention_bwd {
 
-// A tensor [batch, queries, heads, dim] whose tile is all queries of a key head. Where the batch
-// has stride 0 it is one entry.
-inline int encode_queries(CUtensorMap& map, const void* data, bool half,
-                          const VlmkAttentionBwdParams& p, int64_t stride_b, int64_t stride_s,
-                          int64_t stride_h) {
-  const int batch = stride_b == 0 ? 1 : p.batch;
-  const auto bytes = [](int count, int64_t stride) {
-    return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
-  };
-  return encode_tiles(
-      map, data, half,
-      {static_cast<cuuint64_t>(p.dim), static_cast<cuuint64_t>(p.num_queries),
-       static_cast<cuuint64_t>(p.num_heads), static_cast<cuuint64_t>(batch)},
-      {bytes(p.num_queries, stride_s), bytes(p.num_heads, stride_h), bytes(batch, stride_b)},
-      {64, static_cast<cuuint32_t>(p.num_queries),
-       static_cast<cuuint32_t>(p.num_heads / p.num_kv_heads), 1});
-}
-
 template <typename C>
 int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
-  int code =
-      encode_queries(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s, p.q_stride_h);
+  int code = attention::encode_rows(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s,
+                                    p.q_stride_h);
   if (code) return code;
-  code = encode_queries(maps.dout, p.dout, C::kHalf, p, p.dout_stride_b, p.dout_stride_s,
-                        p.dout_stride_h);
+  code = attention::encode_rows(maps.dout, p.dout, C::kHalf, p, p.dout_stride_b, p.dout_stride_s,
+                                p.dout_stride_h);
   if (code) return code;
   code =
       encode_tensor_map(maps.keys, p.k, C::kHalf, p.k_stride_b == 0 ? 1 : p.batch, p.num_keys,

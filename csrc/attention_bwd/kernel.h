@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "attention/ranges.h"
+#include "attention/rows.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/queries.h"
 #include "attention_bwd/tiles.h"
@@ -46,11 +46,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int item = static_cast<int>(blockIdx.x) / ranks;
-  Head head;
-  head.batch = item / p.num_kv_heads;
-  head.head = item - head.batch * p.num_kv_heads;
-  head.heads = p.num_heads / p.num_kv_heads;
-  head.rows = p.num_queries * head.heads;
+  const Head head = attention::head_of_item(p, item);
   if (threadIdx.x == 0) {
     barrier_init(barriers.queries_full(), 1);
     for (int stage = 0; stage < C::kStages; ++stage) {
@@ -60,7 +56,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     fence_barrier_init();
     load_queries<C>(p, maps, head, shared, barriers.queries_full());
   }
-  const int4 bounds = bounds_of_rows(p, head.batch);
+  const int4 bounds = attention::bounds_of_rows(p, head.batch);
   const int first = bounds.y > bounds.x ? bounds.x / C::kKeys : 0;
   const int tiles = bounds.y > bounds.x ? ceil_div(bounds.y, C::kKeys) - first : 0;
   Tiles<C> work{p, maps, head, shared, barriers, bounds};

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
+#include "attention/rows.h"
 #include "attention/softmax.h"
 #include "attention_bwd/config.h"
 #include "common/float16.h"
@@ -16,15 +17,8 @@
 namespace vlmk {
 namespace attention_bwd {
 
+using attention::Head;
 using attention::lane_index;
-
-// A key head of a batch entry. Row r is query r % num_queries of query head heads * head + r /
-// num_queries.
-struct Head {
-  int batch, head;
-  int heads;  // that read it
-  int rows;
-};
 
 // All barriers of a block, as addresses in shared memory.
 struct Barriers {
@@ -49,17 +43,6 @@ __device__ __forceinline__ void load_queries(const VlmkAttentionBwdParams& p, co
     copy_tile(at + C::kDoutAt, maps.dout, panel * kPanel, 0, first,
               p.dout_stride_b ? head.batch : 0, barrier);
   }
-}
-
-// Of all rows, as bounds_of_queries.
-__device__ __forceinline__ int4 bounds_of_rows(const VlmkAttentionBwdParams& p, int batch) {
-  int4 bounds = attention::bounds_of_queries(p, batch, 0);
-  if (p.num_queries > attention::kGroupQueries) {
-    const int4 more = attention::bounds_of_queries(p, batch, attention::kGroupQueries);
-    bounds = make_int4(min(bounds.x, more.x), max(bounds.y, more.y), max(bounds.z, more.z),
-                       min(bounds.w, more.w));
-  }
-  return bounds;
 }
 
 template <typename T>

@@ -114,7 +114,7 @@ def layer(keys: int, direction: str = "fwd") -> Callable[[torch.device], Case]:
         flops = _flops(batch, keys, config)[0] * (1.0 if direction == "fwd" else 2.0)
         return _case(
             mine, theirs, call_theirs, (x, context), direction, rule="module", flops=flops,
-            clock="device" if direction == "fwd" else "replay",
+            clock="replay",
         )  # fmt: skip
 
     return build

@@ -62,7 +62,7 @@ class Report:
     @property
     def failed(self) -> list[Row]:
         """Our rows that are wrong or did not run."""
-        return [row for row in self.rows if row.provider == OURS and row.status in ("wrong", "failed")]
+        return [row for row in self.rows if row.provider.startswith(OURS) and row.status in ("wrong", "failed")]
 
 
 def _standing(group: Sequence[Row]) -> float:
@@ -202,7 +202,7 @@ def _bars(axis: Any, groups: Sequence[Sequence[Row]], microseconds: bool) -> Non
         position += 1
         for row in sorted(_timed(group), key=lambda r: r.ms or 0.0):
             value = (row.ms or 0.0) * 1e3 if microseconds else 100 * (row.ceiling_share or 0.0)
-            axis.barh(position, value, height=0.8, color="#1f77b4" if row.provider == OURS else "#c7c7c7")
+            axis.barh(position, value, height=0.8, color="#1f77b4" if row.provider.startswith(OURS) else "#c7c7c7")
             axis.text(value, position, f" {result(row)}", va="center", fontsize=7)
             ticks.append(position)
             labels.append(row.provider)

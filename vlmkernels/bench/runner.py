@@ -58,7 +58,7 @@ class Row:
     ceiling: str = ""
     ceiling_share: float | None = None
     best_peer: str = ""
-    speedup: float | None = None  # time of the best peer over ours
+    speedup: float | None = None  # time of the best peer over ours, in its fastest form
 
     @property
     def id(self) -> str:
@@ -194,12 +194,13 @@ def _selected(case: Case, options: Options) -> list[Provider]:
     chosen = [p for p in case.peers if options.compile or not p.compiled]
     if options.peers:
         chosen = [p for p in chosen if any(word in p.name for word in options.peers)]
-    return [case.ours, *chosen]
+    also = [p for p in case.also if options.compile or not p.compiled]
+    return [case.ours, *also, *chosen]
 
 
 def _checked(provider: Provider, case: Case, row: Row) -> Callable[[], Any] | None:
     """Set a provider up, call it, compare. Its call if the result is right; fills in the row's error and status."""
-    ours = provider.name == OURS
+    ours = provider.name.startswith(OURS)
     warned: list[warnings.WarningMessage] = []
     try:
         with backends_used() as used, warnings.catch_warnings(record=True) as warned:
@@ -273,11 +274,12 @@ def _fill(row: Row, timing: Timing, ceilings: Ceilings) -> None:
 
 
 def _rank(rows: list[Row]) -> None:
-    timed = [(row.ms, row.provider) for row in rows if row.provider != OURS and row.ms is not None]
+    timed = [(row.ms, row.provider) for row in rows if not row.provider.startswith(OURS) and row.ms is not None]
     ours = next(row for row in rows if row.provider == OURS)
-    if timed and ours.ms is not None:
+    own = [row.ms for row in rows if row.provider.startswith(OURS) and row.ms is not None]
+    if timed and own:
         best_ms, ours.best_peer = min(timed)
-        ours.speedup = best_ms / ours.ms
+        ours.speedup = best_ms / min(own)
 
 
 def _message(error: Exception) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmkernels.bench import cross_attention, towers
+from vlmkernels.bench import cross_attention, models, towers
 from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
 from vlmkernels.bench.contrastive import large, loss_case
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
@@ -149,6 +149,14 @@ def _contrastive() -> list[Workload]:
     return work
 
 
+def _models() -> list[Workload]:
+    work = [Workload("models", "accelerate", model.name, "fwd", models.build(model), LARGE) for model in models.MODELS]
+    for model in models.TOWERS:
+        name = f"{model.name.rpartition(' ')[0]} batch 1"
+        work.append(Workload("models", "accelerate", name, "fwd", models.build(model, 1, "graph"), GRAPH))
+    return work
+
+
 def _rope() -> list[Workload]:
     shapes = {
         "Qwen2-VL vision 16384 D80": ((1, 16384, 16, 16, 80), False),
@@ -202,6 +210,7 @@ SUITES = {
     "cross_attention": _cross_attention,
     "patch_embed": _patch_embed,
     "contrastive": _contrastive,
+    "models": _models,
     "rope": _rope,
     "overhead": _overhead,
     "smoke": _smoke,

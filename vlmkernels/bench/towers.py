@@ -50,7 +50,7 @@ class Tower:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """The transformers module with one layer, seeded random weights, in evaluation mode."""
-        return _build(self.model, self.config, device, dtype)
+        return build(self.model, self.config, device, dtype)
 
 
 def vit_config(hidden: int, heads: int, mlp: int, resolution: int, patch: int, **more: Any) -> dict[str, Any]:
@@ -107,19 +107,24 @@ QFORMER_LAYERS, QUERIES = 12, 32
 
 def qformer(device: torch.device, dtype: torch.dtype, **config: Any) -> torch.nn.Module:
     """transformers' Q-Former with seeded random weights, in evaluation mode; ``config``: what differs from the published one."""
-    return _build(("blip_2", "Blip2QFormerModel"), ("Blip2QFormerConfig", {**QFORMER_CONFIG, **config}), device, dtype)
+    return build(("blip_2", "Blip2QFormerModel"), ("Blip2QFormerConfig", {**QFORMER_CONFIG, **config}), device, dtype)
 
 
-def _build(
-    model: tuple[str, str], config: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype
+def build(
+    model: tuple[str, str],
+    config: tuple[str, dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None = "eager",
 ) -> torch.nn.Module:
+    """A model of transformers with seeded random weights, in evaluation mode; ``attention`` None is transformers' default."""
     _hide_broken_torchvision()
     need("transformers")
     modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
     configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(SEED)
-        settings = getattr(configuration, config[0])(**config[1], attn_implementation="eager")
+        settings = getattr(configuration, config[0])(**config[1], attn_implementation=attention)
         module: torch.nn.Module = getattr(modeling, model[1])(settings)
     return module.to(device=device, dtype=dtype).eval()
 

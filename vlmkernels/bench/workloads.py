@@ -21,6 +21,7 @@ class Case:
     """A workload with its inputs on a device.
 
     Args:
+        also: other forms of ours, whose names begin with ours; the fastest one is compared with the peers.
         outputs: what each tensor of a provider's result is called.
         exact: the fp64 result for the part of the work that ``part`` cuts out of a provider's result.
         flops: multiplications and additions that the formula needs, a mask's hidden pairs left out.
@@ -40,6 +41,7 @@ class Case:
     bytes: float
     dtype: torch.dtype
     clock: str = "device"
+    also: tuple[Provider, ...] = ()
 
     @functools.cached_property
     def _exact(self) -> tuple[torch.Tensor, ...]:

@@ -6,12 +6,15 @@ A call that the module would not answer as the original does goes to the origina
 dropout of attention weights, positions to be resized, hooks inside of what the module does in one go.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmkernels.integrations._once import once
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast
+from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
     AttentionPool,
@@ -24,6 +27,7 @@ from vlmkernels.nn import (
     SelfAttention,
 )
 from vlmkernels.nn._names import get
+from vlmkernels.nn._norm import RMSNorm
 
 Tensor = torch.Tensor
 
@@ -34,8 +38,12 @@ def _asked(config: Any, arguments: dict[str, Any], *names: str) -> bool:
 
 
 def _masked(arguments: dict[str, Any]) -> bool:
-    """Whether there is a mask, by whatever name a version of transformers gives it."""
-    return any("mask" in name and value is not None for name, value in arguments.items())
+    """Whether there is a mask that is not one of ranges, by whatever name a version of transformers gives it."""
+    return any("mask" in name and not _known(value) for name, value in arguments.items())
+
+
+def _known(mask: Any) -> bool:
+    return mask is None or isinstance(mask, RangesMask)
 
 
 def _rate(layer: Any) -> float:
@@ -46,7 +54,7 @@ def _rate(layer: Any) -> float:
 
 
 class Attention(Swapped):
-    """Self-attention without a mask: of vision towers, and of CLIP's text where the mask is the causal one."""
+    """Self-attention of vision towers and of their text; masks are those of our attention implementation."""
 
     layout: str
 
@@ -62,17 +70,74 @@ class Attention(Swapped):
             layout=cls.layout,
             bias=inputs.bias is not None,
             out_bias=output.bias is not None,
-            causal=type(layer.config).__name__ == "CLIPTextConfig",
             device="meta",
         )
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        masked = any(value is not None for value in args) or _masked(kwargs)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        masked = any(value is not None for value in args) or _masked({**kwargs, "mask": attention_mask})
         drops = self.training and _rate(self) > 0
-        causal = bool(kwargs.get("is_causal")) is self.fast.causal
-        if masked or drops or not causal or _asked(self.config, kwargs, "output_attentions"):
-            return super().forward(hidden_states, *args, **kwargs)
-        return self.fast(hidden_states), None
+        if masked or drops or _asked(self.config, kwargs, "output_attentions"):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        tokens = hidden_states.shape[1]
+        ranges = fitting(attention_mask, tokens, tokens)
+        if ranges is None and kwargs.get("is_causal"):
+            ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
+        return self.fast(hidden_states, ranges), None
+
+
+class CaptionAttention(Swapped):
+    """Self-attention of GIT's decoder over image and text, with a cache."""
+
+    adds_masks = True
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        query = layer.query
+        arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
+        return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        drops = self.training and _rate(self) > 0
+        if drops or not _known(attention_mask) or kwargs.get("output_attentions"):
+            mask = attention_mask.additive(hidden_states.dtype) if isinstance(attention_mask, RangesMask) else attention_mask
+            return super().forward(hidden_states, mask, *args, **kwargs)
+        # Named after the version.
+        caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
+        tokens = hidden_states.shape[1]
+        if not caches:
+            return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
+
+        def cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            new = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
+            k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, **new)
+            return k.transpose(1, 2), v.transpose(1, 2)
+
+        keys = tokens if attention_mask is None else attention_mask.shape[3]
+        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, cached), None
+
+
+class PackedAttention(Swapped):
+    """Self-attention of Qwen-VL's towers: the images, frames or windows of a pack in one call, rotated in one pass."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        width, heads = layer.qkv.in_features, layer.num_heads
+        return SelfAttention(width, heads, layout="timm", scale=layer.scaling, device="meta")
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tables = kwargs.get("position_embeddings")
+        drops = self.training and _rate(self) > 0
+        if args or tables is None or cu_seqlens is None or drops or autocast(hidden_states):
+            return super().forward(hidden_states, cu_seqlens, *args, **kwargs)
+        total = hidden_states.shape[0]
+        ranges = once(cu_seqlens, (total, "ranges"), lambda: KeyRanges.packed(cu_seqlens, total))
+        return self.fast(hidden_states, ranges, tuple(_half(table) for table in tables))
+
+
+def _half(table: Tensor) -> Tensor:
+    """A table of transformers for the rope of a pack, without its second half, which repeats the first."""
+    half: Tensor = once(table, ("half",), lambda: table[None, :, : table.shape[-1] // 2].contiguous())
+    return half
 
 
 class Embeddings(Swapped):
@@ -165,7 +230,7 @@ class Pool(Swapped):
 
 
 class QFormerLayers(Swapped):
-    """All layers of a Q-Former without masks: keys and values of its cross-attentions are one product."""
+    """All layers of a Q-Former: keys and values of its cross-attentions are one product."""
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -190,7 +255,10 @@ class QFormerLayers(Swapped):
             return super().forward(hidden_states, *args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        tokens = self.fast(hidden_states, None, kwargs.get("encoder_hidden_states"), None, kwargs.get("query_length", 0))
+        queries, image = kwargs.get("query_length", 0), kwargs.get("encoder_hidden_states")
+        ranges = fitting(kwargs.get("attention_mask"), hidden_states.shape[1], hidden_states.shape[1])
+        image_ranges = None if image is None else fitting(kwargs.get("encoder_attention_mask"), queries, image.shape[1])
+        tokens = self.fast(hidden_states, ranges, image, image_ranges, queries)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=tokens)
 
     def _stays(self, arguments: dict[str, Any]) -> bool:
@@ -200,6 +268,18 @@ class QFormerLayers(Swapped):
         trains = self.training and (first.gradient_checkpointing or _rate(first.attention.attention) > 0)
         asked = _asked(self.config, arguments, "output_attentions", "output_hidden_states")
         return _masked(arguments) or blind or trains or asked or arguments.get("return_dict") is False
+
+
+class Norm(Swapped):
+    """RMSNorm of text decoders, in one kernel."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return RMSNorm(layer.weight.shape[0], layer.variance_epsilon, device="meta")
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        same = hidden_states.dtype == self.weight.dtype
+        return self.fast(hidden_states) if same else super().forward(hidden_states)
 
 
 class Perceiver(Swapped):
@@ -272,6 +352,13 @@ REPLACEMENTS: dict[str, Replacement] = {
         "instructblip.modeling_instructblip.InstructBlipAttention",
         layout="blip",
     ),
+    **_rows(CaptionAttention, "git.modeling_git.GitSelfAttention"),
+    **_rows(
+        PackedAttention,
+        "qwen2_vl.modeling_qwen2_vl.VisionAttention",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention",
+    ),
     **_rows(Embeddings, "vit.modeling_vit.ViTEmbeddings", layout="vit"),
     **_rows(
         Embeddings,
@@ -305,6 +392,17 @@ REPLACEMENTS: dict[str, Replacement] = {
         QFormerLayers,
         "blip_2.modeling_blip_2.Blip2QFormerEncoder",
         "instructblip.modeling_instructblip.InstructBlipQFormerEncoder",
+    ),
+    **_rows(
+        Norm,
+        "llama.modeling_llama.LlamaRMSNorm",
+        "mistral.modeling_mistral.MistralRMSNorm",
+        "mllama.modeling_mllama.MllamaTextRMSNorm",
+        "qwen2.modeling_qwen2.Qwen2RMSNorm",
+        "qwen2_vl.modeling_qwen2_vl.Qwen2VLRMSNorm",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+        "qwen3.modeling_qwen3.Qwen3RMSNorm",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm",
     ),
     **_rows(Perceiver, "idefics.perceiver.IdeficsPerceiverResampler"),
     **_rows(KosmosProjection, "kosmos2.modeling_kosmos2.Kosmos2ImageToTextProjection"),

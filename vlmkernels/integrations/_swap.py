@@ -34,6 +34,8 @@ class Swapped(nn.Module):
     reads_leaves = False
     #: The configuration with which the original is exact only where its attention is eager.
     eager_config = ""
+    #: Whether the original knows only masks that are added.
+    adds_masks = False
     original: type[nn.Module]
     recipe: "Recipe"
 

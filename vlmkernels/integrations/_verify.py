@@ -2,13 +2,16 @@
 """Each swapped layer beside its original, on what reaches it in one call of the model."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.integrations._join import apart
 from vlmkernels.integrations._swap import Swapped, unswap
+from vlmkernels.integrations.ranges_mask import RangesMask
 from vlmkernels.nn._names import get
 
 
@@ -25,7 +28,8 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
 
     def hook(name: str) -> Callable[..., None]:
         def check(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            errors[name] = _errors(layer, args, kwargs, output)
+            with apart(model):
+                errors[name] = _errors(layer, args, kwargs, output)
 
         return check
 
@@ -38,7 +42,7 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     try:
         model.eval()
         with torch.no_grad():
-            model(**inputs)
+            model(**_without_cache(model, inputs))
     finally:
         for handle in hooks:
             handle.remove()
@@ -47,8 +51,21 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     return errors
 
 
+def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, and no cache if they don't ask for one: layers are called again, and would fill it again."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False, **inputs} if takes else dict(inputs)
+
+
 def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Errors:
     got = _first(output)
+
+    def dense(x: Tensor) -> Tensor:
+        if not isinstance(x, RangesMask):
+            return x
+        return x.additive(got.dtype) if layer.adds_masks else x.dense()
+
+    args, kwargs = _map(args, dense), _map(kwargs, dense)
     wide = torch.float64 if got.dtype in (torch.float32, torch.float64) else torch.float32
     original = _first(layer.original.forward(layer, *args, **kwargs))
     exact_layer = copy.deepcopy(layer)
@@ -56,7 +73,11 @@ def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if layer.eager_config:
         get(exact_layer, layer.eager_config)._attn_implementation = "eager"
     exact_layer.to(wide)
-    exact = _first(exact_layer.forward(*_cast(args, wide), **_cast(kwargs, wide))).double()
+
+    def widen(x: Tensor) -> Tensor:
+        return x.to(wide) if x.is_floating_point() else x
+
+    exact = _first(exact_layer.forward(*_map(args, widen), **_map(kwargs, widen))).double()
     scale = exact.square().mean().sqrt().clamp(min=1e-300)
     ours, theirs = (((value.double() - exact).square().mean().sqrt() / scale).item() for value in (got, original))
     return Errors(ours, theirs)
@@ -68,12 +89,12 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors of the arguments in ``dtype``."""
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments with ``function`` of the tensors in them."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
+        return tuple(_map(part, function) for part in value)
     if isinstance(value, dict):
-        return {name: _cast(part, dtype) for name, part in value.items()}
+        return {name: _map(part, function) for name, part in value.items()}
     return value

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmkernels.integrations import _join
 from vlmkernels.integrations._layers import REPLACEMENTS
 from vlmkernels.integrations._swap import Swapped, Unfit, swap, unswap
 from vlmkernels.integrations._verify import Errors, measure
@@ -48,11 +49,27 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """A model of transformers inside the model, and the attention of its layers that were not replaced.
+
+    Args:
+        name: of it in the whole model, ``""`` for the model itself.
+        model: its class.
+        reason: why it keeps its attention; empty where it is ours now.
+    """
+
+    name: str
+    model: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """What ``accelerate`` did, readable when printed. ``parameters`` is what the whole model has."""
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
+    attention: tuple[Attention, ...]
     parameters: int
 
     def __str__(self) -> str:
@@ -62,11 +79,21 @@ class Report:
         lines = [f"replaced: {len(self.replaced)} layers"]
         for (layer, module), rows in kinds.items():
             lines.append(f"  {len(rows):4} x {layer} -> {module}{_worst([row.errors for row in rows if row.errors])}")
+        for reason, models in self._attention().items():
+            lines.append(f"attention of {', '.join(models)}: {reason or 'vlmkernels'}")
         lines.append(f"left: {sum(row.count for row in self.left)} layers")
         for left in self.left:
             share = 100 * left.parameters / max(self.parameters, 1)
             lines.append(f"  {left.count:4} x {left.layer} ({share:.1f}% of the parameters): {left.reason}")
         return "\n".join(lines)
+
+    def _attention(self) -> dict[str, list[str]]:
+        """By reason, ours first, the classes of models."""
+        found: dict[str, list[str]] = {}
+        for row in sorted(self.attention, key=lambda row: row.reason != ""):
+            models = found.setdefault(row.reason, [])
+            models += [] if row.model in models else [row.model]
+        return found
 
 
 def _worst(errors: list[Errors]) -> str:
@@ -80,16 +107,18 @@ def accelerate(model: nn.Module, *, verify: Mapping[str, Any] | None = None) -> 
     """Let the layers of ``model`` that this package knows run on it, in place.
 
     Parameters, state_dict, hooks and submodules stay the objects that they are; only the class of a layer changes, to a subclass
-    with another ``forward``. Calls that a module of ours would not answer as the original does go to the original. Again on the
-    same model it swaps what has come since. docs/accelerate.md lists the layers, and which calls stay.
+    with another ``forward``. Calls that a module of ours would not answer as the original does go to the original. What is not
+    swapped keeps its code, but calls our attention where it has called sdpa or FlashAttention (``attn_implementation``). Again on
+    the same model it swaps what has come since. docs/accelerate.md lists the layers and models, and which calls stay.
 
     Args:
-        model: a model of transformers, or a part of one, loaded and on its device. Any other module is walked through too.
+        model: a model of transformers, or a part of one that makes its own masks, loaded and on its device. Any other module is
+            walked through too.
         verify: inputs of the model by name. It is called once with them, without gradients and in eval mode, and each layer that
             was replaced is measured against the original in higher precision, beside the original itself.
 
     Returns:
-        A ``Report``: each layer that runs a module of ours, and by class what was left and why.
+        A ``Report``: each layer that runs a module of ours, whose attention is ours, and by class what was left and why.
 
     Raises:
         ValueError: ``model`` is no module.
@@ -110,14 +139,18 @@ def accelerate(model: nn.Module, *, verify: Mapping[str, Any] | None = None) -> 
         for name, layer in model.named_modules()
         if isinstance(layer, Swapped)
     ]
+    kept = _join.join(model)
+    names = {module: name for name, module in model.named_modules()}
+    models = [layer for layer in names if layer in kept or _join.joined(layer)]
+    attention = tuple(Attention(names[layer], type(layer).__name__, kept.get(layer, "")) for layer in models)
     if verify is not None:
         errors = measure(model, verify)
         rows = [replace(row, errors=errors.get(row.name)) for row in rows]
-    return Report(tuple(rows), _left(model, reasons), sum(p.numel() for p in model.parameters()))
+    return Report(tuple(rows), _left(model, reasons), attention, sum(p.numel() for p in model.parameters()))
 
 
 def restore(model: nn.Module) -> int:
-    """Take back what ``accelerate`` did: every layer has its original class again.
+    """Take back what ``accelerate`` did: every layer has its original class again, every model its attention.
 
     Returns:
         How many layers there were.
@@ -133,6 +166,7 @@ def restore(model: nn.Module) -> int:
             raise bad_argument("model", f"a {type(layer).__name__} whose class was changed since", "what accelerate left")
     for layer in layers:
         unswap(layer)
+    _join.part(model)
     return len(layers)
 
 

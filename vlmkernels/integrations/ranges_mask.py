@@ -64,6 +64,11 @@ class RangesMask(torch.Tensor):
         """The tensor that it stands for, bool ``[B, 1, Sq, Sk]``, contiguous."""
         return self.ranges.dense(self.shape[3])[:, None].expand(self.shape[0], -1, -1, -1).contiguous()
 
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same as eager attention adds it: 0, or the lowest number of ``dtype``."""
+        dense = self.dense()
+        return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill_(~dense, torch.finfo(dtype).min)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RangesMask(shape={tuple(self.shape)}, device={self.device})"
 
@@ -98,6 +103,23 @@ class RangesMask(torch.Tensor):
             _log.warning("%s made a dense mask of the key ranges of %s", func, shapes[0])
         args, kwargs = _pytree.tree_map_only(RangesMask, RangesMask.dense, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | None:
+    """The ranges of ``mask``, which must be for this many keys; ranges that all queries share serve any number of queries.
+
+    Raises:
+        ValueError: it is for other sizes.
+    """
+    if mask is None:
+        return None
+    ranges = KeyRanges(mask.start, mask.stop)  # not mask.ranges, which torch.compile can't follow
+    if mask.shape[2] != queries and ranges.start.stride(1) == ranges.stop.stride(1) == 0:
+        # The Q-Former of BLIP-2 makes the mask of its image for all its tokens, and only its query tokens see the image.
+        ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
+    if ranges.num_queries != queries or mask.shape[3] != keys:
+        raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
+    return ranges
 
 
 def _not_writable(operation: str) -> RuntimeError:

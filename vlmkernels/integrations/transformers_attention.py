@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -22,20 +21,20 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from vlmkernels.integrations.ranges_mask import RangesMask
+from vlmkernels.integrations._once import once
+from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import bad_argument
 from vlmkernels.ops.attention import attention
 
 NAMES = ("vlmkernels", "vlmkernels_flash")
-#: The elements of a mask that are evaluated at once: some 80 MB with the int32 tensors that reduce them.
-BLOCK = 1 << 22
+#: The elements of a mask that are evaluated at once: some 20 bytes each with the int32 tensors that reduce them. On a GPU blocks
+#: as small as on a CPU keep the host busy: with them six layers of Gemma-3 took 52 ms instead of sdpa's 26 (4,096 tokens, H200).
+BLOCK, GPU_BLOCK = 1 << 22, 1 << 26
 ONE_RUN = "one run of keys for each query (attn_implementation='sdpa' takes masks with holes)"
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
-#: What was made of a tensor that all layers get, as long as it lives: (the tensor's version, the arguments, the result).
-_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def register() -> None:
@@ -62,68 +61,77 @@ def ranges_mask(
     use_vmap: bool = False,
     device: Any = "cpu",
     **_: Any,
-) -> RangesMask | None:
+) -> torch.Tensor | None:
     """The mask of transformers' ``create_*_mask`` as ranges of keys, or None where every query sees every key.
 
-    A causal mask is never None: what None then means depends on the layer (``is_causal``), whose implementations differ. The
-    values of ``attention_mask`` are not read, so padding that masks nothing is a mask too.
+    A causal mask is never None: what None then means depends on the layer (``is_causal``), whose implementations differ.
 
-    Raises:
-        ValueError: (CPU) a query sees keys with a gap between; the message names the first. Elsewhere, where reading would
-            wait for the device, the device asserts it.
+    Where a query sees keys with a gap between, the mask is transformers' dense one, with which attention goes to sdpa. To see
+    that, and whether padding masks anything, the host waits for the device. While a graph is traced or captured it can't: padding
+    is a mask then, and the device asserts that there is no gap.
     """
     both_ways = mask_function is bidirectional_mask_function
-    if both_ways and attention_mask is None and allow_is_bidirectional_skip:
-        return None
-    if not both_ways and mask_function is not causal_mask_function:
-        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-        return RangesMask(*_evaluated(*sizes, mask_function, attention_mask, use_vmap, device), batch_size, kv_length)
-    ranges = KeyRanges.full(1, kv_length, device=device)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
-        start, stop, hole = _run(padding[:, None, kv_offset : kv_offset + kv_length])
-        _refuse(hole, 0)
-        ranges = KeyRanges(start, stop)
-    ranges = KeyRanges(ranges.start.expand(-1, q_length), ranges.stop.expand(-1, q_length))  # a stride of 0, see _fitting
-    if not both_ways:
-        ranges = ranges & KeyRanges.causal(q_length, kv_length, offset=q_offset - kv_offset, device=device)
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+        if not _in_a_graph(padding) and bool(padding.all()):
+            padding = None
+    if both_ways and padding is None and allow_is_bidirectional_skip:
+        return None
+    dense: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": False,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if both_ways or mask_function is causal_mask_function:
+        offset = None if both_ways else q_offset - kv_offset
+        ranges = _closed_form(padding, dense, offset)
+    else:
+        ranges = _evaluated(dense)
+    if ranges is None:
+        _log_once(f"a mask has a hole, and its attention goes to transformers' sdpa; wanted {ONE_RUN}")
+        mask: torch.Tensor = sdpa_mask(**dense)
+        return mask
     return RangesMask(ranges.start, ranges.stop, batch_size, kv_length)
 
 
-def _evaluated(
-    batch: int,
-    queries: int,
-    keys: int,
-    q_offset: int | torch.Tensor,
-    kv_offset: int,
-    mask_function: Callable[..., Any],
-    padding: torch.Tensor | None,
-    use_vmap: bool,
-    device: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _closed_form(padding: torch.Tensor | None, dense: dict[str, Any], offset: Any) -> KeyRanges | None:
+    """A causal mask whose queries begin at key ``offset`` (None: one both ways), with its padding; None if that has a gap."""
+    queries, keys, device = dense["q_length"], dense["kv_length"], dense["device"]
+    ranges = KeyRanges.full(1, keys, device=device)
+    if padding is not None:
+        start, stop, hole = _run(padding[:, None])
+        if _any(hole):
+            return None
+        ranges = KeyRanges(start, stop)
+    ranges = KeyRanges(ranges.start.expand(-1, queries), ranges.stop.expand(-1, queries))  # a stride of 0, see fitting
+    return ranges if offset is None else ranges & KeyRanges.causal(queries, keys, offset=offset, device=device)
+
+
+def _evaluated(dense: dict[str, Any]) -> KeyRanges | None:
     """The bounds of any mask function: transformers' own dense mask of a block of queries at a time, reduced to its bounds."""
-    rows, found = max(1, BLOCK // max(1, batch * keys)), []
+    queries, padding = dense["q_length"], dense["attention_mask"]
+    block = BLOCK if torch.device(dense["device"]).type == "cpu" else GPU_BLOCK
+    rows, found = max(1, block // max(1, dense["batch_size"] * dense["kv_length"])), []
     for begin in range(0, queries, rows):
         count = min(rows, queries - begin)
-        seen = sdpa_mask(
-            batch_size=batch,
-            q_length=count,
-            kv_length=keys,
-            q_offset=q_offset + begin,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=padding,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
+        seen = sdpa_mask(**{**dense, "q_length": count, "q_offset": dense["q_offset"] + begin})
         start, stop, hole = _run(seen[:, 0])
         if padding is not None:
-            hole = hole & ~_unread(padding, torch.arange(begin, begin + count, device=device) + q_offset)
-        _refuse(hole, begin)
+            position = torch.arange(begin, begin + count, device=dense["device"]) + dense["q_offset"]
+            hole = hole & ~_unread(padding, position)
+        if _any(hole):
+            return None
         found.append((start, stop))
-    return torch.cat([start for start, _ in found], dim=1), torch.cat([stop for _, stop in found], dim=1)
+    return KeyRanges(torch.cat([start for start, _ in found], dim=1), torch.cat([stop for _, stop in found], dim=1))
 
 
 def _run(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,13 +153,16 @@ def _unread(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     return known & ~padding[:, position.clamp(0, padding.shape[1] - 1)] & ~gaps
 
 
-def _refuse(hole: torch.Tensor, begin: int) -> None:
-    """Refuse a mask with a hole at any ``[batch, query - begin]``; on a GPU without waiting for it."""
-    if hole.device.type != "cpu" or torch.compiler.is_compiling():
+def _any(hole: torch.Tensor) -> bool:
+    """Whether there is one; False, and an assertion on the device, where nobody may wait for it."""
+    if _in_a_graph(hole):
         torch._assert_async(~hole.any(), "vlmkernels: a mask has a hole, wanted one run of keys for each query")
-    elif hole.any():
-        row, query = hole.nonzero()[0].tolist()
-        raise bad_argument("attention_mask", f"keys with a hole for batch {row}, query {begin + query}", ONE_RUN)
+        return False
+    return bool(hole.any())
+
+
+def _in_a_graph(x: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # The attention function
@@ -184,18 +195,16 @@ def attention_forward(
             else goes to transformers' sdpa, which is logged once.
         scaling: the factor on the logits, ``1 / sqrt(D)`` by default.
         softcap: as in ``vlmkernels.attention``.
-        position_bias: goes to sdpa.
+        dropout, position_bias: go to sdpa.
         cu_seq_lens_q, cu_seq_lens_k: int ``[N + 1]``, sequences packed in a batch of 1.
 
     Returns:
         ``[B, Sq, H, Dv]``, and None for the weights, which are never formed.
 
     Raises:
-        ValueError: dropout, attention sinks (``s_aux``), a paged cache, a mask of another shape, packed sequences in a batch
-            of several; what goes to sdpa with a softcap or packed sequences, which sdpa has not.
+        ValueError: attention sinks (``s_aux``), a paged cache, a mask of another shape, packed sequences in a batch of several;
+            what goes to sdpa with a softcap or packed sequences, which sdpa has not.
     """
-    if dropout:
-        raise bad_argument("dropout", dropout, "0: set attention_dropout to 0 in the config, or model.eval()")
     if s_aux is not None:
         raise bad_argument("s_aux", "attention sinks", "None; attn_implementation='eager' has them")
     if cu_seq_lens_q is not None and query.shape[0] != 1:
@@ -205,19 +214,23 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         _log_once("output_attentions gives None: attention weights are never formed (attn_implementation='eager' has them)")
 
-    def sdpa(mask: torch.Tensor | None, reason: str, **bias: Any) -> tuple[torch.Tensor, None]:
+    def sdpa(mask: torch.Tensor | None, reason: str, **more: Any) -> tuple[torch.Tensor, None]:
         if cu_seq_lens_q is not None or softcap:
-            raise bad_argument("attention_mask, position_bias", reason, f"neither with cu_seq_lens or softcap; {ONE_RUN}")
+            wanted = f"none of them with cu_seq_lens or softcap; {ONE_RUN}"
+            raise bad_argument("attention_mask, position_bias, dropout", reason, wanted)
         _log_once(f"{type(module).__name__} goes to transformers' sdpa: {reason}")
-        settings = {"scaling": scaling, "is_causal": bool(is_causal), **bias}
+        mask = mask.dense() if isinstance(mask, RangesMask) else mask
+        settings = {"scaling": scaling, "is_causal": bool(is_causal), **more}
         out, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
         return out, None
 
+    if dropout:
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa(attention_mask, "it drops attention weights", dropout=dropout, **bias)
     if position_bias is not None:
-        mask = attention_mask.dense() if isinstance(attention_mask, RangesMask) else attention_mask
-        return sdpa(mask, "it adds a position_bias", position_bias=position_bias)
+        return sdpa(attention_mask, "it adds a position_bias", position_bias=position_bias)
     if attention_mask is None or isinstance(attention_mask, RangesMask):
-        ranges = _fitting(attention_mask, query.shape[2], key.shape[2])
+        ranges = fitting(attention_mask, query.shape[2], key.shape[2])
     else:
         found = _ranges_of(attention_mask, query, key)
         if isinstance(found, str):
@@ -234,22 +247,9 @@ def attention_forward(
     return attention(q, k, v, ranges, scale=scaling, softcap=softcap or 0.0), None  # type: ignore[return-value]  # no lse
 
 
-def _fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | None:
-    """The ranges of ``mask``, which must be for this many keys; ranges that all queries share serve any number of queries."""
-    if mask is None:
-        return None
-    ranges = KeyRanges(mask.start, mask.stop)  # not mask.ranges, which torch.compile can't follow
-    if mask.shape[2] != queries and ranges.start.stride(1) == ranges.stop.stride(1) == 0:
-        # The Q-Former of BLIP-2 makes the mask of its image for all its tokens, and only its query tokens see the image.
-        ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
-    if ranges.num_queries != queries or mask.shape[3] != keys:
-        raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
-    return ranges
-
-
 def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, total: int, causal: bool) -> KeyRanges:
     if cu_k is None or cu_k is cu_q:
-        whole: KeyRanges = _once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
+        whole: KeyRanges = once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
         return whole
     return KeyRanges.packed(cu_q, total, cu_seqlens_k=cu_k, causal=causal)
 
@@ -259,9 +259,9 @@ def _ranges_of(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Ke
     queries, keys = query.shape[2], key.shape[2]
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
         return f"the shape of its mask is {tuple(mask.shape)}, not [B, 1, {queries}, {keys}]"
-    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _in_a_graph(mask):
         return "the values of its mask can't be read while a graph is traced or captured"
-    found: KeyRanges | str = _once(mask, (queries,), lambda: _read(mask, queries))
+    found: KeyRanges | str = once(mask, (queries,), lambda: _read(mask, queries))
     return found
 
 
@@ -274,17 +274,6 @@ def _read(mask: torch.Tensor, queries: int) -> KeyRanges | str:
         row, query = hole.nonzero()[0].tolist()
         return f"its mask has a hole for batch {row}, query {query}"
     return KeyRanges(start.expand(-1, queries), stop.expand(-1, queries))
-
-
-def _once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then."""
-    if tensor.is_inference() or torch.compiler.is_compiling():  # no version tells whether it has changed
-        return make()
-    state = (tensor._version, arguments)
-    known = _made.get(tensor)
-    if known is None or known[0] != state:
-        known = _made[tensor] = (state, make())
-    return known[1]
 
 
 def _one_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-attention of a vision tower or a decoder, with the state_dict of the layer it replaces."""
 
+from collections.abc import Callable
+
 import torch
 
 from vlmkernels.masks import KeyRanges
@@ -75,6 +77,7 @@ class SelfAttention(ProjectedAttention):
         x: torch.Tensor,
         ranges: KeyRanges | None = None,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cached: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Attend within each row of the batch, or within a packed sequence.
 
@@ -83,6 +86,8 @@ class SelfAttention(ProjectedAttention):
             ranges: the keys that each token sees, ``[B|1, S]`` (packed: ``[1, T]``); all of them by default.
             rope: the tables ``(cos, sin)`` of the rotary embedding, each ``[B|1, S, R/2]`` (packed: ``[1, T, R/2]``), half of
                 what Hugging Face passes as ``position_embeddings``: ``cos[..., : R // 2]``. None: no rotary embedding.
+            cached: puts k and v ``[B, S, Hk, D]`` into a cache and returns all of its keys and values, ``[B, Sk, Hk, D]``; the
+                ranges are of those then.
 
         Returns:
             Like ``x``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
@@ -95,4 +100,6 @@ class SelfAttention(ProjectedAttention):
         self._check_dropout()
         q, k, v = self._project(x, x)
         q, k = self._position(q, k, rope)
+        if cached is not None:
+            k, v = cached(k, v)
         return self._attend(q, k, v, ranges)

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention for few queries, which takes as long as its keys and values take to be read: once.
+//
+// A block takes one key head of one batch entry after another, with all rows that read it; where
+// heads are few, a cluster of blocks shares out the keys of one. Several blocks stand on a
+// multiprocessor, so that one's copies run beside another's products.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/rows.h"
+#include "attention_few/config.h"
+#include "attention_few/loader.h"
+#include "attention_few/store.h"
+#include "attention_few/tiles.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_few {
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    attention_few_kernel(const __grid_constant__ VlmkAttentionParams p,
+                         const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) char shared[];
+  const Barriers barriers{shared_address(shared + C::kBarriersAt)};
+  const int ranks = static_cast<int>(cluster_size()), items = p.batch * p.num_kv_heads;
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+  Loader<C> loader{p, maps, shared_address(shared), barriers};
+  loader.item = static_cast<int>(blockIdx.x) / ranks;
+  loader.items = items;
+  loader.stride = static_cast<int>(gridDim.x) / ranks;
+  int item = loader.item;
+  if (warp == 0) {
+    if (lane_index() == 0) {
+      // All at once: what is described is read from memory first.
+      prefetch_map(maps.queries);
+      prefetch_map(maps.keys);
+      prefetch_map(maps.values);
+      barrier_init(barriers.rows_full(), 1);
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        barrier_init(barriers.full(stage), 1);
+        barrier_init(barriers.empty(stage), C::kThreads / 32);
+      }
+      fence_barrier_init();
+      loader.load_rows(attention::head_of_item(p, item));
+    }
+    __syncwarp();
+    loader.find();
+#pragma unroll 1
+    for (int stage = 0; stage < C::kStages; ++stage) loader.load(stage);
+  }
+  Tiles<C> tiles{p, shared, barriers, warp};
+  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+  tiles.name_rows(rows);
+  tiles.clear_rows(rows);
+  __syncthreads();
+#pragma unroll 1
+  for (; item < items; item += loader.stride) {
+    tiles.head = attention::head_of_item(p, item);
+    tiles.span = span_of_head<C>(p, tiles.head.batch);
+    tiles.take_rows();
+    if (threadIdx.x == 0 && item + loader.stride < items) {
+      loader.load_rows(attention::head_of_item(p, item + loader.stride));
+    }
+    __syncwarp();
+    tiles.run(loader);
+    if (ranks > 1) {
+      combine_rows(tiles);
+    } else {
+      store_rows(tiles);
+    }
+  }
+}
+
+}  // namespace attention_few
+}  // namespace vlmk

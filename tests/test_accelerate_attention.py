@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate gives the models inside a model our attention: what eager computes, who keeps his own, and the way back."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import DEVICE, ON_GPU
+from hf_models import IMAGE, TEXT, TOWER, ids, pixels
+from torch import nn
+
+from vlmkernels import accelerate, restore, use_backend
+from vlmkernels.integrations import transformers_attention as ours
+from vlmkernels.integrations._join import FAMILIES
+from vlmkernels.testing import compare
+
+S = 10
+REAL = torch.tensor([[0] * 3 + [1] * (S - 3), [1] * S])
+GQA = {**TEXT, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+
+
+def decoder(name: str, **settings: Any) -> nn.Module:
+    return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**{**GQA, **settings}))  # type: ignore[no-any-return]
+
+
+def llava() -> nn.Module:
+    vision = {"model_type": "clip_vision_model", **TOWER, **IMAGE}
+    text = {"model_type": "llama", **GQA}
+    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=59))
+
+
+def gemma3() -> nn.Module:
+    text = {**GQA, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+    settings = {"vision_config": {**TOWER, **IMAGE}, "mm_tokens_per_image": 4, "image_token_index": 59}
+    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(text_config=text, **settings))
+
+
+def images(count: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Prompts with an image of so many tokens in each row."""
+    text = ids(2, S + tokens)
+    text[:, 4 : 4 + tokens] = 59
+    real = torch.cat([REAL[:, :3], torch.ones(2, tokens, dtype=torch.long), REAL[:, 3:]], dim=1)
+    return {"input_ids": text, "attention_mask": real, "pixel_values": pixels(count), "token_type_ids": (text == 59).long()}
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(2, S), "attention_mask": REAL}
+
+
+@pytest.fixture(autouse=True)
+def quick_backend() -> Iterator[None]:
+    """On a CPU: not Triton's interpreter, and a backend that has a softcap."""
+    with use_backend("" if ON_GPU else "reference"):
+        yield
+
+
+Builder = tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]
+CASES: dict[str, Builder] = {
+    "llama": (lambda: decoder("Llama"), prompts),
+    "mistral": (lambda: decoder("Mistral", sliding_window=4), prompts),
+    "qwen2": (lambda: decoder("Qwen2"), prompts),
+    "qwen3": (lambda: decoder("Qwen3"), prompts),
+    "gemma": (lambda: decoder("Gemma"), prompts),
+    "gemma2": (lambda: decoder("Gemma2", sliding_window=4), prompts),
+    "opt": (lambda: hf.OPTForCausalLM(hf.OPTConfig(**TEXT, ffn_dim=96, word_embed_proj_dim=64)), prompts),
+    "bert": (lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)), prompts),
+    "llava": (llava, lambda: images(2, 16)),
+    "gemma3": (gemma3, lambda: images(2, 4)),
+}
+
+
+def scattered(model: nn.Module) -> nn.Module:
+    """Attention that matters: logits of some units."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+    return model.to(DEVICE).eval()
+
+
+def implementations(model: nn.Module) -> list[str]:
+    return [part.config._attn_implementation for part in model.modules() if isinstance(part, hf.PreTrainedModel)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, make = CASES[name]
+    model = scattered(build())
+    inputs = {key: value.to(DEVICE) for key, value in make().items()}
+    if name not in ("gemma3", "bert"):
+        inputs.pop("token_type_ids", None)
+    before = implementations(model)
+    exact: Any = copy.deepcopy(model)
+    exact.set_attn_implementation("eager")
+    run, sizes = ours.attention, []
+
+    def noted(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(q.shape[1])
+        return run(q, *args, **kwargs)
+
+    monkeypatch.setattr(ours, "attention", noted)
+    report = accelerate(model)
+    with torch.no_grad():
+        got, wanted = (one(**inputs).logits for one in (model, exact))
+    rows = inputs["attention_mask"].bool()
+    assert compare(got[rows], wanted[rows].double(), "model")
+    length = rows.shape[1]
+    assert sizes.count(length) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
+    assert ("RMSNorm" in {row.module for row in report.replaced}) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
+    assert report.attention and not [row for row in report.attention if row.reason]
+    assert f"attention of {type(model).__name__}" in str(report)
+    assert accelerate(model).attention == report.attention
+    restore(model)
+    assert implementations(model) == before == ["eager" if name == "gemma2" else "sdpa"] * len(before)
+
+
+def git() -> nn.Module:
+    settings = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vision_config": {**TOWER, **IMAGE}}
+    return hf.GitForCausalLM(hf.GitConfig(**settings))
+
+
+@pytest.mark.parametrize("build", [llava, gemma3, git])
+def test_generation_is_that_of_before(build: Callable[[], nn.Module]) -> None:
+    model: Any = scattered(build())
+    inputs = {key: value.to(DEVICE) for key, value in images(2, {llava: 16, gemma3: 4, git: 1}[build]).items()}
+    if build is not gemma3:
+        del inputs["token_type_ids"]
+    if build is git:
+        inputs["attention_mask"][:] = 1
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(**inputs, **settings)
+    report = accelerate(model)
+    assert not [row for row in report.attention if row.reason and "Vision" not in row.model]
+    assert torch.equal(model.generate(**inputs, **settings), wanted)
+
+
+def test_who_keeps_his_own() -> None:
+    reasons: dict[str, str]
+    model = hf.LlamaForCausalLM._from_config(hf.LlamaConfig(**GQA), attn_implementation="eager")
+    reasons = {row.model: row.reason for row in accelerate(model).attention}
+    assert reasons == {"LlamaForCausalLM": "its attention is eager", "LlamaModel": "its attention is eager"}
+    other = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=60))
+    report = accelerate(other)
+    assert {row.model: row.reason for row in report.attention}["GPT2LMHeadModel"] == "its family is not tested with ours"
+    assert "attention of GPT2LMHeadModel, GPT2Model: its family is not tested with ours" in str(report)
+    assert set(implementations(model)) == {"eager"} and set(implementations(other)) == {"sdpa"}
+
+    class Subclass(hf.LlamaForCausalLM):
+        """May make its masks in another way."""
+
+    own = Subclass(hf.LlamaConfig(**GQA))
+    assert [row.reason != "" for row in accelerate(own).attention] == [True, True]
+
+
+def test_masks_that_are_handed_on_are_one_kind() -> None:
+    """A text model that is left leaves those that hand it masks, but not the tower."""
+    model = llava()
+    model.model.language_model.config._attn_implementation_internal = "eager"  # type: ignore[union-attr]
+    reasons = {row.model: row.reason for row in accelerate(model).attention}
+    assert reasons["LlamaModel"] == "its attention is eager" and reasons["CLIPVisionModel"] == ""
+    handed = "a model that gets its masks, or gives it them, keeps its own"
+    assert reasons["LlavaForConditionalGeneration"] == reasons["LlavaModel"] == handed
+    restore(model)
+    assert sorted(set(implementations(model))) == ["eager", "sdpa"]
+
+
+def test_an_older_transformers_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
+    report = accelerate(decoder("Llama"))
+    assert "5.17 or newer" in report.attention[0].reason
+
+
+def test_part_by_part_and_in_turn() -> None:
+    model = decoder("Llama")
+    inner: Any = model.model
+    accelerate(inner)
+    accelerate(model)
+    assert set(implementations(model)) == {"vlmkernels"}
+    assert {row.reason for row in accelerate(model).attention} == {""}
+    restore(model)
+    assert set(implementations(model)) == {"sdpa"}
+    assert not [part for part in model.modules() if [key for key in vars(part) if key.startswith("_vlmkernels")]]
+
+
+def test_the_configuration_is_saved_as_it_was() -> None:
+    model: Any = decoder("Llama")
+    before = model.config.to_dict()
+    accelerate(model)
+    assert model.config.to_dict() == before
+    assert copy.deepcopy(model).config._attn_implementation == "vlmkernels"
+    assert restore(copy.deepcopy(model)) == 0
+
+
+def test_the_page_names_every_family() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "accelerate.md").read_text()
+    assert not [name for name in FAMILIES if f"`{name}`" not in page]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of whole models: each builder at a small size, before and after accelerate, and what counts as right."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_bench import CEILINGS, CPU, FAST
+from torch import nn
+
+from vlmkernels import use_backend
+from vlmkernels.bench import models, runner
+from vlmkernels.bench.workloads import OURS, Workload
+
+HEAD: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+TEXT: dict[str, Any] = {**HEAD, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 60, "pad_token_id": 0}
+IMAGE: dict[str, Any] = {**HEAD, "image_size": 32, "patch_size": 8}
+QWEN = {"num_heads": 4, "depth": 2, "patch_size": 4}
+#: By the class of the model: settings of its size, and what it is called with.
+SMALL: dict[str, tuple[dict[str, Any], models.Maker | None]] = {
+    "ViTModel": (IMAGE, None),
+    "CLIPVisionModel": (IMAGE, None),
+    "SiglipVisionModel": (IMAGE, None),
+    "Blip2VisionModel": (IMAGE, None),
+    "Qwen2VisionTransformerPretrainedModel": (
+        {**QWEN, "embed_dim": 64, "hidden_size": 48},
+        models._patches((1, 4, 4), (1, 2, 2)),
+    ),
+    "Qwen2_5_VisionTransformerPretrainedModel": (
+        {**QWEN, "hidden_size": 64, "out_hidden_size": 48, "intermediate_size": 96, "window_size": 16},
+        models._patches((1, 4, 4), (1, 2, 2)),
+    ),
+    "Gemma3Model": ({"text_config": {**TEXT, "sliding_window": 8}, "vision_config": IMAGE}, models._images_in_text(64, 2, 8)),
+    "LlamaModel": (TEXT, models._text(12)),
+    "MllamaTextModel": (
+        {key: value for key, value in TEXT.items() if key != "head_dim"} | {"cross_attention_layers": [1]},
+        models._text_and_tiles(10, 20),
+    ),
+    "GitModel": ({**HEAD, "vocab_size": 60, "vision_config": IMAGE}, models._captions(6)),
+    "BertModel": ({**HEAD, "vocab_size": 60}, models._padded_text(12)),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_backend() -> Iterator[None]:
+    with use_backend("torch"):
+        yield
+
+
+def small(model: models.Model) -> models.Model:
+    settings, inputs = SMALL[model.model[1]]
+    return dataclasses.replace(
+        model, config=(model.config[0], settings), inputs=inputs or model.inputs, batch=min(model.batch, 2)
+    )
+
+
+def rows(model: models.Model) -> list[runner.Row]:
+    work = Workload("models", "accelerate", model.name, "fwd", models.build(model))
+    return runner.run_workload(work, CPU, CEILINGS, FAST)
+
+
+@pytest.mark.parametrize("model", models.MODELS, ids=lambda model: model.model[1])
+def test_before_and_after_agree(model: models.Model) -> None:
+    found = rows(small(model))
+    assert [(row.provider, row.status) for row in found] == [(OURS, "ok"), ("hf", "ok")], [row.reason for row in found]
+    assert found[0].backends and not found[1].backends
+    assert found[0].flops > 0
+
+
+def test_the_bound_is_the_error_of_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "work_dtype", lambda device: torch.bfloat16)
+    clip = small(next(model for model in models.MODELS if model.model[1] == "CLIPVisionModel"))
+    case = models.build(clip)(CPU)
+    own = case.check(case.peers[0].prepare()())[0]
+    assert 0.5 < own.ratio < 9 and own.bound == pytest.approx(1.1 * own.ratio) and own
+    assert not case.check(case.peers[0].prepare()() * 1.02)[0]
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = models.accelerate
+
+    def broken(model: nn.Module) -> Any:
+        report = accelerate(model)
+        model.encoder.layers[1].self_attn.fast.register_forward_hook(lambda module, args, out: 1.001 * out)  # type: ignore[union-attr]
+        return report
+
+    monkeypatch.setattr(models, "accelerate", broken)
+    clip = next(model for model in models.MODELS if model.model[1] == "CLIPVisionModel")
+    assert [row.status for row in rows(small(clip))] == ["wrong", "ok"]
+
+
+def test_flops_by_hand() -> None:
+    """A tower of 2 images of 17 tokens: patches, projections, feed-forwards. On a CPU torch's counter leaves out attention."""
+    clip = small(next(model for model in models.MODELS if model.model[1] == "CLIPVisionModel"))
+    tokens, width, layers = 2 * 17, 64, 2
+    layer = tokens * width * (4 * width + 2 * 96)
+    assert models.build(clip)(CPU).flops == 2 * (2 * 16 * 3 * 64 * width + layers * layer)
+    assert models.build(clip, batch=1)(CPU).flops == 2 * (16 * 3 * 64 * width + layers * layer // 2)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of a model's other layers: its attention implementation is changed where it is one that works like ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from vlmkernels.integrations import register_attention
+from vlmkernels.integrations._swap import Swapped
+
+#: Families of transformers, by the folder of their code, with which ``attn_implementation="vlmkernels"`` is tested.
+FAMILIES = {
+    *("clip", "siglip", "siglip2", "vit"),
+    *("blip_2", "git", "idefics", "instructblip", "kosmos2", "llava", "llava_next", "mllama"),
+    *("gemma3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
+    *("bert", "gemma", "gemma2", "llama", "mistral", "opt", "qwen2", "qwen3"),
+}
+#: Towers that call attention for each image or window by itself unless the name of the implementation has "flash" in it.
+_PACKED = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen3VLVisionModel")
+#: What computes what ours does, without attention weights. Eager is asked for by name, or all that a model knows.
+_ALIKE = ("vlmkernels", "vlmkernels_flash", "sdpa", "flex_attention", *(f"flash_attention_{i}" for i in (2, 3, 4)))
+_BEFORE = "_vlmkernels_implementation"
+
+
+def join(model: nn.Module) -> dict[nn.Module, str]:
+    """Give the models of transformers inside ``model`` our attention; those that keep theirs, with the reason.
+
+    A model and those inside it hand each other their masks, and all of them are given ours or none; but for vision towers, which
+    make their own.
+    """
+    kept: dict[nn.Module, str] = {}
+    missing = _why_not_registered()
+    groups = _groups(model)
+    for group in groups:
+        reasons = {part: missing or _why_not(part) for part in group}
+        if any(reasons.values()):
+            kept |= {
+                part: reason or "a model that gets its masks, or gives it them, keeps its own" for part, reason in reasons.items()
+            }
+    ours = [part for group in groups for part in group if part not in kept]
+    for part in ours:  # before any is changed, as they share configurations
+        vars(part).setdefault(_BEFORE, part.config._attn_implementation)
+    for part in ours:
+        part.config._attn_implementation_internal = "vlmkernels_flash" if type(part).__name__ in _PACKED else "vlmkernels"
+    return kept
+
+
+def part(model: nn.Module) -> None:
+    """Give back what ``join`` changed."""
+    layers: list[Any] = [layer for layer in model.modules() if joined(layer)]
+    for layer in layers:
+        layer.config._attn_implementation_internal = vars(layer).pop(_BEFORE)
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Everything in ``model`` has the attention that it had before, meanwhile."""
+    layers: list[Any] = [layer for layer in model.modules() if joined(layer)]
+    configs = [(layer.config, layer.config._attn_implementation, vars(layer)[_BEFORE]) for layer in layers]
+    try:
+        for config, _, before in configs:
+            config._attn_implementation_internal = before
+        yield
+    finally:
+        for config, ours, _ in configs:
+            config._attn_implementation_internal = ours
+
+
+def joined(layer: Any) -> bool:
+    return _BEFORE in vars(layer)
+
+
+def _groups(model: nn.Module) -> list[list[Any]]:
+    """The models of transformers inside ``model``, those together that may hand on masks, in the order of ``modules()``."""
+    groups: list[list[Any]] = []
+
+    def visit(layer: nn.Module, group: list[Any] | None) -> None:
+        if hasattr(layer, "_can_set_attn_implementation"):
+            if group is None or layer.main_input_name == "pixel_values":
+                group = []
+                groups.append(group)
+            group.append(layer)
+        for child in layer.children():
+            visit(child, group)
+
+    visit(model, None)
+    return groups
+
+
+def _why_not(model: Any) -> str | None:
+    package = type(model).__module__.split(".")
+    if package[:2] != ["transformers", "models"] or package[2] not in FAMILIES:
+        return "its family is not tested with ours"
+    if not model._can_set_attn_implementation():
+        return "it has no other attention than its own"
+    present = model.config._attn_implementation
+    if present in _ALIKE or (present == "eager" and _only_eager(model, package[2])):
+        return None
+    return f"its attention is {present}"
+
+
+def _only_eager(model: nn.Module, family: str) -> bool:
+    """Whether eager was nobody's wish: Gemma 2's softcap is not in sdpa; GIT's layers know nothing else, and ours are there."""
+    if family == "gemma2":
+        return True
+    layers = [layer for layer in model.modules() if any(base.__name__ == "GitSelfAttention" for base in type(layer).__mro__)]
+    return family == "git" and bool(layers) and all(isinstance(layer, Swapped) for layer in layers)
+
+
+def _why_not_registered() -> str | None:
+    try:
+        register_attention()
+    except ImportError as error:
+        return str(error)
+    return None

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers of a model would make of the same tensor, made once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+#: As long as the tensor lives: its version, the arguments, the result.
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then."""
+    if tensor.is_inference() or torch.compiler.is_compiling():  # no version tells whether it has changed
+        return make()
+    state = (tensor._version, arguments)
+    known = _made.get(tensor)
+    if known is None or known[0] != state:
+        known = _made[tensor] = (state, make())
+    return known[1]
