@@ -264,9 +264,9 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=PLACE)
 def _clip_bwd_kernel(
-    a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, start_ptr, stop_ptr,
+    a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, gain_ptr, start_ptr, stop_ptr,
     row_ptr, row_positive_ptr, column_ptr, column_positive_ptr, lse_a_ptr, lse_b_ptr, g_ptr, dscale_ptr,
-    first_row, rows, first_column, columns, M, N, stride_am, stride_bn, stride_gm, smooth_row, smooth_column, gain,
+    first_row, rows, first_column, columns, M, N, stride_am, stride_bn, stride_gm, smooth_row, smooth_column,
     D: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -287,6 +287,7 @@ def _clip_bwd_kernel(
     PART: tl.constexpr = BLOCK_N // 4
 
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    gain = tl.load(gain_ptr)
     row = tl.load(row_ptr + offs_m, mask=mask_m, other=0.0)
     row_positive = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0.0)
     lse_m = tl.load(lse_a_ptr + offs_m, mask=mask_m, other=0.0) * LOG2E

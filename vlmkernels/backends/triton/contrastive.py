@@ -304,14 +304,14 @@ def clip_loss_bwd(
     wide_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _Tiles(a, b, inverse_a, inverse_b)
-    # Probabilities, of which a loss is the mean over the rows, keep their size in fp16.
-    gain = 2.0 * len(a)
-    factor = dloss.float() * scale.float() * (1.0 / gain)
+    # The gradient of a logit is at most 2 in a panel: fp16 would not hold that of a mean.
+    gain = torch.maximum(row.max(), column.max()).clamp_min(1e-30).reciprocal()
+    factor = dloss.float() * scale.float() / gain
     out = _Gradients(tiles, (a.dtype, torch.float32 if wide_b else b.dtype), factor)
     lse_a, lse_b = (lse - torch.log(weight * gain) for lse, weight in ((lse_a, row), (lse_b, column)))
-    vectors = (scale, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
+    vectors = (scale, gain, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
     dscale = _partial(row, out.panels, out.programs)
-    rest = (out.panel.stride(0), smooth_row, smooth_column, gain)
+    rest = (out.panel.stride(0), smooth_row, smooth_column)
     for i, (rows, columns) in enumerate(out):
         place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
         tensors = (*vectors, out.panel, dscale[i])
