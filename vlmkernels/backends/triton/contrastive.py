@@ -40,6 +40,8 @@ class Config(NamedTuple):
     stages: int
 
 
+# Two programs of one warpgroup share a multiprocessor, and one multiplies while the other finishes its tile: 4.67 ms for the first
+# form of CLIP's forward pass, with two warpgroups 7.46, and 5.70 for 128 x 256 (N 32768, D 768, H200).
 HOPPER_CONFIG = Config(128, 128, 64, 4, 3)
 TMA_CONFIG = Config(128, 128, 64, 8, 3)
 CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
@@ -131,14 +133,6 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
         torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
     else:
         torch.mm(x, y, out_dtype=torch.float32, out=out)
-
-
-def _finish(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor | None, factor: Tensor) -> None:
-    """``out = factor * grad`` without what lies along the rows of ``x``, where these were divided by their norms."""
-    if inverse is not None:
-        unit = x.float() * inverse[:, None]
-        grad = torch.addcmul(grad, unit, (unit * grad).sum(1, keepdim=True), value=-1)
-    torch.mul(grad, factor.view(1, 1), out=out)
 
 
 class _Gradients:
