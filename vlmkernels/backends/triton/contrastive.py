@@ -40,8 +40,8 @@ class Config(NamedTuple):
     stages: int
 
 
-# Two programs of one warpgroup share a multiprocessor, and one multiplies while the other finishes its tile: 4.67 ms for the first
-# form of CLIP's forward pass, with two warpgroups 7.46, and 5.70 for 128 x 256 (N 32768, D 768, H200).
+# Two programs of one warpgroup share a multiprocessor, and one multiplies while the other finishes its tile: 4.67 ms for the
+# first form of CLIP's forward pass, with two warpgroups 7.46, and 5.70 for 128 x 256 (N 32768, D 768, H200).
 HOPPER_CONFIG = Config(128, 128, 64, 4, 3)
 TMA_CONFIG = Config(128, 128, 64, 8, 3)
 CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
