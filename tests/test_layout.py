@@ -186,7 +186,9 @@ def test_the_example_in_the_readme_runs() -> None:
         run_python(example + "\nassert out.shape == exact.shape and tokens.shape == (2, 196, 768)", TRITON_INTERPRET="0")
 
 
-@pytest.mark.parametrize("page", ["accelerate", "attention", "cross_attention", "pos_embed", "rope", "transformers"])
+@pytest.mark.parametrize(
+    "page", ["accelerate", "attention", "contrastive", "cross_attention", "pos_embed", "rope", "transformers"]
+)
 def test_the_example_on_a_page_runs(page: str) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
     run_python(example, TRITON_INTERPRET="0")

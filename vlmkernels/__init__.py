@@ -6,6 +6,7 @@ from vlmkernels.integrations.accelerate import accelerate, restore
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
+from vlmkernels.ops.contrastive import clip_loss, siglip_loss
 from vlmkernels.ops.cross_attention import cross_attention
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
@@ -17,6 +18,7 @@ __all__ = [
     "KeyRanges",
     "accelerate",
     "attention",
+    "clip_loss",
     "cross_attention",
     "nn",
     "patch_embed",
@@ -24,5 +26,6 @@ __all__ = [
     "restore",
     "rope",
     "rope_qkv_",
+    "siglip_loss",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ import torch
 from vlmkernels import BackendError, KeyRanges
 from vlmkernels.ops._op import BACKENDS
 from vlmkernels.ops.attention import attention
+from vlmkernels.ops.contrastive import clip_loss, siglip_loss
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
@@ -76,7 +77,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     small = device.type != "cuda"
     dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
     patches = (*_patch_embed_cases(small), *_pos_embed_cases(small))
-    return [*_attention_cases(dims, small), *patches, *_rope_cases(), *_tile_bounds_cases()]
+    return [*_attention_cases(dims, small), *patches, *_rope_cases(), *_contrastive_cases(small), *_tile_bounds_cases()]
 
 
 def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
@@ -260,6 +261,29 @@ def _rope_case(name: str, dim: int, rotated: int, interleaved: bool, norm: bool)
         return rope(t["q"], t["k"], t["cos"], t["sin"], interleaved=interleaved, backend=backend, **weights)
 
     return Case("rope", name, "norm", inputs, run, ("q", "k", *(("q_weight", "k_weight") if norm else ())))
+
+
+def _contrastive_cases(small: bool) -> Iterator[Case]:
+    dim, images = (32, 40) if small else (768, 1000)
+    yield _contrastive_case("CLIP", clip_loss, images, images, dim, label_smoothing=0.1)
+    yield _contrastive_case("SigLIP", siglip_loss, images, images, dim)
+    for name, loss in (("CLIP", clip_loss), ("SigLIP", siglip_loss)):
+        yield _contrastive_case(f"{name}, unit vectors, several captions", loss, images // 2, images, dim, normalize=True)
+
+
+def _contrastive_case(name: str, loss: Callable[..., torch.Tensor], images: int, texts: int, dim: int, **options: Any) -> Case:
+    """The loss, rounded to the dtype of the features, and their gradients."""
+
+    def inputs() -> Inputs:
+        tensors = {"image": torch.randn(images, dim) / dim**0.5, "text": torch.randn(texts, dim) / dim**0.5}
+        return tensors if images == texts else tensors | {"targets": torch.arange(texts) % images}
+
+    def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        numbers = (10.0,) if loss is clip_loss else (10.0, -5.0)
+        value = loss(t["image"], t["text"], *numbers, targets=t.get("targets"), backend=backend, **options)
+        return (value.to(t["image"].dtype),)
+
+    return Case("contrastive", name, "gemm", inputs, run, ("image", "text"))
 
 
 def _tile_bounds_cases() -> Iterator[Case]:

@@ -88,7 +88,7 @@ def _title(row: Row) -> str:
     return f"{row.op} · {row.workload} · {row.direction}"
 
 
-COLUMNS = ("workload", "provider", "time", "peer time / ours", "TFLOP/s", "GB/s", "of ceiling", "error / floor")
+COLUMNS = ("workload", "provider", "time", "peer time / ours", "TFLOP/s", "GB/s", "of ceiling", "error / floor", "extra MiB")
 
 
 def cells(row: Row, ours: Row) -> tuple[str, ...]:
@@ -102,20 +102,23 @@ def cells(row: Row, ours: Row) -> tuple[str, ...]:
     share = "" if row.ceiling_share is None else f"{row.ceiling_share:.0%} {row.ceiling}"
     error = _number(row.error_over_floor, ".2f")
     title = _title(row) if row is ours else ""
-    return title, name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error
+    extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.0f}"
+    return title, name, result(row), ratio, _number(row.tflops, ".3g"), _number(row.gbs, ".0f"), share, error, extra
 
 
 def print_table(report: Report, console: Any) -> None:
     """The table on a rich console."""
     table = need("rich.table").Table(title=report.environment["device"])
-    for name in COLUMNS[1:]:
+    # The last column is of GPUs alone, and the others need the width.
+    columns = COLUMNS[1:] if any(row.extra_bytes is not None for row in report.rows) else COLUMNS[1:-1]
+    for name in columns:
         table.add_column(name, justify="left" if name == "provider" else "right", overflow="fold")
     markup = need("rich.markup").escape
     for group in report.groups():
         lost = group[0].status != "ok" or _standing(group) < 1
         table.add_row(markup(_title(group[0])), style="bold red" if lost else "bold green")
         for row in group:
-            line = [markup(cell) for cell in cells(row, group[0])[1:]]
+            line = [markup(cell) for cell in cells(row, group[0])[1 : 1 + len(columns)]]
             table.add_row(*line, style="bold" if row is group[0] else None, end_section=row is group[-1])
     console.print(table)
     c = report.ceilings
@@ -238,7 +241,8 @@ def to_html(report: Report, png: bytes) -> str:
 <p>{escape(summary)} Workloads where a peer is faster come first. Times are medians of interleaved calls with a cold L2 cache;
 steps of forward and backward are replayed from a CUDA graph, or else marked; times without a share of the ceiling are those of
 calls back to back, of the host or in a CUDA graph with warm caches; "of ceiling" is the time at the copy and product rates of
-this run over the time taken; "error / floor" is the RMS error in units of the error of rounding the exact result.
+this run over the time taken; "error / floor" is the RMS error in units of the error of rounding the exact result; "extra
+MiB" is what a call holds beside its inputs and results, at its peak.
 A result that is wrong is not timed.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {chr(10).join(body)}

@@ -52,6 +52,7 @@ class Row:
     samples: int = 0
     flops: float = 0.0
     bytes: float = 0.0
+    extra_bytes: int | None = None  # on a GPU: the peak of what a call holds beside its inputs and its results
     tflops: float | None = None
     gbs: float | None = None
     ceiling: str = ""
@@ -180,6 +181,7 @@ def run_workload(
             rows.append(new)
             if call is not None:
                 calls[provider.name] = call
+                new.extra_bytes = extra_bytes(call, device)
         timings = _times(rows, calls, device, options)
     for new in rows:
         if new.provider in timings:
@@ -222,6 +224,21 @@ def _checked(provider: Provider, case: Case, row: Row) -> Callable[[], Any] | No
         row.reason = f"{case.outputs[worst]} is {row.error_over_floor:.3g} floors off {comparisons[worst].note}".strip()
         return None
     return call
+
+
+def extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The peak of what torch allocates in a call that was made before, beside its results; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    results = sum(x.numel() * x.element_size() for x in tensors)
+    extra: int = torch.cuda.max_memory_allocated(device) - before - results
+    return max(0, extra)
 
 
 def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.device, options: Options) -> dict[str, Timing]:

@@ -8,6 +8,7 @@ import torch
 
 from vlmkernels.bench import cross_attention, models, towers
 from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
+from vlmkernels.bench.contrastive import large, loss_case
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
 from vlmkernels.bench.workloads import Case, Workload, rope_case
 
@@ -134,6 +135,20 @@ def _cross_attention() -> list[Workload]:
     return work
 
 
+#: pairs, channels.
+BATCHES = ((32768, 512), (32768, 768), (32768, 1152), (65536, 768))
+
+
+def _contrastive() -> list[Workload]:
+    work = []
+    for kind, title in (("clip", "CLIP"), ("siglip", "SigLIP")):
+        for pairs, dim in BATCHES:
+            work.append(Workload("contrastive", "contrastive", f"{title} {pairs} D{dim}", "fwd+bwd", loss_case(kind, pairs, dim)))
+        build = large(loss_case(kind, 262144, 768))
+        work.append(Workload("contrastive", "contrastive", f"{title} 262144 D768", "fwd+bwd", build, LARGE))
+    return work
+
+
 def _models() -> list[Workload]:
     work = [Workload("models", "accelerate", model.name, "fwd", models.build(model), LARGE) for model in models.MODELS]
     for model in models.TOWERS:
@@ -194,6 +209,7 @@ SUITES = {
     "attention": _attention,
     "cross_attention": _cross_attention,
     "patch_embed": _patch_embed,
+    "contrastive": _contrastive,
     "models": _models,
     "rope": _rope,
     "overhead": _overhead,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-SUITES = ("main", "attention", "cross_attention", "patch_embed", "models", "rope", "overhead", "smoke")
+SUITES = ("main", "attention", "cross_attention", "patch_embed", "contrastive", "models", "rope", "overhead", "smoke")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 
 from vlmkernels.nn._attention import ATTENTION_LAYOUTS, AttentionLayout
 from vlmkernels.nn.attention_pool import AttentionPool
+from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.gated_cross_attention import GatedCrossAttention
 from vlmkernels.nn.kosmos import KosmosResampler
@@ -19,6 +20,7 @@ __all__ = [
     "PATCH_EMBED_LAYOUTS",
     "AttentionLayout",
     "AttentionPool",
+    "ClipLoss",
     "CrossAttention",
     "GatedCrossAttention",
     "KosmosResampler",
@@ -32,4 +34,5 @@ __all__ = [
     "QFormer",
     "QFormerLayer",
     "SelfAttention",
+    "SigLipLoss",
 ]
