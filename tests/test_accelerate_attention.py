@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate_parity import count_calls
 from conftest import DEVICE, ON_GPU
 from hf_models import IMAGE, TEXT, TOWER, ids, pixels
 from torch import nn
@@ -58,6 +59,8 @@ def quick_backend() -> Iterator[None]:
         yield
 
 
+#: Whose attention is swapped.
+DECODERS = ("Llama", "Mistral", "Qwen")
 Builder = tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]
 CASES: dict[str, Builder] = {
     "llama": (lambda: decoder("Llama"), prompts),
@@ -104,12 +107,16 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(ours, "attention", noted)
     report = accelerate(model)
+    calls = count_calls(model)
     with torch.no_grad():
         got, wanted = (one(**inputs).logits for one in (model, exact))
     rows = inputs["attention_mask"].bool()
     assert compare(got[rows], wanted[rows].double(), "model")
     length = rows.shape[1]
-    assert sizes.count(length) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
+    swapped = [row for row in report.replaced if row.layer.endswith("Attention") and row.layer.startswith(DECODERS)]
+    assert sizes.count(length) + len(swapped) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
+    assert bool(swapped) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
+    assert all(calls[row.name] == 1 for row in swapped)
     assert ("RMSNorm" in {row.module for row in report.replaced}) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
     assert report.attention and not [row for row in report.attention if row.reason]
     assert f"attention of {type(model).__name__}" in str(report)
@@ -121,6 +128,21 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def git() -> nn.Module:
     settings = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vision_config": {**TOWER, **IMAGE}}
     return hf.GitForCausalLM(hf.GitConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_decoding_is_that_of_before(name: str, cache: str | None) -> None:
+    """Padded on the left, token by token, in windows shorter than what came; and in training."""
+    model: Any = scattered(decoder(name, **({"sliding_window": 6} if name == "Mistral" else {})))
+    inputs = {key: value.to(DEVICE) for key, value in prompts().items()}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(**inputs, **settings, cache_implementation=cache)
+    report = accelerate(model)
+    calls = count_calls(model)
+    assert torch.equal(model.generate(**inputs, **settings, cache_implementation=cache), wanted)
+    swapped = [row.name for row in report.replaced if row.layer == f"{name}Attention"]
+    assert len(swapped) == 2 and all(calls[layer] == 6 for layer in swapped)
 
 
 @pytest.mark.parametrize("build", [llava, gemma3, git])
@@ -189,10 +211,11 @@ def test_part_by_part_and_in_turn() -> None:
 def test_the_configuration_is_saved_as_it_was() -> None:
     model: Any = decoder("Llama")
     before = model.config.to_dict()
-    accelerate(model)
+    report = accelerate(model)
     assert model.config.to_dict() == before
-    assert copy.deepcopy(model).config._attn_implementation == "vlmkernels"
-    assert restore(copy.deepcopy(model)) == 0
+    other = copy.deepcopy(model)
+    assert other.config._attn_implementation == "vlmkernels" and restore(other) == len(report.replaced)
+    assert set(implementations(other)) == {"sdpa"} and set(implementations(model)) == {"vlmkernels"}
 
 
 def test_the_page_names_every_family() -> None:

@@ -7,6 +7,7 @@ dropout of attention weights, positions to be resized, hooks inside of what the 
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,19 +103,59 @@ class CaptionAttention(Swapped):
         if drops or not _known(attention_mask) or kwargs.get("output_attentions"):
             mask = attention_mask.additive(hidden_states.dtype) if isinstance(attention_mask, RangesMask) else attention_mask
             return super().forward(hidden_states, mask, *args, **kwargs)
-        # Named after the version.
-        caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
         tokens = hidden_states.shape[1]
-        if not caches:
-            return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
-
-        def cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            new = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
-            k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, **new)
-            return k.transpose(1, 2), v.transpose(1, 2)
-
         keys = tokens if attention_mask is None else attention_mask.shape[3]
-        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, cached), None
+        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, _cached(self, args, kwargs)), None
+
+
+def _cached(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """What puts keys and values into the cache that a call of ``layer`` came with, in a name after the version; None without."""
+    caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
+    if not caches:
+        return None
+    more = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
+
+    def put(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), layer.layer_idx, **more)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    return put
+
+
+class DecoderAttention(Swapped):
+    """Self-attention of a text decoder with rotary positions and a cache: one product, one rotation of queries and keys."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        q, k, out, width = layer.q_proj, layer.k_proj, layer.o_proj, layer.head_dim
+        norm = getattr(layer, "q_norm", None)
+        return SelfAttention(
+            q.in_features,
+            q.out_features // width,
+            k.out_features // width,
+            width,
+            layout="llama",
+            bias=q.bias is not None,
+            out_bias=out.bias is not None,
+            qk_norm=None if norm is None else "rms",
+            norm_eps=0.0 if norm is None else norm.variance_epsilon,
+            scale=layer.scaling,
+            device="meta",
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        drops = self.training and _rate(self) > 0
+        if not isinstance(mask, RangesMask) or tables is None or args or drops or autocast(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        if kwargs.get("output_attentions"):
+            return super().forward(hidden_states, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
+        ranges = fitting(mask, hidden_states.shape[1], mask.shape[3])
+        rope = tuple(_half(table) for table in tables)
+        return self.fast(hidden_states, ranges, rope, _cached(self, (), given)), None
 
 
 class PackedAttention(Swapped):
@@ -136,8 +177,12 @@ class PackedAttention(Swapped):
 
 
 def _half(table: Tensor) -> Tensor:
-    """A table of transformers for the rope of a pack, without its second half, which repeats the first."""
-    half: Tensor = once(table, ("half",), lambda: table[None, :, : table.shape[-1] // 2].contiguous())
+    """A table of transformers for rope, of a batch or of a pack, without its second half, which repeats the first."""
+
+    def make() -> Tensor:
+        return (table if table.dim() == 3 else table[None])[..., : table.shape[-1] // 2].contiguous()
+
+    half: Tensor = once(table, ("half",), make)
     return half
 
 
@@ -353,6 +398,13 @@ REPLACEMENTS: dict[str, Replacement] = {
         "blip_2.modeling_blip_2.Blip2Attention",
         "instructblip.modeling_instructblip.InstructBlipAttention",
         layout="blip",
+    ),
+    **_rows(
+        DecoderAttention,
+        "llama.modeling_llama.LlamaAttention",
+        "mistral.modeling_mistral.MistralAttention",
+        "qwen2.modeling_qwen2.Qwen2Attention",
+        "qwen3.modeling_qwen3.Qwen3Attention",
     ),
     **_rows(CaptionAttention, "git.modeling_git.GitSelfAttention"),
     **_rows(
