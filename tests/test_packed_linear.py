@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from nn_parity import quick_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,6 +21,7 @@ from vlmkernels.ops import _packed_linear
 from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear
 from vlmkernels.testing import compare
 
+__all__ = ["quick_backend"]
 K, SIZES = 24, (8, 16, 5)
 
 

@@ -147,11 +147,9 @@ class DecoderAttention(Swapped):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        drops = self.training and _rate(self) > 0
-        if not isinstance(mask, RangesMask) or tables is None or args or drops or autocast(hidden_states):
+        stays = args or autocast(hidden_states) or (self.training and _rate(self) > 0) or kwargs.get("output_attentions")
+        if not isinstance(mask, RangesMask) or tables is None or stays:
             return super().forward(hidden_states, *args, **kwargs)
-        if kwargs.get("output_attentions"):
-            return super().forward(hidden_states, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
         ranges = fitting(mask, hidden_states.shape[1], mask.shape[3])
         rope = tuple(_half(table) for table in tables)

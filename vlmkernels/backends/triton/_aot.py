@@ -3,8 +3,8 @@
 
 Each kernel module defines ``aot_cases() -> list[AotCase]``. A case calls the module's own launcher on meta tensors; here every
 launch inside it becomes a compilation, so what is checked is what runs: the launcher's choice of configuration for that GPU,
-and Triton's specialisation on alignment, on 1 and on None. ``python -m vlmkernels.backends.triton._aot 90 attention`` prints
-one line of JSON for each kernel. The process must not have ``TRITON_INTERPRET`` set.
+and Triton's specialisation on alignment, on 1 and on None. ``python -m vlmkernels.backends.triton._aot 90 1 attention``
+prints one line of JSON for each kernel. The process must not have ``TRITON_INTERPRET`` set.
 """
 
 import contextlib
@@ -162,16 +162,16 @@ def compile_case(case: AotCase, arch: int) -> list[Resources]:
     return results
 
 
-def main(arch: int, stems: list[str]) -> None:
-    """Print the resources of every kernel of these modules as lines of JSON."""
+def main(arch: int, every: int, stems: list[str]) -> None:
+    """Print the resources of the kernels of these modules, in every so manyth of their cases, as lines of JSON."""
     for stem in stems:
         module = importlib.import_module(f"vlmkernels.backends.triton.{stem}")
         with torch.device("meta"):
             cases = module.aot_cases() if hasattr(module, "aot_cases") else []
-        for case in cases:
+        for case in cases[::every]:
             for resources in compile_case(case, arch):
                 print(json.dumps({"module": stem, "problem": resources.problem()} | dataclasses.asdict(resources)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
