@@ -209,8 +209,8 @@ MLLAMA = {
     **LLAMA,
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
-    "num_hidden_layers": 10,
-    "cross_attention_layers": [3, 8],
+    "num_hidden_layers": 5,
+    "cross_attention_layers": [3],
 }
 HALF, CLIP = _images(photos.HALF), _images(photos.CLIP)
 VIT_L, SO400M = _vision(1024, 4096, 224, 16), _vision(1152, 4304, 384, 14)

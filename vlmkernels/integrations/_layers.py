@@ -6,17 +6,23 @@ A call that the module would not answer as the original does goes to the origina
 dropout of attention weights, positions to be resized, hooks inside of what the module does in one go.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmkernels.integrations import _timm
-from vlmkernels.integrations._once import once
+from vlmkernels.integrations._attention_layers import (
+    Attention,
+    CaptionAttention,
+    DecoderAttention,
+    PackedAttention,
+    asked,
+    masked,
+    rate,
+)
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast
-from vlmkernels.integrations.ranges_mask import RangesMask, fitting
+from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
     AttentionPool,
@@ -26,162 +32,11 @@ from vlmkernels.nn import (
     PatchEmbed3d,
     PerceiverResampler,
     QFormer,
-    SelfAttention,
 )
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
 
 Tensor = torch.Tensor
-
-
-def _asked(config: Any, arguments: dict[str, Any], *names: str) -> bool:
-    """Whether attention weights or hidden states are asked for."""
-    return any(arguments.get(name) or getattr(config, name, False) for name in names)
-
-
-def _masked(arguments: dict[str, Any]) -> bool:
-    """Whether there is a mask that is not one of ranges, by whatever name a version of transformers gives it."""
-    return any("mask" in name and not _known(value) for name, value in arguments.items())
-
-
-def _known(mask: Any) -> bool:
-    return mask is None or isinstance(mask, RangesMask)
-
-
-def _rate(layer: Any) -> float:
-    """The dropout of attention weights."""
-    rate = getattr(layer, "attention_dropout", None)
-    rate = layer.dropout if rate is None else rate
-    return float(rate.p if isinstance(rate, nn.Dropout) else rate)
-
-
-class Attention(Swapped):
-    """Self-attention of vision towers and of their text; masks are those of our attention implementation."""
-
-    layout: str
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        q, out = ("qkv", "projection") if cls.layout == "blip" else ("q_proj", "o_proj" if cls.layout == "llama" else "out_proj")
-        heads = getattr(layer, "num_heads", None) or layer.num_attention_heads
-        inputs, output = getattr(layer, q), getattr(layer, out)
-        return SelfAttention(
-            inputs.in_features,
-            heads,
-            head_dim=layer.head_dim,
-            layout=cls.layout,
-            bias=inputs.bias is not None,
-            out_bias=output.bias is not None,
-            device="meta",
-        )
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        masked = any(value is not None for value in args) or _masked({**kwargs, "mask": attention_mask})
-        drops = self.training and _rate(self) > 0
-        if masked or drops or _asked(self.config, kwargs, "output_attentions"):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        tokens = hidden_states.shape[1]
-        ranges = fitting(attention_mask, tokens, tokens)
-        if ranges is None and kwargs.get("is_causal"):
-            ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
-        return self.fast(hidden_states, ranges), None
-
-
-class CaptionAttention(Swapped):
-    """Self-attention of GIT's decoder over image and text, with a cache."""
-
-    adds_masks = True
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        query = layer.query
-        arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
-        return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        drops = self.training and _rate(self) > 0
-        if drops or not _known(attention_mask) or kwargs.get("output_attentions"):
-            mask = attention_mask.additive(hidden_states.dtype) if isinstance(attention_mask, RangesMask) else attention_mask
-            return super().forward(hidden_states, mask, *args, **kwargs)
-        tokens = hidden_states.shape[1]
-        keys = tokens if attention_mask is None else attention_mask.shape[3]
-        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, _cached(self, args, kwargs)), None
-
-
-def _cached(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """What puts keys and values into the cache that a call of ``layer`` came with, in a name after the version; None without."""
-    caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
-    if not caches:
-        return None
-    more = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
-
-    def put(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), layer.layer_idx, **more)
-        return k.transpose(1, 2), v.transpose(1, 2)
-
-    return put
-
-
-class DecoderAttention(Swapped):
-    """Self-attention of a text decoder with rotary positions and a cache: one product, one rotation of queries and keys."""
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        q, k, out, width = layer.q_proj, layer.k_proj, layer.o_proj, layer.head_dim
-        norm = getattr(layer, "q_norm", None)
-        return SelfAttention(
-            q.in_features,
-            q.out_features // width,
-            k.out_features // width,
-            width,
-            layout="llama",
-            bias=q.bias is not None,
-            out_bias=out.bias is not None,
-            qk_norm=None if norm is None else "rms",
-            norm_eps=0.0 if norm is None else norm.variance_epsilon,
-            scale=layer.scaling,
-            device="meta",
-        )
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        stays = args or autocast(hidden_states) or (self.training and _rate(self) > 0) or kwargs.get("output_attentions")
-        if not isinstance(mask, RangesMask) or tables is None or stays:
-            return super().forward(hidden_states, *args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
-        ranges = fitting(mask, hidden_states.shape[1], mask.shape[3])
-        rope = tuple(_half(table) for table in tables)
-        return self.fast(hidden_states, ranges, rope, _cached(self, (), given)), None
-
-
-class PackedAttention(Swapped):
-    """Self-attention of Qwen-VL's towers: the images, frames or windows of a pack in one call, rotated in one pass."""
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        width, heads = layer.qkv.in_features, layer.num_heads
-        return SelfAttention(width, heads, layout="timm", scale=layer.scaling, device="meta")
-
-    def forward(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> Any:
-        tables = kwargs.get("position_embeddings")
-        drops = self.training and _rate(self) > 0
-        if args or tables is None or cu_seqlens is None or drops or autocast(hidden_states):
-            return super().forward(hidden_states, cu_seqlens, *args, **kwargs)
-        total = hidden_states.shape[0]
-        ranges = once(cu_seqlens, (total, "ranges"), lambda: KeyRanges.packed(cu_seqlens, total))
-        return self.fast(hidden_states, ranges, tuple(_half(table) for table in tables))
-
-
-def _half(table: Tensor) -> Tensor:
-    """A table of transformers for rope, of a batch or of a pack, without its second half, which repeats the first."""
-
-    def make() -> Tensor:
-        return (table if table.dim() == 3 else table[None])[..., : table.shape[-1] // 2].contiguous()
-
-    half: Tensor = once(table, ("half",), make)
-    return half
 
 
 class Embeddings(Swapped):
@@ -309,9 +164,9 @@ class QFormerLayers(Swapped):
         """Whether a call with these arguments is the original's."""
         blind = arguments.get("query_length", 0) > 0 and arguments.get("encoder_hidden_states") is None
         first = self.layer[0]
-        trains = self.training and (first.gradient_checkpointing or _rate(first.attention.attention) > 0)
-        asked = _asked(self.config, arguments, "output_attentions", "output_hidden_states")
-        return _masked(arguments) or blind or trains or asked or arguments.get("return_dict") is False
+        trains = self.training and (first.gradient_checkpointing or rate(first.attention.attention) > 0)
+        wanted = asked(self.config, arguments, "output_attentions", "output_hidden_states")
+        return masked(arguments) or blind or trains or wanted or arguments.get("return_dict") is False
 
 
 class Norm(Swapped):
