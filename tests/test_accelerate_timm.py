@@ -20,8 +20,8 @@ _hide_broken_torchvision()
 try:
     import timm
     from timm.layers import Attention, AttentionPoolLatent, Mlp
-except (ImportError, RuntimeError):
-    pytest.skip("timm imports only beside a torchvision for this torch", allow_module_level=True)
+except (ImportError, RuntimeError) as error:  # not installed, or beside a torchvision for another torch
+    pytest.skip(f"timm does not import: {error}", allow_module_level=True)
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 MODELS: dict[str, dict[str, Any]] = {

@@ -65,8 +65,8 @@ def _open_clip(name: str) -> Loss:
         module = importlib.import_module("open_clip.loss")
     except ImportError:
         raise Unavailable("open_clip is not installed") from None
-    loss = getattr(module, name)()
-    return lambda *leaves: loss(*leaves)
+    loss: Loss = getattr(module, name)()
+    return loss
 
 
 def step(loss: Loss, leaves: list[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:

@@ -50,13 +50,11 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelCase(Case):
-    """A case whose bound follows from the error of ``before``, the model that was accelerated; in fp32 that of the rule stays."""
-
-    before: Callable[[], torch.Tensor] = torch.Tensor
+    """A case whose bound follows from the error of its first peer, the model before; in fp32 that of the rule stays."""
 
     @functools.cached_property
     def _bound(self) -> float:
-        return MOST * super().check(self.before())[0].ratio
+        return MOST * super().check(self.peers[0].prepare()())[0].ratio
 
     def check(self, result: Any) -> tuple[Comparison, ...]:
         if self.dtype == torch.float32:  # the exact result is its own
@@ -110,7 +108,6 @@ def _case(model: Model, device: torch.device, clock: str) -> Case:
         bytes=float(num_bytes(*before.parameters())),
         dtype=dtype,
         clock=clock,
-        before=call(before, False),
     )
 
 

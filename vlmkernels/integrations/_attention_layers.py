@@ -5,6 +5,7 @@ Masks are those of our attention implementation. A call with any other mask, or 
 goes to the original.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -102,13 +103,20 @@ def _cached(
     caches = [value for value in (*args, kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if value is not None]
     if not caches:
         return None
-    more = {"kwargs": kwargs} if "kwargs" in inspect.signature(caches[0].update).parameters else {}
+    kind: Any = type(caches[0])
+    more = {"kwargs": kwargs} if _takes_kwargs(kind) else {}
 
     def put(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = caches[0].update(k.transpose(1, 2), v.transpose(1, 2), layer.layer_idx, **more)
         return k.transpose(1, 2), v.transpose(1, 2)
 
     return put
+
+
+@functools.cache
+def _takes_kwargs(kind: Any) -> bool:
+    """Whether a class of caches asks for the other arguments of the call; asked once, and not in every layer."""
+    return "kwargs" in inspect.signature(kind.update).parameters
 
 
 class DecoderAttention(Swapped):

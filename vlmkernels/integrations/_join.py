@@ -25,40 +25,37 @@ _BEFORE = "_vlmkernels_implementation"
 
 
 def join(model: nn.Module) -> dict[nn.Module, str]:
-    """Give the models of transformers inside ``model`` our attention; those that keep theirs, with the reason.
+    """Give the models of transformers inside ``model`` our attention; of each why it keeps its own, empty where it doesn't.
 
     A model and those inside it hand each other their masks, and all of them are given ours or none; but for vision towers, which
     make their own.
     """
-    kept: dict[nn.Module, str] = {}
+    found: dict[nn.Module, str] = {}
     missing = _why_not_registered()
-    groups = _groups(model)
-    for group in groups:
-        reasons = {part: missing or _why_not(part) for part in group}
+    for group in _groups(model):
+        reasons = {part: missing or _why_not(part) or "" for part in group}
         if any(reasons.values()):
-            kept |= {
-                part: reason or "a model that gets its masks, or gives it them, keeps its own" for part, reason in reasons.items()
-            }
-    ours = [part for group in groups for part in group if part not in kept]
+            handed = "a model that gets its masks, or gives it them, keeps its own"
+            reasons = {part: reason or handed for part, reason in reasons.items()}
+        found |= reasons
+    ours: list[Any] = [part for part, reason in found.items() if not reason]
     for part in ours:  # before any is changed, as they share configurations
         vars(part).setdefault(_BEFORE, part.config._attn_implementation)
     for part in ours:
         part.config._attn_implementation_internal = "vlmkernels_flash" if type(part).__name__ in _PACKED else "vlmkernels"
-    return kept
+    return found
 
 
-def part(model: nn.Module) -> None:
+def leave(model: nn.Module) -> None:
     """Give back what ``join`` changed."""
-    layers: list[Any] = [layer for layer in model.modules() if joined(layer)]
-    for layer in layers:
+    for layer in _joined(model):
         layer.config._attn_implementation_internal = vars(layer).pop(_BEFORE)
 
 
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
     """Everything in ``model`` has the attention that it had before, meanwhile."""
-    layers: list[Any] = [layer for layer in model.modules() if joined(layer)]
-    configs = [(layer.config, layer.config._attn_implementation, vars(layer)[_BEFORE]) for layer in layers]
+    configs = [(layer.config, layer.config._attn_implementation, vars(layer)[_BEFORE]) for layer in _joined(model)]
     try:
         for config, _, before in configs:
             config._attn_implementation_internal = before
@@ -68,8 +65,8 @@ def apart(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = ours
 
 
-def joined(layer: Any) -> bool:
-    return _BEFORE in vars(layer)
+def _joined(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if _BEFORE in vars(layer)]
 
 
 def _groups(model: nn.Module) -> list[list[Any]]:

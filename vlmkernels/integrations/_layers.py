@@ -21,7 +21,7 @@ from vlmkernels.integrations._attention_layers import (
     masked,
     rate,
 )
-from vlmkernels.integrations._swap import Swapped, Unfit, autocast
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
 from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
@@ -221,10 +221,6 @@ class KosmosProjection(Swapped):
         if weights or drops or not self.untouched():
             return super().forward(features)
         return self.fast(features), None
-
-
-#: What swaps a layer: the class that does, and its attributes, as pairs.
-Replacement = tuple[type[Swapped], tuple[tuple[str, Any], ...]]
 
 
 def _rows(kind: type[Swapped], *names: str, **arguments: Any) -> dict[str, Replacement]:

@@ -24,6 +24,14 @@ class Runs(NamedTuple):
     exact: Tensor  # one bool
 
 
+def one_run(seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first key, the last + 1, and whether there is a gap between, of bool ``seen [..., Sk]``: each ``[...]``, int32."""
+    size = seen.shape[-1]
+    key = torch.arange(size, dtype=torch.int32, device=seen.device)
+    start, stop = torch.where(seen, key, size).amin(-1), torch.where(seen, key + 1, 0).amax(-1)
+    return start, stop, stop - start > seen.sum(-1)
+
+
 def runs_of(function: Callable[..., Any], positions: Tensor) -> Runs | None:
     """The runs of ``function`` for queries at ``positions [1, Sq]``, int64; None if it is not known."""
     make = _MAKERS.get(getattr(function, "__qualname__", ""))
@@ -91,13 +99,8 @@ def _same_id(ids: Tensor, positions: Tensor, none: bool) -> Runs:
 
 
 def _padding(mask: Tensor, positions: Tensor) -> Runs:
-    real = mask.bool()
-    size = real.shape[1]
-    key = torch.arange(size, device=mask.device)
-    start = torch.where(real, key, size).amin(1, keepdim=True)
-    stop = torch.where(real, key + 1, 0).amax(1, keepdim=True)
-    exact = (stop - start <= real.sum(1, keepdim=True)).all()
-    return Runs(start.expand(-1, positions.shape[1]), stop.expand(-1, positions.shape[1]), exact)
+    start, stop, gap = one_run(mask.bool()[:, None])
+    return Runs(start.expand(-1, positions.shape[1]), stop.expand(-1, positions.shape[1]), ~gap.any())
 
 
 _MAKERS: dict[str, Callable[[dict[str, Any], Tensor], Runs | None]] = {

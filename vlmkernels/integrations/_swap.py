@@ -79,6 +79,8 @@ def _again(recipe: "Recipe") -> Swapped:
     return made.__new__(made)
 
 
+#: What swaps a layer: the class that does, and its attributes, as pairs.
+Replacement = tuple[type[Swapped], tuple[tuple[str, Any], ...]]
 #: What a class is made of: the one that runs the module, the original, and the attributes of the first, as pairs.
 Recipe = tuple[type[Swapped], type[nn.Module], tuple[tuple[str, Any], ...]]
 

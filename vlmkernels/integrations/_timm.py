@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmkernels.integrations._swap import Swapped, Unfit
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import AttentionPool, SelfAttention
 
@@ -82,7 +82,7 @@ class Pool(Swapped):
         return self.fast(x)
 
 
-REPLACEMENTS: dict[str, tuple[type[Swapped], tuple[tuple[str, Any], ...]]] = {
+REPLACEMENTS: dict[str, Replacement] = {
     "timm.layers.attention.Attention": (Attention, ()),
     "timm.models.vision_transformer.Attention": (Attention, ()),  # where it was before
     "timm.layers.attention_pool.AttentionPoolLatent": (Pool, ()),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from vlmkernels.integrations._join import apart
 from vlmkernels.integrations._swap import Swapped, unswap
@@ -65,7 +66,7 @@ def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
             return x
         return x.additive(got.dtype) if layer.adds_masks else x.dense()
 
-    args, kwargs = _map(args, dense), _map(kwargs, dense)
+    args, kwargs = _pytree.tree_map_only(Tensor, dense, (args, kwargs))
     wide = torch.float64 if got.dtype in (torch.float32, torch.float64) else torch.float32
     original = _first(layer.original.forward(layer, *args, **kwargs))
     exact_layer = copy.deepcopy(layer)
@@ -77,7 +78,8 @@ def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     def widen(x: Tensor) -> Tensor:
         return x.to(wide) if x.is_floating_point() else x
 
-    exact = _first(exact_layer.forward(*_map(args, widen), **_map(kwargs, widen))).double()
+    args, kwargs = _pytree.tree_map_only(Tensor, widen, (args, kwargs))
+    exact = _first(exact_layer.forward(*args, **kwargs)).double()
     scale = exact.square().mean().sqrt().clamp(min=1e-300)
     ours, theirs = (((value.double() - exact).square().mean().sqrt() / scale).item() for value in (got, original))
     return Errors(ours, theirs)
@@ -87,14 +89,3 @@ def _first(output: Any) -> Tensor:
     """The tensor that a layer returns, alone, in a tuple or in a dataclass of transformers."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The arguments with ``function`` of the tensors in them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map(part, function) for part in value)
-    if isinstance(value, dict):
-        return {name: _map(part, function) for name, part in value.items()}
-    return value

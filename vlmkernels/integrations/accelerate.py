@@ -140,9 +140,8 @@ def accelerate(model: nn.Module, *, verify: Mapping[str, Any] | None = None) -> 
         if isinstance(layer, Swapped)
     ]
     kept = _join.join(model)
-    names = {module: name for name, module in model.named_modules()}
-    models = [layer for layer in names if layer in kept or _join.joined(layer)]
-    attention = tuple(Attention(names[layer], type(layer).__name__, kept.get(layer, "")) for layer in models)
+    models = [(name, layer) for name, layer in model.named_modules() if layer in kept]
+    attention = tuple(Attention(name, type(layer).__name__, kept[layer]) for name, layer in models)
     if verify is not None:
         errors = measure(model, verify)
         rows = [replace(row, errors=errors.get(row.name)) for row in rows]
@@ -166,7 +165,7 @@ def restore(model: nn.Module) -> int:
             raise bad_argument("model", f"a {type(layer).__name__} whose class was changed since", "what accelerate left")
     for layer in layers:
         unswap(layer)
-    _join.part(model)
+    _join.leave(model)
     return len(layers)
 
 

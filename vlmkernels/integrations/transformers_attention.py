@@ -21,7 +21,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from vlmkernels.integrations._mask_functions import runs_of
+from vlmkernels.integrations._mask_functions import one_run, runs_of
 from vlmkernels.integrations._once import once
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
@@ -109,7 +109,7 @@ def _closed_form(padding: torch.Tensor | None, dense: dict[str, Any], offset: An
     queries, keys, device = dense["q_length"], dense["kv_length"], dense["device"]
     ranges = KeyRanges.full(1, keys, device=device)
     if padding is not None:
-        start, stop, hole = _run(padding[:, None])
+        start, stop, hole = one_run(padding[:, None])
         if _any(hole):
             return None
         ranges = KeyRanges(start, stop)
@@ -129,7 +129,7 @@ def _known(dense: dict[str, Any], padding: torch.Tensor | None) -> KeyRanges | N
         return None
     start, stop, exact = found.start - first, found.stop - first, found.exact
     if padding is not None:
-        real_start, real_stop, hole = _run(padding[:, None])
+        real_start, real_stop, hole = one_run(padding[:, None])
         start, stop, exact = torch.maximum(start, real_start), torch.minimum(stop, real_stop), exact & ~hole.any()
     if not bool(exact):
         return None
@@ -145,7 +145,7 @@ def _evaluated(dense: dict[str, Any]) -> KeyRanges | None:
     for begin in range(0, queries, rows):
         count = min(rows, queries - begin)
         seen = sdpa_mask(**{**dense, "q_length": count, "q_offset": dense["q_offset"] + begin})
-        start, stop, hole = _run(seen[:, 0])
+        start, stop, hole = one_run(seen[:, 0])
         if padding is not None:
             position = torch.arange(begin, begin + count, device=dense["device"]) + dense["q_offset"]
             hole = hole & ~_unread(padding, position)
@@ -155,21 +155,13 @@ def _evaluated(dense: dict[str, Any]) -> KeyRanges | None:
     return KeyRanges(torch.cat([start for start, _ in found], dim=1), torch.cat([stop for _, stop in found], dim=1))
 
 
-def _run(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first key, the last + 1, and whether there is a gap between, of bool ``seen [B, Sq, Sk]``: each ``[B, Sq]``."""
-    size = seen.shape[-1]
-    key = torch.arange(size, dtype=torch.int32, device=seen.device)
-    start, stop = torch.where(seen, key, size).amin(-1), torch.where(seen, key + 1, 0).amax(-1)
-    return start, stop, stop - start > seen.sum(-1)
-
-
 def _unread(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Which of the queries at ``position [Sq]`` are padding themselves, ``[B, Sq]``: nobody reads what they get.
 
     PaliGemma 2 gives padding on the right the type of the prefix, which it then sees beyond a gap. Where the padding has gaps of
     its own, no query is excused.
     """
-    gaps = _run(padding[:, None])[2]
+    gaps = one_run(padding[:, None])[2]
     known = (position >= 0) & (position < padding.shape[1])
     return known & ~padding[:, position.clamp(0, padding.shape[1] - 1)] & ~gaps
 
@@ -290,7 +282,7 @@ def _read(mask: torch.Tensor, queries: int) -> KeyRanges | str:
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
         return "its mask adds numbers other than 0 and -inf"
-    start, stop, hole = _run(seen[:, 0])
+    start, stop, hole = one_run(seen[:, 0])
     if bool(hole.any()):
         row, query = hole.nonzero()[0].tolist()
         return f"its mask has a hole for batch {row}, query {query}"

@@ -109,7 +109,7 @@ def siglip_loss(
         options = (p.start, p.stop, p.images, normalize, shared, gather_with_grad, name)
         loss: torch.Tensor = _SigLipLoss.apply(p.a, _another(p.b, p.a), scale, bias, *options)
         return loss
-    return _siglip_forward(p, scale, bias, normalize, shared, False, name)[0]
+    return _siglip_forward(p, scale, bias, normalize, shared, gather_with_grad, name, grads=False)[0]
 
 
 def _needs_grad(*tensors: torch.Tensor) -> bool:
@@ -190,16 +190,27 @@ def _shared_gradients(
 
 
 def _siglip_forward(
-    p: Pairs, scale: torch.Tensor, bias: torch.Tensor, normalize: bool, shared: Group | None, grads: bool, backend: str
+    p: Pairs,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    normalize: bool,
+    shared: Group | None,
+    gather_with_grad: bool,
+    backend: str,
+    grads: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """The loss, and with ``grads`` the gradients of ``a`` and ``b`` and those of scale and bias, one behind the other."""
+    """The loss, and with ``grads`` this rank's gradients of ``a`` and ``b`` and those of scale and bias, one behind the other."""
     start, stop = positives(p, shared)
     b = p.b if shared is None else shared.gather(p.b)
     images = p.images if shared is None else p.images * shared.size
     norms = _norms(p.a, b, normalize)
-    results = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, shared is not None, backend)
-    loss: torch.Tensor = results[0]
-    return (loss if shared is None else shared.sum(loss), *results[1:])
+    wide = shared is not None
+    loss, da, db, dnumbers = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, wide, backend)
+    if shared is not None:
+        loss = shared.sum(loss)
+        if grads:
+            da, db, dnumbers = _shared_gradients(shared, da, db, dnumbers, gather_with_grad)
+    return loss, da, db, dnumbers
 
 
 class _SigLipLoss(torch.autograd.Function):
@@ -224,10 +235,9 @@ class _SigLipLoss(torch.autograd.Function):
         gather_with_grad: bool,
         backend: str,
     ) -> torch.Tensor:
-        ctx.images, ctx.options, ctx.gather_with_grad = images, (normalize, shared, True, backend), gather_with_grad
+        ctx.images, ctx.options = images, (normalize, shared, gather_with_grad, backend)
         ctx.dtypes = a.dtype, scale.dtype, bias.dtype
         loss, *gradients = _siglip_forward(Pairs(a, b, start, stop, images), scale, bias, *ctx.options)
-        gradients = _siglip_shares(gradients, shared, gather_with_grad)
         if torch.compiler.is_compiling():  # which plans the memory itself
             ctx.save_for_backward(*gradients)
         else:
@@ -244,7 +254,6 @@ class _SigLipLoss(torch.autograd.Function):
             if gradients is None:
                 a, b, scale, bias, start, stop = ctx.saved_tensors
                 _, *gradients = _siglip_forward(Pairs(a, b, start, stop, ctx.images), scale, bias, *ctx.options)
-                gradients = _siglip_shares(gradients, ctx.options[1], ctx.gather_with_grad)
         da, db, dnumbers = gradients
         dtype, *number_dtypes = ctx.dtypes
         # A tensor without dimensions would be rounded to the dtype of the other before the product.
@@ -255,13 +264,6 @@ class _SigLipLoss(torch.autograd.Function):
         else:
             features = [x.mul_(factor).to(dtype) for x in (da, db)]
         return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
-
-
-def _siglip_shares(gradients: list[torch.Tensor], shared: Group | None, gather_with_grad: bool) -> list[torch.Tensor]:
-    if shared is None:
-        return gradients
-    da, db, dnumbers = gradients
-    return list(_shared_gradients(shared, da, db, dnumbers, gather_with_grad))
 
 
 def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:

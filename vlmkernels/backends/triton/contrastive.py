@@ -163,11 +163,11 @@ class _Gradients:
         else:
             self.sum_b = self.db if dtypes[1] == torch.float32 else like.new_empty(self.db.shape, dtype=torch.float32)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """The rows and columns of each panel, which is to be written before the next is asked for."""
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """The first row, the rows, the first column and the columns of each panel, to be written before the next is asked for."""
         for rows in _slices(len(self.tiles.a), self.steps[0]):
             for columns in _slices(len(self.tiles.b), self.steps[1]):
-                yield rows, columns
+                yield rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start
                 if len(self.da):
                     self._add(rows, columns)
 
@@ -306,8 +306,7 @@ def clip_loss_bwd(
     vectors = (scale, gain, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
     dscale = _partial(row, out.panels, out.programs)
     rest = (out.panel.stride(0), smooth_row, smooth_column)
-    for i, (rows, columns) in enumerate(out):
-        place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
+    for i, place in enumerate(out):
         tensors = (*vectors, out.panel, dscale[i])
         tiles.launch(_clip_bwd_kernel, place[1], place[3], tensors, place, rest, SMOOTH=smooth_row != 0)
     return out.da, out.db, dloss.float() * _total(dscale) / gain
@@ -332,8 +331,7 @@ def siglip_loss_fwd(
     out = _Gradients(tiles, (kept, torch.float32 if wide_b else kept), weight * scale.float(), grads)
     # Of the loss, of the scale's gradient and of the bias's.
     sums = [_partial(scale, out.panels, out.programs) for _ in range(3)]
-    for i, (rows, columns) in enumerate(out):
-        place = (rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
+    for i, place in enumerate(out):
         tensors = (scale, bias, start, stop, out.panel, *(x[i] for x in sums))
         tiles.launch(_siglip_kernel, place[1], place[3], tensors, place, (out.panel.stride(0),), GRADS=grads)
     loss, dscale, dbias = (weight * _total(x) for x in sums)
