@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 6
+#define VLMK_ABI_VERSION 7
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -146,47 +146,50 @@ VLMK_API int vlmk_attention(const VlmkAttentionParams* params, void* stream);
  * wants. Reads no pointer. */
 VLMK_API int vlmk_attention_check(const VlmkAttentionParams* params);
 
-/* The gradients of vlmk_attention where queries are few: at most 128 for a key head, those of all
- * query heads that read it together. With P the weights of the softmax and
+/* The gradients of vlmk_attention, without a softcap. With P the weights of the softmax and
  * delta[i] = sum(dout[i] * out[i]) - dlse[i]:
  *   dv = P^T dout,  dS = P * (dout v^T - delta),  dq = scale dS k,  dk = scale dS^T q
- * A query that sees no key has a gradient of 0, and so has a key that no query sees. The same bits
- * in every run. dout and out begin at multiples of 16 bytes; strides are as for vlmk_attention, and
- * that of the batch may be 0. */
+ * A query that sees no key has a gradient of 0, and so has a key that no query sees. dout and out
+ * begin at multiples of 16 bytes; strides are as for vlmk_attention, and that of the batch may
+ * be 0. */
 typedef struct {
-  const void* dout;     /* [batch, num_queries, num_heads, dim] */
+  const void* dout;     /* [batch, num_queries, num_heads, value_dim] */
   const void* q;        /* [batch, num_queries, num_heads, dim] */
   const void* k;        /* [batch, num_keys, num_kv_heads, dim] */
-  const void* v;        /* [batch, num_keys, num_kv_heads, dim] */
-  const void* out;      /* [batch, num_queries, num_heads, dim] contiguous */
+  const void* v;        /* [batch, num_keys, num_kv_heads, value_dim] */
+  const void* out;      /* [batch, num_queries, num_heads, value_dim] contiguous */
   const float* lse;     /* [batch, num_heads, num_queries] contiguous, natural logarithm */
   const float* dlse;    /* the same, or null */
   const int32_t* start; /* [batch or 1, num_queries], rows contiguous; or null */
   const int32_t* stop;
-  void* dq; /* like q, contiguous */
-  void* dk; /* like k, contiguous */
-  void* dv; /* like v, contiguous */
+  void* dq;        /* like q, contiguous */
+  void* dk;        /* like k, contiguous */
+  void* dv;        /* like v, contiguous */
+  void* workspace; /* of workspace_bytes, at a multiple of 16 bytes; need not be set */
   int64_t dout_stride_b, dout_stride_s, dout_stride_h;
   int64_t q_stride_b, q_stride_s, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;
   int64_t range_stride_b; /* 0 where one mask serves the batch */
+  int64_t workspace_bytes;
   int32_t batch;
   int32_t num_queries;
   int32_t num_keys;
   int32_t num_heads;
   int32_t num_kv_heads;
-  int32_t dim;  /* 8 to 128, a multiple of 8 */
-  int32_t type; /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all but lse and dlse */
+  int32_t dim;       /* 8 to 128, a multiple of 8 */
+  int32_t value_dim; /* likewise */
+  int32_t type;      /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all but lse and dlse */
   int32_t causal;
-  float scale; /* positive */
+  int32_t deterministic; /* the same bits in every run, or an error */
+  float scale;           /* positive */
 } VlmkAttentionBwdParams;
 
 VLMK_API int vlmk_attention_bwd(const VlmkAttentionBwdParams* params, void* stream);
 
-/* 0 if vlmk_attention_bwd takes these sizes, types and strides, else an error whose text says what
- * it wants. Reads no pointer. */
-VLMK_API int vlmk_attention_bwd_check(const VlmkAttentionBwdParams* params);
+/* 0 if vlmk_attention_bwd takes these sizes, types and strides on the current GPU, else an error
+ * whose text says what it wants. Sets workspace_bytes and reads no pointer. */
+VLMK_API int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params);
 
 #ifdef __cplusplus
 }

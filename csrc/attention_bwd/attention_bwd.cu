@@ -1,29 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention's backward pass, the host's side: what the kernel takes.
+// Attention's backward pass, the host's side: what the kernels take, and which of them.
+#include <algorithm>
 #include <climits>
 
 #include "attention/rows.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd_few/config.h"
 #include "common/error.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention_bwd {
 
-int check(const VlmkAttentionBwdParams& p) {
+// dQ of a block's head, in fp32, is to stay in L2: that of 132 blocks in 32 of 50 MB.
+constexpr int64_t kMostOfBlock = 32 << 20;
+
+// Whole heads, where there are enough for all multiprocessors to be busy to the end.
+static bool takes_whole_heads(const VlmkAttentionBwdParams& p, int multiprocessors,
+                              int64_t bytes_of_head) {
+  const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
+  const int64_t rounds = ceil_div<int64_t>(heads, multiprocessors);
+  if (bytes_of_head * std::min<int64_t>(heads, multiprocessors) > kMostOfBlock) return false;
+  return p.deterministic || 10 * heads >= 9 * rounds * multiprocessors;
+}
+
+int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
+  int device = 0, count = 0;
+  VLMK_CUDA(cudaGetDevice(&device));
+  VLMK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  const int64_t num_tiles = ceil_div(p.num_queries, kQueries);
+  const int64_t heads = int64_t{p.batch} * p.num_heads,
+                kv_heads = int64_t{p.batch} * p.num_kv_heads;
+  const int64_t of_tile = int64_t{kQueries} * width_for(std::max(p.dim, p.value_dim)) * 4;
+  const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
+  s.tiles_of_head = ceil_div(p.num_keys, kKeys);
+  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / 2,
+             "more than 2^30 tiles");
+  s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
+  s.whole = takes_whole_heads(p, count, of_head);
+  VLMK_CHECK(s.whole || !p.deterministic, "the same bits in every run only for short sequences");
+  const bool masked = p.start || p.causal;
+  s.chunk = masked ? std::min(4, s.tiles_of_head) : s.tiles_of_head;
+  s.dynamic = masked;
+
+  int64_t at = 0;
+  const auto take = [&at](int64_t bytes) {
+    const int64_t begin = at;
+    at += ceil_div<int64_t>(bytes, 256) * 256;
+    return begin;
+  };
+  const int64_t ranges = p.range_stride_b ? p.batch : 1, tables = num_tiles * kQueries * 8;
+  w.sums = take(heads * tables);
+  w.ranges = take(ranges * tables);
+  w.q_bounds = take(p.start ? ranges * num_tiles * 16 : 0);
+  w.k_bounds = take(p.start ? ranges * ceil_div(p.num_keys, VLMK_TILE) * 16 : 0);
+  w.counter = take(4);
+  w.dq = take(s.whole ? std::min<int64_t>(kv_heads, count) * of_head : heads * num_tiles * of_tile);
+  w.bytes = at;
+  return 0;
+}
+
+// Whether the kernels for few queries run: those of all query heads that read a key head together.
+static bool few_queries(const VlmkAttentionBwdParams& p) {
+  return int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads) <= attention::kMaxRows &&
+         p.dim == p.value_dim;
+}
+
+static int check_sizes(const VlmkAttentionBwdParams& p) {
   VLMK_CHECK(p.type == VLMK_FLOAT16 || p.type == VLMK_BFLOAT16, "type %d", p.type);
-  VLMK_CHECK(p.dim >= 8 && p.dim <= 128 && p.dim % 8 == 0,
-             "the backward takes head dims of 8 to 128 in steps of 8, this is %d", p.dim);
   VLMK_CHECK(p.batch >= 0 && p.num_queries >= 0 && p.num_keys >= 0 && p.num_heads > 0 &&
                  p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0,
              "batch %d, %d queries, %d keys, %d heads, %d heads of keys", p.batch, p.num_queries,
              p.num_keys, p.num_heads, p.num_kv_heads);
-  const int64_t rows = int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads);
-  VLMK_CHECK(rows <= attention::kMaxRows,
-             "the backward takes up to %d queries of all heads that read a key head, these are "
-             "%lld",
-             attention::kMaxRows, static_cast<long long>(rows));
-  VLMK_CHECK(p.num_keys < INT_MAX / 2, "more than 2^30 keys");  // tiles reach beyond the end
+  const int most = few_queries(p) ? attention_bwd_few::kMaxWidth : kMaxWidth;
+  for (int dim : {p.dim, p.value_dim}) {
+    VLMK_CHECK(dim >= 8 && dim <= most && dim % 8 == 0,
+               "the backward takes head dims of 8 to %d in steps of 8, this is %d", most, dim);
+  }
+  // Tiles reach beyond the end.
+  VLMK_CHECK(p.num_queries < INT_MAX / 2 && p.num_keys < INT_MAX / 2, "more than 2^30 tokens");
   VLMK_CHECK(p.scale > 0, "scale %g: positive", static_cast<double>(p.scale));
   VLMK_CHECK(!p.start == !p.stop, "start and stop: both or neither");
   VLMK_CHECK(!p.start || !p.causal, "ranges or causal, not both");
@@ -45,20 +100,41 @@ int check(const VlmkAttentionBwdParams& p) {
   return 0;
 }
 
+static bool nothing_to_do(const VlmkAttentionBwdParams& p) {
+  return p.batch == 0 || p.num_queries == 0 || p.num_keys == 0;
+}
+
+static int check(const VlmkAttentionBwdParams& p, int64_t& workspace_bytes) {
+  int code = check_sizes(p);
+  if (code) return code;
+  workspace_bytes = 0;
+  if (nothing_to_do(p) || few_queries(p)) return 0;
+  Schedule s;
+  Workspace w;
+  code = lay_out(p, s, w);
+  workspace_bytes = w.bytes;
+  return code;
+}
+
 }  // namespace attention_bwd
 }  // namespace vlmk
 
-int vlmk_attention_bwd_check(const VlmkAttentionBwdParams* params) {
-  return vlmk::attention_bwd::check(*params);
+int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params) {
+  return vlmk::attention_bwd::check(*params, params->workspace_bytes);
 }
 
 int vlmk_attention_bwd(const VlmkAttentionBwdParams* params, void* stream) {
+  using namespace vlmk;
   using namespace vlmk::attention_bwd;
   const VlmkAttentionBwdParams& p = *params;
-  const int code = check(p);
+  const int code = check_sizes(p);
   if (code) return code;
   if (p.batch == 0) return 0;
-  VLMK_CHECK(p.num_queries > 0 && p.num_keys > 0,
+  VLMK_CHECK(!nothing_to_do(p),
              "no queries or no keys: nothing to launch, the gradients are zeros");
+  if (few_queries(p)) {
+    return p.type == VLMK_FLOAT16 ? attention_bwd_few::backward_float16(p, stream)
+                                  : attention_bwd_few::backward_bfloat16(p, stream);
+  }
   return p.type == VLMK_FLOAT16 ? backward_float16(p, stream) : backward_bfloat16(p, stream);
 }

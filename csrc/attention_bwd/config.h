@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a variant of attention's backward kernel is made of: tiles, layout of shared memory, stages.
+// What a variant of attention's backward kernel is made of: tiles, layout of shared memory,
+// registers; and how the workspace is laid out.
 #pragma once
 
 #include <cuda.h>
@@ -15,66 +16,130 @@
 namespace vlmk {
 namespace attention_bwd {
 
+using attention::kNoMore;
 using attention::kPanel;
 using attention::kRowBytes;
 using attention::Ring;
 
-constexpr int kMaxSplits = 8;  // blocks of a cluster
+constexpr int kQueries = 64;  // of a tile
+constexpr int kKeys = 128;    // of a tile: 64 of each of two warpgroups
+constexpr int kKeyGroups = 2;
+constexpr int kThreads = (kKeyGroups + 2) * 128;  // another for dQ, and one that copies
+constexpr int kMaxWidth = 80;
 constexpr int kMaxStages = 4;
 
 struct Maps {
-  CUtensorMap queries, dout, keys, values, dk, dv;
+  CUtensorMap queries, dout, keys, values;
 };
 
-// A row is a query of one of the heads that read the block's key head, head by head.
-template <typename T, int kWidth_, int kRows_>
+// A tile of keys, with all queries that see any of them, of all heads that read its head. Written
+// by the producer for the others, as is what they need to know of a tile of queries.
+struct alignas(16) Item {
+  int32_t batch, head, first_key;
+  int32_t count;   // tiles of queries; kNoMore behind the last item
+  int32_t lo, hi;  // the hull of the keys that are seen
+};
+
+struct alignas(16) QueryTile {
+  int32_t head, first_query;
+  uint32_t flags;
+};
+constexpr uint32_t kMasked = 1;  // not all queries see all keys
+constexpr uint32_t kFirst = 2;   // this is the first tile of keys that any of the queries sees
+constexpr uint32_t kLast = 4;    // or the last
+
+// Where the sums of dQ are kept, and in which order blocks take the tiles of keys.
+struct Schedule {
+  int32_t tiles_of_head;
+  int32_t items;  // tiles of keys of all heads
+  // A block takes whole heads: nobody else adds to their dQ. Else blocks share out the tiles and
+  // add to dQ in memory, in the order in which they come.
+  int32_t whole;
+  int32_t chunk;    // tiles of a head at a time
+  int32_t dynamic;  // whoever is free takes the next tile
+};
+
+// The workspace, in bytes from its beginning. Tables have an entry of 16 bytes for two queries.
+struct Workspace {
+  int64_t sums;    // [batch, num_heads, pairs]: see PairSums
+  int64_t ranges;  // [batch or 1, pairs]: two first keys, and how many keys two queries see
+  int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
+  int64_t counter;
+  int64_t dq;  // fp32 sums, tile by tile, in the order in which a warpgroup holds them
+  int64_t bytes;
+};
+
+template <typename T, int kWidth_>
 struct Config {
   using Element = T;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
-  static constexpr int kWidth = kWidth_;  // columns of a head
-  static constexpr int kRows = kRows_;
-  // Warpgroups. Each has 64 keys of a tile and, of dQ, all columns or one panel of two.
-  static constexpr int kGroups = kWidth > 64 && kRows > 64 ? 2 : 1;
-  static constexpr int kThreads = 128 * kGroups;
-  static constexpr int kKeys = 64 * kGroups;  // of a tile
-  static constexpr int kPanels = ceil_div(kWidth, kPanel);
-  static constexpr int kOwnPanels = kPanels / kGroups;
-  // Of a multiprocessor: as many as have registers for their sums.
-  static constexpr int kBlocks = kWidth <= 64 ? (kRows <= 32   ? 4
-                                                 : kRows <= 64 ? 3
-                                                               : 2)
-                                              : (kRows <= 16   ? 3
-                                                 : kRows <= 64 ? 2
-                                                               : 1);
-  // dK beside dV in registers, where these are there.
-  static constexpr int kSums = kOwnPanels * kRows / 2 + kRows / 2 + kWidth;
-  static constexpr bool kTogether = kRows < 128 && kSums + 50 <= 65536 / (kBlocks * kThreads);
+  static constexpr int kWidth = kWidth_;                    // columns of a head
+  static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
+  static constexpr int kPanels = ceil_div(kDepth, kPanel);
+  static_assert(kWidth <= kMaxWidth);
 
-  // As many stages as fit of a tile of keys and one of values.
-  static constexpr int kRowsBytes = kPanels * kRows * kRowBytes;
-  static constexpr int kScoresBytes = kGroups * kRows * kRowBytes;
-  static constexpr int kTileBytes = kPanels * kKeys * kRowBytes;
-  static constexpr int kExtraBytes = kRows * 16 + (1 + 2 * kMaxStages) * 8;
-  static constexpr int kRoom = (228 * 1024 / kBlocks - 1024) / 16 * 16;  // the driver takes 1 KB
+  // The warpgroup of dQ has its sums and 32 others, those of keys what is left of 65,536.
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kQueryRegisters = kWidth <= 64 ? 72 : 80;
+  static constexpr int kKeyRegisters =
+      (512 - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
+
+  // Keys and values of this item and the next; as many stages of queries and dout as fit.
+  static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
+  static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
+  static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
+  static constexpr int kScoreStages = 2;
+  static constexpr int kTableBytes = kQueries / 2 * 16;
+  static constexpr int kStageBytes = 2 * kQueriesBytes + 2 * kTableBytes;
+  static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
   static constexpr int kFitting =
-      (kRoom - 2 * kRowsBytes - kScoresBytes - kExtraBytes) / (2 * kTileBytes);
+      (kSharedLimit - kExtraBytes - 4 * kKeysBytes - kScoreStages * kScoresBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
 
   // Bytes from the beginning of shared memory.
-  static constexpr int kDoutAt = kRowsBytes;
-  static constexpr int kScoresAt = 2 * kRowsBytes;
-  static constexpr int kStagesAt = kScoresAt + kScoresBytes;
-  static constexpr int kSumsAt = kStagesAt + kStages * 2 * kTileBytes;
-  static constexpr int kRangesAt = kSumsAt + kRows * 8;
-  static constexpr int kBarriersAt = kRangesAt + kRows * 8;
-  static constexpr int kSharedBytes = kBarriersAt + (1 + 2 * kMaxStages) * 8;
-  static_assert(kSharedBytes <= kRoom);
-  static_assert(kPanels * kRows * 256 <= kStages * 2 * kTileBytes);  // see share_queries
+  static constexpr int kQueriesAt = 4 * kKeysBytes;
+  static constexpr int kScoresAt = kQueriesAt + kStages * 2 * kQueriesBytes;
+  static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
+  static constexpr int kBarriersAt = kTablesAt + kStages * 2 * kTableBytes;
+  static constexpr int kItemsAt = kBarriersAt + 2 * (2 + kMaxStages + kScoreStages) * 8;
+  static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
+  static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
+  static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
+
+  __device__ static constexpr int keys_at(int stage) { return stage * 2 * kKeysBytes; }
+  __device__ static constexpr int values_at(int stage) { return keys_at(stage) + kKeysBytes; }
+  __device__ static constexpr int queries_at(int stage) {
+    return kQueriesAt + stage * 2 * kQueriesBytes;
+  }
+  __device__ static constexpr int dout_at(int stage) { return queries_at(stage) + kQueriesBytes; }
+  __device__ static constexpr int sums_at(int stage) { return kTablesAt + stage * 2 * kTableBytes; }
+  __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kTableBytes; }
+  __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
 };
+
+// All barriers of a block, as addresses in shared memory.
+struct Barriers {
+  uint32_t base;
+
+  __device__ uint32_t keys_full(int stage) const { return at(stage); }
+  __device__ uint32_t keys_empty(int stage) const { return at(2 + stage); }
+  __device__ uint32_t scores_full(int stage) const { return at(4 + stage); }
+  __device__ uint32_t scores_empty(int stage) const { return at(6 + stage); }
+  __device__ uint32_t queries_full(int stage) const { return at(8 + stage); }
+  __device__ uint32_t queries_empty(int stage) const { return at(8 + kMaxStages + stage); }
+
+ private:
+  __device__ uint32_t at(int index) const { return base + 8 * index; }
+};
+
+// The width of the variant that takes heads of so many columns.
+constexpr int width_for(int columns) { return columns <= 64 ? 64 : ceil_div(columns, 8) * 8; }
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);
 int backward_float16(const VlmkAttentionBwdParams& p, void* stream);
+
+int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w);
 
 }  // namespace attention_bwd
 }  // namespace vlmk

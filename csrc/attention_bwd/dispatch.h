@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which variant of the kernel runs, and in how many blocks a head's keys are shared out.
+// Which variant of the kernel runs.
 #pragma once
 
 #include <algorithm>
-#include <climits>
 
-#include "attention/rows.h"
 #include "attention_bwd/kernel.h"
+#include "attention_bwd/rows.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "vlmkernels.h"
@@ -16,62 +15,76 @@ namespace attention_bwd {
 
 template <typename C>
 int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
-  int code = attention::encode_rows(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s,
-                                    p.q_stride_h);
+  const auto encode = [&](CUtensorMap& map, const void* data, int rows, int heads, int columns,
+                          int64_t stride_b, int64_t stride_s, int64_t stride_h, int tile) {
+    return encode_tensor_map(map, data, C::kHalf, stride_b == 0 ? 1 : p.batch, rows, heads, columns,
+                             stride_b, stride_s, stride_h, tile);
+  };
+  int code = encode(maps.queries, p.q, p.num_queries, p.num_heads, p.dim, p.q_stride_b,
+                    p.q_stride_s, p.q_stride_h, kQueries);
   if (code) return code;
-  code = attention::encode_rows(maps.dout, p.dout, C::kHalf, p, p.dout_stride_b, p.dout_stride_s,
-                                p.dout_stride_h);
+  code = encode(maps.dout, p.dout, p.num_queries, p.num_heads, p.value_dim, p.dout_stride_b,
+                p.dout_stride_s, p.dout_stride_h, kQueries);
   if (code) return code;
-  code =
-      encode_tensor_map(maps.keys, p.k, C::kHalf, p.k_stride_b == 0 ? 1 : p.batch, p.num_keys,
-                        p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys);
+  code = encode(maps.keys, p.k, p.num_keys, p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s,
+                p.k_stride_h, kKeys);
   if (code) return code;
-  code =
-      encode_tensor_map(maps.values, p.v, C::kHalf, p.v_stride_b == 0 ? 1 : p.batch, p.num_keys,
-                        p.num_kv_heads, p.dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys);
-  if (code) return code;
-  const int64_t row = int64_t{p.num_kv_heads} * p.dim;  // results are contiguous
-  code = encode_tensor_map(maps.dk, p.dk, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16);
-  if (code) return code;
-  return encode_tensor_map(maps.dv, p.dv, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16);
+  return encode(maps.values, p.v, p.num_keys, p.num_kv_heads, p.value_dim, p.v_stride_b,
+                p.v_stride_s, p.v_stride_h, kKeys);
 }
 
 template <typename C>
 int run(const VlmkAttentionBwdParams& p, void* stream) {
+  Schedule s;
+  Workspace w;
+  int code = lay_out(p, s, w);
+  if (code) return code;
+  VLMK_CHECK(p.workspace && p.workspace_bytes >= w.bytes, "a workspace of %lld bytes, wanted %lld",
+             static_cast<long long>(p.workspace_bytes), static_cast<long long>(w.bytes));
   int count = 0;
-  int code = multiprocessors<attention_bwd_kernel<C>, C::kSharedBytes>(count);
+  code = multiprocessors<attention_bwd_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
   code = encode_maps<C>(p, maps);
   if (code) return code;
-  const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
-  VLMK_CHECK(heads <= INT_MAX / kMaxSplits, "more than 2^28 heads of keys");
-  int splits = 1;
-  while (splits < kMaxSplits && 2 * splits * heads <= int64_t{count} * C::kBlocks &&
-         2 * splits <= ceil_div(p.num_keys, C::kKeys)) {
-    splits *= 2;
+  char* workspace = static_cast<char*>(p.workspace);
+  if (p.start) {
+    const VlmkTileBoundsParams bounds{p.start,
+                                      p.stop,
+                                      reinterpret_cast<int32_t*>(workspace + w.q_bounds),
+                                      reinterpret_cast<int32_t*>(workspace + w.k_bounds),
+                                      p.range_stride_b,
+                                      1,
+                                      p.range_stride_b,
+                                      1,
+                                      p.range_stride_b ? p.batch : 1,
+                                      p.num_queries,
+                                      p.num_keys};
+    code = vlmk_tile_bounds(&bounds, stream);
+    if (code) return code;
   }
-  return launch_clusters("attention_bwd_kernel", attention_bwd_kernel<C>,
-                         dim3(static_cast<unsigned>(heads * splits)), dim3(C::kThreads),
-                         static_cast<unsigned>(splits), C::kSharedBytes, stream, p, maps);
-}
-
-template <typename T, int kWidth>
-int run_width(const VlmkAttentionBwdParams& p, void* stream) {
-  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
-  if (rows <= 16) return run<Config<T, kWidth, 16>>(p, stream);
-  if (rows <= 32) return run<Config<T, kWidth, 32>>(p, stream);
-  if (rows <= 64) return run<Config<T, kWidth, 64>>(p, stream);
-  return run<Config<T, kWidth, 128>>(p, stream);
+  const int tiles = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries);
+  code = launch("prepare_rows_kernel", prepare_rows_kernel<C>, dim3(tiles), dim3(kRowThreads), 0,
+                stream, p, w, s.whole);
+  if (code) return code;
+  const int blocks = std::min(count, s.whole ? p.batch * p.num_kv_heads : s.items);
+  code = launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(kThreads),
+                C::kSharedBytes, stream, p, maps, s, w);
+  if (code || s.whole) return code;
+  return launch("finish_queries_kernel", finish_queries_kernel<C>, dim3(tiles), dim3(128), 0,
+                stream, p, w);
 }
 
 template <typename T>
 int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
-  if (p.dim <= 64) return run_width<T, 64>(p, stream);
-  if (p.dim <= 96) return run_width<T, 96>(p, stream);
-  return run_width<T, 128>(p, stream);
+  switch (width_for(std::max(p.dim, p.value_dim))) {
+    case 64:
+      return run<Config<T, 64>>(p, stream);
+    case 72:
+      return run<Config<T, 72>>(p, stream);
+    default:
+      return run<Config<T, kMaxWidth>>(p, stream);
+  }
 }
 
 }  // namespace attention_bwd

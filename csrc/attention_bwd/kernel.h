@@ -1,74 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention's backward pass for few queries, in one kernel: K and V are read once, dK and dV
-// written once.
-//
-// A block, or a cluster that shares out the keys, has one key head of one batch entry and all rows
-// that read it. Those stay in shared memory; keys and values pass by, and what a tile of them gives
-// is complete at once and stored from where the tile lay. dQ is summed in registers.
+// Attention's backward pass in one kernel, after FlashAttention-3 (Shah et al. 2024), but with a
+// warpgroup of its own for dQ: the two that have the keys wait for nobody but memory, and so the
+// exponentials of one run beside the products of the others.
 #pragma once
 
-#include <cstdint>
-
-#include "attention/rows.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/keys.h"
+#include "attention_bwd/producer.h"
 #include "attention_bwd/queries.h"
-#include "attention_bwd/tiles.h"
 #include "common/hopper.h"
-#include "common/tensor_map.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention_bwd {
 
-// Keys that no row sees have no gradient: those before and behind the tiles that are visited.
 template <typename C>
-__device__ __forceinline__ void clear_gradients(const VlmkAttentionBwdParams& p, const Head& head,
-                                                int before, int behind) {
-  const int chunks = p.dim / 8, unseen = before + max(p.num_keys - behind, 0);
-  const int threads = C::kThreads * static_cast<int>(cluster_size());
-  int i = static_cast<int>(cluster_rank()) * C::kThreads + static_cast<int>(threadIdx.x);
-  for (; i / chunks < unseen; i += threads) {
-    const int row = i / chunks;
-    const int64_t key = row < before ? row : behind + row - before;
-    const int64_t at =
-        ((head.batch * int64_t{p.num_keys} + key) * p.num_kv_heads + head.head) * chunks +
-        i % chunks;
-    static_cast<uint4*>(p.dk)[at] = make_uint4(0, 0, 0, 0);
-    static_cast<uint4*>(p.dv)[at] = make_uint4(0, 0, 0, 0);
-  }
-}
-
-template <typename C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
-                         const __grid_constant__ Maps maps) {
+                         const __grid_constant__ Maps maps, const __grid_constant__ Schedule s,
+                         const __grid_constant__ Workspace w) {
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
-  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
-  const int item = static_cast<int>(blockIdx.x) / ranks;
-  const Head head = attention::head_of_item(p, item);
   if (threadIdx.x == 0) {
-    barrier_init(barriers.queries_full(), 1);
+    for (int stage = 0; stage < 2; ++stage) {
+      barrier_init(barriers.keys_full(stage), 1);
+      barrier_init(barriers.keys_empty(stage), 4 * (kKeyGroups + 1));
+    }
+    for (int stage = 0; stage < C::kScoreStages; ++stage) {
+      barrier_init(barriers.scores_full(stage), 4 * kKeyGroups);
+      barrier_init(barriers.scores_empty(stage), 4);
+    }
     for (int stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(barriers.full(stage), 1);
-      barrier_init(barriers.empty(stage), C::kThreads / 32);
+      barrier_init(barriers.queries_full(stage), 1);
+      barrier_init(barriers.queries_empty(stage), 4 * (kKeyGroups + 1));
     }
     fence_barrier_init();
-    load_queries<C>(p, maps, head, shared, barriers.queries_full());
   }
-  const int4 bounds = attention::bounds_of_rows(p, head.batch);
-  const int first = bounds.y > bounds.x ? bounds.x / C::kKeys : 0;
-  const int tiles = bounds.y > bounds.x ? ceil_div(bounds.y, C::kKeys) - first : 0;
-  Tiles<C> work{p, maps, head, shared, barriers, bounds};
-  work.begin = first + static_cast<int>(int64_t{tiles} * rank / ranks);
-  work.end = first + static_cast<int>(int64_t{tiles} * (rank + 1) / ranks);
-  if (threadIdx.x == 0) work.load_first();
-  prepare_rows<C>(p, head, shared);
   __syncthreads();
-  barrier_wait(barriers.queries_full(), 0);
-  work.run();
-  clear_gradients<C>(p, head, first * C::kKeys, (first + tiles) * C::kKeys);
-  store_queries<C>(p, head, shared, work.dq);
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
+  if (group < kKeyGroups) {
+    grow_registers<C::kKeyRegisters>();
+    KeyGroup<C> keys{p, shared, barriers, group};
+    keys.run();
+  } else if (group == kKeyGroups) {
+    shrink_registers<C::kQueryRegisters>();
+    QueryGroup<C> queries{p, s, w, shared, barriers};
+    queries.run();
+  } else {
+    shrink_registers<C::kProducerRegisters>();
+    if (threadIdx.x / 32 % 4 == 0) Producer<C>{p, maps, s, w, shared, barriers}.run();
+  }
 }
 
 }  // namespace attention_bwd

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -72,10 +72,11 @@ class AttentionBwdParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("dout", "q", "k", "v", "out", "lse", "dlse", "start", "stop", "dq", "dk", "dv")),
+        ("workspace", ctypes.c_void_p),
         *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("dout", "q", "k", "v") for axis in "bsh"),
-        ("range_stride_b", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("range_stride_b", "workspace_bytes")),
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
-        *((name, ctypes.c_int32) for name in ("dim", "type", "causal")),
+        *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal", "deterministic")),
         ("scale", ctypes.c_float),
     ]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in 16-bit floats, under every mask that is a range of keys per query: forward on ``csrc/attention``, backward of up
-to 128 queries on ``csrc/attention_bwd``."""
+"""Attention in 16-bit floats, under every mask that is a range of keys per query: forward on ``csrc/attention``, backward on
+``csrc/attention_bwd``."""
 
 import functools
 import struct
@@ -13,8 +13,8 @@ from vlmkernels.backends.cuda._library import TYPES, AttentionBwdParams, Attenti
 
 #: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse, counter.
 _POINTERS = struct.Struct("8P")
-#: So does ``AttentionBwdParams``: dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv.
-_BWD_POINTERS = struct.Struct("12P")
+#: So does ``AttentionBwdParams``: dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace.
+_BWD_POINTERS = struct.Struct("13P")
 
 _attention = EntryPoint("vlmk_attention")
 _check = EntryPoint("vlmk_attention_check")
@@ -39,9 +39,9 @@ def _prepared(
     """All but the pointers, or why the kernel doesn't take them. ``ranges``: the stride of the ranges over the batch."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
-    params = AttentionParams(value_dim=value_dim, softcap=softcap)
+    params = AttentionParams(softcap=softcap)
     strides = {"q": q_strides, "k": k_strides, "v": v_strides}
-    _fill(params, q_shape, k_shape, strides, dtype, ranges, causal, scale)
+    _fill(params, q_shape, k_shape, value_dim, strides, dtype, ranges, causal, scale)
     return _check.why_not(params) or params
 
 
@@ -49,6 +49,7 @@ def _fill(
     params: AttentionParams | AttentionBwdParams,
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
+    value_dim: int,
     strides: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     ranges: int | None,
@@ -60,6 +61,7 @@ def _fill(
     params.range_stride_b = ranges or 0
     params.batch, params.num_queries, params.num_heads, params.dim = q_shape
     params.num_keys, params.num_kv_heads = k_shape[1:3]
+    params.value_dim = value_dim
     params.type, params.causal, params.scale = TYPES[dtype], causal, scale
     for name, of_tensor in strides.items():
         for axis, stride in zip("bsh", of_tensor, strict=False):
@@ -158,17 +160,29 @@ def plan_attention_fwd(
 def _prepared_bwd(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
+    value_dim: int,
     strides: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
     ranges: int | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> AttentionBwdParams | str:
     """All but the pointers, or why the kernel doesn't take them. ``strides``: of dout, q, k and v; ``ranges``: over the batch."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
-    params = AttentionBwdParams()
-    _fill(params, q_shape, k_shape, dict(zip(("dout", "q", "k", "v"), strides, strict=True)), dtype, ranges, causal, scale)
+    params = AttentionBwdParams(deterministic=deterministic)
+    _fill(
+        params,
+        q_shape,
+        k_shape,
+        value_dim,
+        dict(zip(("dout", "q", "k", "v"), strides, strict=True)),
+        dtype,
+        ranges,
+        causal,
+        scale,
+    )
     return _check_bwd.why_not(params) or params
 
 
@@ -184,7 +198,8 @@ def _prepare_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float
 ) -> AttentionBwdParams | str:
     strides = (dout.stride(), q.stride(), k.stride(), v.stride())
-    return _prepared_bwd(q.shape, k.shape, strides, q.dtype, _range_stride(start), causal, scale)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _prepared_bwd(q.shape, k.shape, v.shape[3], strides, q.dtype, _range_stride(start), causal, scale, deterministic)
 
 
 def why_not_attention_bwd(
@@ -203,8 +218,6 @@ def why_not_attention_bwd(
 ) -> str | None:
     if softcap > 0:
         return "the backward takes no softcap"
-    if v.shape[3] != q.shape[3]:
-        return f"the backward takes values of the queries' head dim, these are {v.shape[3]} and {q.shape[3]}"
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return "q, k and v must begin at multiples of 16 bytes"
     prepared = _prepare_bwd(out, q, k, v, start, causal, scale)
@@ -235,7 +248,8 @@ def attention_bwd(
         start, stop = start.contiguous(), stop.contiguous()
     params = _prepare_bwd(dout, q, k, v, start, causal, scale)
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
-    tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv)
+    workspace = q.new_empty(params.workspace_bytes, dtype=torch.uint8)
+    tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace)
     pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
     _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
     return dq, dk, dv

@@ -10,8 +10,8 @@
 
 #include "attention/ranges.h"
 #include "attention/softmax.h"
-#include "attention_bwd/config.h"
-#include "attention_bwd/queries.h"
+#include "attention_bwd_few/config.h"
+#include "attention_bwd_few/queries.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
@@ -19,7 +19,7 @@
 #include "vlmkernels.h"
 
 namespace vlmk {
-namespace attention_bwd {
+namespace attention_bwd_few {
 
 constexpr int kTileBarrier = 1;
 
@@ -286,5 +286,5 @@ struct Tiles {
   }
 };
 
-}  // namespace attention_bwd
+}  // namespace attention_bwd_few
 }  // namespace vlmk

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warp that feeds a block: it takes tiles of keys in order, finds the tiles of queries that see
+// them, and copies all to shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/ranges.h"
+#include "attention_bwd/config.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+using attention::lane_index;
+
+// Starts the copy of so many bytes; they are counted at the barrier.
+__device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source, uint32_t bytes,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+template <typename C>
+struct Producer {
+  const VlmkAttentionBwdParams& p;
+  const Maps& maps;
+  const Schedule& schedule;
+  const Workspace& workspace;
+  char* shared;
+  Barriers barriers;
+  // The first turn of a stage waits for nobody.
+  Ring<2> keys{1};
+  Ring<C::kStages> queries{1};
+  int num_tiles = ceil_div(p.num_queries, kQueries);
+
+  __device__ __forceinline__ const char* place(int64_t at) const {
+    return static_cast<const char*>(p.workspace) + at;
+  }
+
+  // Of 64 queries: see bounds_of_queries.
+  __device__ __forceinline__ int4 bounds_of_tile(int batch, int tile) const {
+    if (p.start) {
+      const int64_t row = p.range_stride_b ? int64_t{batch} * num_tiles : 0;
+      return reinterpret_cast<const int4*>(place(workspace.q_bounds))[row + tile];
+    }
+    const int first = tile * kQueries, last = min(first + kQueries, p.num_queries) - 1;
+    const int shift = p.causal ? p.num_keys - p.num_queries : p.num_keys;
+    return make_int4(0, min(last + 1 + shift, p.num_keys), 0, min(first + 1 + shift, p.num_keys));
+  }
+
+  // The tiles of queries [x, y) outside of which none sees any of a tile of keys.
+  __device__ __forceinline__ int2 span_of_keys(int batch, int tile) const {
+    if (p.start) {
+      const int tiles = ceil_div(p.num_keys, kKeys / 2);  // the bounds are of 64 keys
+      const int64_t row = p.range_stride_b ? int64_t{batch} * tiles : 0;
+      const auto* bounds = reinterpret_cast<const int4*>(place(workspace.k_bounds)) + row;
+      int4 span = bounds[2 * tile];
+      if (2 * tile + 1 < tiles) {
+        const int4 more = bounds[2 * tile + 1];
+        span = make_int4(min(span.x, more.x), max(span.y, more.y), 0, 0);
+      }
+      return make_int2(min(span.x, span.y), span.y);
+    }
+    if (!p.causal) return make_int2(0, num_tiles);
+    const int first = max(tile * kKeys - (p.num_keys - p.num_queries), 0);
+    return make_int2(min(first / kQueries, num_tiles), num_tiles);
+  }
+
+  // In chunks, from the first keys of an image: one head's tiles of a chunk, then the next head's.
+  // The longest rows of a causal mask start first, and the queries that tiles share stay in L2.
+  __device__ __forceinline__ int2 head_and_tile(int item) const {
+    const int per_image = p.num_kv_heads * schedule.tiles_of_head;
+    const int per_chunk = p.num_kv_heads * schedule.chunk;
+    const int image = item / per_image, in_image = item - image * per_image;
+    const int chunk = in_image / per_chunk, in_chunk = in_image - chunk * per_chunk;
+    const int tiles = min(schedule.chunk, schedule.tiles_of_head - chunk * schedule.chunk);
+    const int head = in_chunk / tiles;
+    return make_int2(image * p.num_kv_heads + head,
+                     chunk * schedule.chunk + in_chunk - head * tiles);
+  }
+
+  // Which of 32 tiles of queries see any key of the item; of this lane's, the bounds.
+  struct Seen {
+    uint32_t any;
+    int4 bounds;
+  };
+  __device__ __forceinline__ Seen look(const Item& item, int tile, int end) const {
+    Seen seen;
+    seen.bounds = tile < end ? bounds_of_tile(item.batch, tile) : make_int4(0, 0, 0, 0);
+    const int4& b = seen.bounds;
+    seen.any = __ballot_sync(
+        kAllLanes, b.x < min(item.first_key + kKeys, p.num_keys) && b.y > max(item.first_key, b.x));
+    return seen;
+  }
+
+  // How many tiles of queries there are of a head, and what they see of the item's keys.
+  __device__ __forceinline__ int count(Item& item, int2 span) const {
+    int tiles = 0, lo = p.num_keys, hi = 0;
+    for (int base = span.x; base < span.y; base += 32) {
+      const Seen seen = look(item, base + lane_index(), span.y);
+      tiles += __popc(seen.any);
+      if (seen.any >> lane_index() & 1) {
+        lo = min(lo, seen.bounds.x);
+        hi = max(hi, seen.bounds.y);
+      }
+    }
+    item.lo = __reduce_min_sync(kAllLanes, lo);
+    item.hi = __reduce_max_sync(kAllLanes, hi);
+    return tiles;
+  }
+
+  __device__ __forceinline__ void copy_keys(const Item& item) {
+    const int stage = keys.stage;
+    barrier_wait(barriers.keys_empty(stage), keys.parity);
+    if (lane_index() == 0) {
+      reinterpret_cast<Item*>(shared + C::kItemsAt)[stage] = item;
+      const uint32_t barrier = barriers.keys_full(stage), base = shared_address(shared);
+      if (item.count <= 0) {
+        barrier_arrive(barrier);
+      } else {
+        barrier_expect(barrier, 2 * C::kKeysBytes);
+#pragma unroll
+        for (int panel = 0; panel < C::kPanels; ++panel) {
+          const int at = panel * kKeys * kRowBytes;
+          copy_tile(base + C::keys_at(stage) + at, maps.keys, panel * kPanel, item.first_key,
+                    item.head, p.k_stride_b ? item.batch : 0, barrier);
+          copy_tile(base + C::values_at(stage) + at, maps.values, panel * kPanel, item.first_key,
+                    item.head, p.v_stride_b ? item.batch : 0, barrier);
+        }
+      }
+    }
+    __syncwarp();
+    keys.advance();
+  }
+
+  // By one lane.
+  __device__ __forceinline__ void copy_queries(const Item& item, const QueryTile& tile) {
+    const int stage = queries.stage;
+    reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[stage] = tile;
+    const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
+    barrier_expect(barrier, C::kStageBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      const int at = panel * kQueries * kRowBytes;
+      copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, tile.first_query,
+                tile.head, p.q_stride_b ? item.batch : 0, barrier);
+      copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * kPanel, tile.first_query,
+                tile.head, p.dout_stride_b ? item.batch : 0, barrier);
+    }
+    const int64_t row = int64_t{item.batch} * p.num_heads + tile.head;
+    const int64_t range_row = p.range_stride_b ? item.batch : 0;
+    const int64_t of_row = tile.first_query / kQueries;
+    copy_bytes(base + C::sums_at(stage),
+               place(workspace.sums + (row * num_tiles + of_row) * C::kTableBytes), C::kTableBytes,
+               barrier);
+    copy_bytes(base + C::ranges_at(stage),
+               place(workspace.ranges + (range_row * num_tiles + of_row) * C::kTableBytes),
+               C::kTableBytes, barrier);
+  }
+
+  __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {
+    const int heads = p.num_heads / p.num_kv_heads;
+#pragma unroll 1
+    for (int of_group = 0; of_group < heads; ++of_group) {
+#pragma unroll 1
+      for (int base = span.x; base < span.y; base += 32) {
+        const Seen seen = look(item, base + lane_index(), span.y);
+        const int4& b = seen.bounds;
+        // Behind the last key nothing is seen.
+        const bool masked = b.z > item.first_key || b.w < item.first_key + kKeys;
+        const uint32_t flags = (masked ? kMasked : 0) | (b.x >= item.first_key ? kFirst : 0) |
+                               (b.y <= item.first_key + kKeys ? kLast : 0);
+        for (uint32_t left = seen.any; left; left &= left - 1) {
+          const int i = __ffs(left) - 1;
+          barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
+          const uint32_t of_tile = __shfl_sync(kAllLanes, flags, i);
+          if (lane_index() == 0) {
+            copy_queries(item, {item.head * heads + of_group, (base + i) * kQueries, of_tile});
+          }
+          __syncwarp();
+          queries.advance();
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run_item(int head, int tile) {
+    Item item;
+    item.batch = head / p.num_kv_heads;
+    item.head = head - item.batch * p.num_kv_heads;
+    item.first_key = tile * kKeys;
+    const int2 span = span_of_keys(item.batch, tile);
+    item.count = count(item, span) * (p.num_heads / p.num_kv_heads);
+    copy_keys(item);
+    copy_all_queries(item, span);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (lane_index() == 0) {
+      prefetch_map(maps.queries);
+      prefetch_map(maps.dout);
+      prefetch_map(maps.keys);
+      prefetch_map(maps.values);
+    }
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    if (schedule.whole) {
+      for (int head = block; head < p.batch * p.num_kv_heads; head += blocks) {
+        for (int tile = 0; tile < schedule.tiles_of_head; ++tile) run_item(head, tile);
+      }
+    } else {
+      auto* counter = reinterpret_cast<int*>(static_cast<char*>(p.workspace) + workspace.counter);
+      for (int item = block; item < schedule.items;) {
+        int next = item + blocks;
+        // Asked for before it is needed: the answer takes a microsecond.
+        if (schedule.dynamic && lane_index() == 0) next = blocks + atomicAdd(counter, 1);
+        const int2 at = head_and_tile(item);
+        run_item(at.x, at.y);
+        item = __shfl_sync(kAllLanes, next, 0);
+      }
+    }
+    Item end = {};
+    end.count = kNoMore;
+    copy_keys(end);
+  }
+};
+
+}  // namespace attention_bwd
+}  // namespace vlmk

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// What comes before and behind the kernel that multiplies: what it has to know of each query, and
+// the sums of dQ, which become results.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/ranges.h"
+#include "attention/softmax.h"
+#include "attention_bwd/config.h"
+#include "attention_bwd/store.h"
+#include "common/float16.h"
+#include "common/hopper.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+constexpr int kRowThreads = 256;
+
+template <typename T>
+__device__ __forceinline__ float2 to_floats(uint32_t x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<__half2*>(&x));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
+  const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 u = to_floats<T>(a[i]), v = to_floats<T>(b[i]);
+    sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
+  }
+  return sum;
+}
+
+// A block has a tile of queries of one head. Of each it writes what is subtracted from dP,
+// sum(dout * out) - dlse, and the log-sum-exp in units of log2 with its sign changed; a query that
+// sees nothing has -inf there, which makes its weights zero, and so have those behind the last.
+// Tables hold pairs of queries: two log-sum-exps, two deltas; two first keys, two numbers of keys.
+template <typename C>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_rows_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
+                        const __grid_constant__ Workspace w, const int whole) {
+  using T = typename C::Element;
+  constexpr int kLanes = C::kWidth <= 64 ? 8 : 16;  // of a row
+  constexpr int kStep = kRowThreads / kLanes, kSteps = kQueries / kStep;
+  const int num_tiles = ceil_div(p.num_queries, kQueries);
+  const int tile = static_cast<int>(blockIdx.x) % num_tiles;
+  const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
+  const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
+  const int chunk = static_cast<int>(threadIdx.x) % kLanes;
+  const bool columns = 8 * chunk < p.value_dim;
+  char* workspace = static_cast<char*>(p.workspace);
+  auto* sums = reinterpret_cast<float*>(workspace + w.sums) + blockIdx.x * int64_t{2 * kQueries};
+  const auto* dout =
+      static_cast<const T*>(p.dout) + batch * p.dout_stride_b + head * p.dout_stride_h + 8 * chunk;
+  const auto* out = head_of<const T>(const_cast<void*>(p.out), batch, p.num_queries, p.num_heads,
+                                     head, p.value_dim) +
+                    8 * chunk;
+  uint4 x[kSteps], y[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int64_t query = tile * kQueries + step * kStep + static_cast<int>(threadIdx.x) / kLanes;
+    const bool there = query < p.num_queries && columns;
+    x[step] = load_global(dout + query * p.dout_stride_s, there);
+    y[step] = load_global(out + query * p.num_heads * p.value_dim, there);
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int in_tile = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
+    const int query = tile * kQueries + in_tile;
+    float delta = dot<T>(x[step], y[step]);
+#pragma unroll
+    for (int bit = 1; bit < kLanes; bit *= 2) delta += __shfl_xor_sync(kAllLanes, delta, bit);
+    if (chunk != 0) continue;
+    const int at = in_tile / 2 * 4 + in_tile % 2;
+    const int64_t of_row = int64_t{row_of_heads} * p.num_queries + query;
+    const bool there = query < p.num_queries;
+    const float lse = there ? p.lse[of_row] : -INFINITY;
+    sums[at] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
+    sums[at + 2] = there && p.dlse ? delta - p.dlse[of_row] : delta;
+  }
+  if (head == 0 && threadIdx.x < kQueries && (batch == 0 || p.range_stride_b)) {
+    const int in_tile = static_cast<int>(threadIdx.x);
+    const int2 seen =
+        attention::cut(p, attention::range_of_query(p, batch, tile * kQueries + in_tile));
+    int* ranges = reinterpret_cast<int*>(workspace + w.ranges) +
+                  (int64_t{batch} * num_tiles + tile) * (2 * kQueries) + in_tile / 2 * 4 +
+                  in_tile % 2;
+    ranges[0] = seen.x;
+    ranges[2] = max(seen.y - seen.x, 0);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *reinterpret_cast<int*>(workspace + w.counter) = 0;
+  if (whole) {  // queries that see nothing are in no tile's sums
+    for (int i = static_cast<int>(threadIdx.x); i < kQueries * p.dim / 8; i += kRowThreads) {
+      const int query = tile * kQueries + i / (p.dim / 8);
+      const int2 seen = attention::cut(p, attention::range_of_query(p, batch, query));
+      if (query >= p.num_queries || seen.x < seen.y) continue;
+      T* dq = head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim) +
+              int64_t{query} * p.num_heads * p.dim;
+      reinterpret_cast<uint4*>(dq)[i % (p.dim / 8)] = make_uint4(0, 0, 0, 0);
+    }
+  } else {
+    auto* dq =
+        reinterpret_cast<float4*>(workspace + w.dq) + blockIdx.x * int64_t{C::kWidth / 8 * 128};
+    for (int i = static_cast<int>(threadIdx.x); i < C::kWidth / 8 * 128; i += kRowThreads) {
+      dq[i] = make_float4(0, 0, 0, 0);
+    }
+  }
+}
+
+// dQ of a tile of queries, where blocks have added up its sums in memory.
+template <typename C>
+__global__ void __launch_bounds__(128)
+    finish_queries_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
+                          const __grid_constant__ Workspace w) {
+  using T = typename C::Element;
+  const int num_tiles = ceil_div(p.num_queries, kQueries);
+  const int tile = static_cast<int>(blockIdx.x) % num_tiles;
+  const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
+  const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
+  const float4* place = sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + w.dq, blockIdx.x);
+  float dq[C::kWidth / 2];
+#pragma unroll
+  for (int i = 0; i < C::kWidth / 8; ++i) {
+    const float4 x = __ldcg(place + i * 128);
+    dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
+  }
+  store_rows<T, C::kWidth>(head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim),
+                           int64_t{p.num_heads} * p.dim, tile * kQueries, p.num_queries, p.dim, dq,
+                           p.scale);
+}
+
+}  // namespace attention_bwd
+}  // namespace vlmk

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of a warpgroup to memory: as results, 64 rows of a tensor, or as they are, for later.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/store.h"
+#include "attention_bwd/config.h"
+#include "common/float16.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+// Rows `first` and on of a tensor whose rows lie `stride` elements apart, of the thread's two rows
+// of a warp's 16; 16 bytes a thread.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_rows(void* tensor, int64_t stride, int first, int rows,
+                                           int columns, const float (&sums)[kWidth / 2],
+                                           float scale) {
+  const int lane = attention::lane_index();
+  const int own = first + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = own + 8 * half;
+    T* out = static_cast<T*>(tensor) + row * stride;
+#pragma unroll
+    for (int block = 0; block < kWidth / 8; block += 4) {
+      uint32_t word[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4 && block + i < kWidth / 8; ++i) {
+        const int at = 4 * (block + i) + 2 * half;
+        word[i] = pack<T>(sums[at] * scale, sums[at + 1] * scale);
+      }
+      attention::transpose_words(word);
+      const int column = 8 * (block + lane % 4);
+      if (row < rows && column < columns) {
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+  }
+}
+
+// A tensor [batch, rows, heads, columns], contiguous: where a head begins.
+template <typename T>
+__device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int heads, int head,
+                                      int columns) {
+  return static_cast<T*>(tensor) + (int64_t{batch} * rows * heads + head) * columns;
+}
+
+// Where a thread keeps four of its sums of a tile of 64 queries, and 128 threads on the next four.
+template <int kWidth>
+__device__ __forceinline__ float4* sums_of_tile(char* sums, int64_t tile) {
+  return reinterpret_cast<float4*>(sums) + tile * (kWidth / 8 * 128) +
+         static_cast<int>(threadIdx.x) % 128;
+}
+
+}  // namespace attention_bwd
+}  // namespace vlmk
