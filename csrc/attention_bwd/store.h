@@ -17,8 +17,8 @@ template <typename T, int kWidth>
 __device__ __forceinline__ void store_rows(void* tensor, int64_t stride, int first, int rows,
                                            int columns, const float (&sums)[kWidth / 2],
                                            float scale) {
-  const int lane = attention::lane_index();
-  const int own = first + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+  const int thread = attention::thread_again(), lane = thread % 32;
+  const int own = first + thread % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = own + 8 * half;
@@ -51,7 +51,7 @@ __device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int hea
 template <int kWidth>
 __device__ __forceinline__ float4* sums_of_tile(char* sums, int64_t tile) {
   return reinterpret_cast<float4*>(sums) + tile * (kWidth / 8 * 128) +
-         static_cast<int>(threadIdx.x) % 128;
+         attention::thread_again() % 128;
 }
 
 }  // namespace attention_bwd
