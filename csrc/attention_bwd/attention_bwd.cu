@@ -21,7 +21,7 @@ static bool takes_whole_heads(const VlmkAttentionBwdParams& p, int multiprocesso
   const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
   const int64_t rounds = ceil_div<int64_t>(heads, multiprocessors);
   if (bytes_of_head * std::min<int64_t>(heads, multiprocessors) > kMostOfBlock) return false;
-  return p.deterministic || 10 * heads >= 9 * rounds * multiprocessors;
+  return 10 * heads >= 9 * rounds * multiprocessors;
 }
 
 int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
@@ -38,7 +38,9 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
              "more than 2^30 tiles");
   s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
   s.whole = takes_whole_heads(p, count, of_head);
-  VLMK_CHECK(s.whole || !p.deterministic, "the same bits in every run only for short sequences");
+  VLMK_CHECK(s.whole || !p.deterministic,
+             "the same bits in every run only where blocks have whole heads: short sequences of "
+             "many heads");
   const bool masked = p.start || p.causal;
   s.chunk = masked ? std::min(4, s.tiles_of_head) : s.tiles_of_head;
   s.dynamic = masked;

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
   if (group < kKeyGroups) {
     grow_registers<C::kKeyRegisters>();
-    KeyGroup<C> keys{p, maps, shared, barriers, group};
+    KeyGroup<C> keys{p, shared, barriers, group};
     keys.run();
   } else if (group == kKeyGroups) {
     shrink_registers<C::kQueryRegisters>();
