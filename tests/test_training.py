@@ -28,6 +28,13 @@ SIZES = (
 BATCH = 64 if ON_GPU else 8
 
 
+@pytest.fixture(autouse=True)
+def fast():
+    """Without a GPU the first backend that runs would be Triton's interpreter."""
+    with contextlib.nullcontext() if ON_GPU else use_backend("torch"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def photos():
     return captioner.named_photos(BATCH, SIZES["resolution"], DEVICE)
