@@ -133,7 +133,7 @@ def test_two_streams(loss: Loss, device: torch.device) -> None:
 @both
 @pytest.mark.parametrize("dim", [512, 1152])
 def test_memory(loss: Loss, dim: int, device: torch.device) -> None:
-    """Beside inputs and results, less than 2 % of what the logits alone would take in bf16."""
+    """Beside inputs and results, less than 2 % of what the dense form keeps compiled: the logits in bf16, and CLIP's twice."""
     rows = 32768
     leaves = [*features(rows, rows, dim, torch.bfloat16, device), *numbers(loss, device)]
     loss(*(x[:512] if x.dim() else x for x in leaves), backend="cuda").backward()
@@ -142,7 +142,7 @@ def test_memory(loss: Loss, dim: int, device: torch.device) -> None:
     before = torch.cuda.memory_allocated()
     gradients = torch.autograd.grad(loss(*leaves, backend="cuda"), leaves)
     results = sum(x.numel() * x.element_size() for x in gradients)
-    assert torch.cuda.max_memory_allocated() - before - results < 0.02 * 2 * rows**2
+    assert torch.cuda.max_memory_allocated() - before - results < 0.02 * (4 if loss is clip_loss else 2) * rows**2
 
 
 @both
@@ -173,7 +173,7 @@ def test_choice(loss: Loss, device: torch.device) -> None:
     """It is the first choice, and what it refuses runs elsewhere."""
     refused: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = {
         "it takes bfloat16, these are torch.float16": ((512, 512, 256), torch.float16, {}),
-        "multiples of 256 images and texts, these are 512 and 500": ((512, 500, 256), torch.bfloat16, {}),
+        "multiples of 256 features of both kinds, these are 500 and 512": ((512, 500, 256), torch.bfloat16, {}),
         "multiples of 192 or 256 channels, these are 320": ((512, 512, 320), torch.bfloat16, {}),
         "it does not normalize": ((512, 512, 256), torch.bfloat16, {"normalize": True}),
     }

@@ -17,7 +17,7 @@ static_assert(kTile == VLMK_LOSS_TILE);
 int check(const VlmkContrastiveParams& p) {
   const auto tiled = [](int size) { return size > 0 && size % kTile == 0; };
   VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
-             "it takes multiples of %d images and texts, these are %d and %d", kTile, p.rows,
+             "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
              p.columns);
   VLMK_CHECK(p.dim > 0 && (p.dim % 192 == 0 || p.dim % 256 == 0),
              "it takes multiples of 192 or 256 channels, these are %d", p.dim);
