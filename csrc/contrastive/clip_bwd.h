@@ -9,7 +9,7 @@ namespace contrastive {
 
 // How far apart the log-sum-exps of rows and columns may be for one exponential to serve both, to
 // the base 2: then 2^60 times 2^-60 is exact.
-constexpr float kNarrow = 60;
+constexpr float kNarrowRange = 60;
 
 struct ClipBackward {
   const VlmkContrastiveParams& p;
@@ -27,7 +27,7 @@ struct ClipBackward {
         scale(*p.scale * kLog2E),
         gain(*p.gain),
         lowest(p.bounds[0]),
-        narrow(p.bounds[1] - p.bounds[0] < kNarrow) {}
+        narrow(p.bounds[1] - p.bounds[0] < kNarrowRange) {}
 
   __device__ __forceinline__ void begin(const Part& part) {
 #pragma unroll

@@ -88,9 +88,9 @@ __device__ __forceinline__ void copy_logits(const VlmkContrastiveParams& p, cons
       });
 }
 
-// `Work` has members `begin(part)`, whose loads are under way during the products, `finish(part,
-// products)`, and `end()` for behind the last tile; `before()` is called before what `finish`
-// stores.
+// `Work` has members `begin(part)`, whose loads are under way during the products, `finish(panel,
+// part, products)`, and `end(sums)` for behind the last tile; `before()` is called before `finish`
+// stores anything.
 template <typename Work, typename Before>
 __device__ __forceinline__ void work_on_logits(Work& work, const Panel& panel, int tile,
                                                float (&products)[kSums], StageRing& ring, int group,
