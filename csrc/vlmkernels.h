@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 7
+#define VLMK_ABI_VERSION 8
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -190,6 +190,71 @@ VLMK_API int vlmk_attention_bwd(const VlmkAttentionBwdParams* params, void* stre
 /* 0 if vlmk_attention_bwd takes these sizes, types and strides on the current GPU, else an error
  * whose text says what it wants. Sets workspace_bytes and reads no pointer. */
 VLMK_API int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params);
+
+/* Rows and columns of a tile of vlmk_clip_loss_* and vlmk_siglip_loss, and how many panels of the
+ * gradient of the logits they keep. */
+#define VLMK_LOSS_TILE 256
+#define VLMK_LOSS_PANELS 3
+
+/* Contrastive losses of features a and b, in bfloat16. Row i of a and row j of b have the logit
+ * scale * a[i] . b[j] + bias, and belong together where start[i] <= j < stop[i]. The gradient of
+ * the logits exists in a few panels at a time. rows, columns and both sizes of a panel are
+ * multiples of VLMK_LOSS_TILE. Features begin at multiples of 16 bytes, and so do all other
+ * pointers to more than one number. The same bits in every run.
+ *
+ * vlmk_clip_loss_fwd: lse_a and lse_b, of the rows and of the columns, to base e; in sums[.][0] the
+ *   logits of what belongs together, each times row_positive + column_positive. Its panels are of
+ *   all columns.
+ * vlmk_clip_loss_bwd: with lse_a and lse_b of rows and columns less the logarithms of gain times
+ *   their weights, to base 2, and g = exp2(logit - lse_a) + exp2(logit - lse_b), less gain times
+ *   row_positive + column_positive where they belong together:
+ *   da = factor g b,  db = factor g^T a,  and in sums[.][0] the gradient g of scale.
+ * vlmk_siglip_loss: in sums[.][0] the loss, the sum of log(1 + exp(logit)), or of
+ *   log(1 + exp(-logit)) where they belong together; and with da, like above and with g its
+ *   gradient, in sums[.][1] and [2] those of scale and bias. */
+typedef struct {
+  const void* a;        /* [rows, dim], columns contiguous */
+  const void* b;        /* [columns, dim], likewise */
+  const float* scale;   /* one number, as are the next three */
+  const float* bias;    /* siglip */
+  const float* gain;    /* clip_bwd */
+  const float* factor;  /* gradients */
+  const float* bounds;  /* clip_bwd: the least and the greatest of all lse_a and lse_b */
+  const int32_t* start; /* [rows] */
+  const int32_t* stop;
+  const float* row_positive;    /* [rows], clip */
+  const float* column_positive; /* [columns], clip */
+  float* lse_a;                 /* [rows], clip; read only in the backward pass */
+  float* lse_b;                 /* [columns], likewise */
+  float* share_a;               /* workspace of clip_fwd: [columns / 256, panel_rows] */
+  float* share_b;               /* the same: [panel_rows / 64, columns] */
+  void* panel;       /* workspace of gradients: [VLMK_LOSS_PANELS, panel_rows, panel_columns]
+                        bfloat16 */
+  void* low_a;       /* the same: panel_rows * dim bytes */
+  void* low_b;       /* the same: columns * dim / 2 bytes, none with wide_b */
+  int32_t* counters; /* the same: zeros, of each panel 2, and (2 panel_rows + columns) dim / 4096 */
+  void* da;          /* [rows, dim] contiguous, bfloat16 */
+  void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
+  float* sums;       /* [panels of clip_fwd or 1, 3, slots], zeros; a result is the sum over panels
+                        and slots */
+  int64_t a_stride;
+  int64_t b_stride;
+  int32_t rows;
+  int32_t columns;
+  int32_t dim; /* a multiple of 192 or 256 */
+  int32_t panel_rows;
+  int32_t panel_columns;
+  int32_t slots; /* twice the multiprocessors of the GPU */
+  int32_t wide_b;
+} VlmkContrastiveParams;
+
+VLMK_API int vlmk_clip_loss_fwd(const VlmkContrastiveParams* params, void* stream);
+VLMK_API int vlmk_clip_loss_bwd(const VlmkContrastiveParams* params, void* stream);
+VLMK_API int vlmk_siglip_loss(const VlmkContrastiveParams* params, void* stream);
+
+/* 0 if these functions take such sizes and strides, else an error whose text says what they want.
+ * Reads no pointer. */
+VLMK_API int vlmk_contrastive_check(const VlmkContrastiveParams* params);
 
 #ifdef __cplusplus
 }

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
 
 from vlmkernels import KeyRanges, clip_loss, siglip_loss
 from vlmkernels.nn import ClipLoss, SigLipLoss
@@ -29,6 +31,42 @@ def agree(whole: Any, shared: Any, everything: list[torch.Tensor], mine: list[to
         part = times * y[rank * len(x) : (rank + 1) * len(x)] if x.dim() else y
         result = compare(x, part, "gemm", terms=0.0 if x.dim() else 10.0)
         assert result, result
+
+
+def as_in_open_clip(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, rank: int, local_loss: bool, gather_with_grad: bool
+) -> torch.Tensor:
+    """What its ``ClipLoss`` computes on a rank, mode by mode: ``gather_features`` and then ``get_logits``."""
+    if gather_with_grad:
+        images, texts = (torch.cat(dist_nn.all_gather(x)) for x in (image, text))
+    else:
+        gathered = []
+        for x in (image, text):
+            parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, x.detach())
+            if not local_loss:
+                parts[rank] = x
+            gathered.append(torch.cat(parts))
+        images, texts = gathered
+    if local_loss:
+        logits, labels = (scale * image @ texts.T, scale * text @ images.T), torch.arange(len(image)) + rank * len(image)
+    else:
+        logits = (scale * images @ texts.T, scale * texts @ images.T)
+        labels = torch.arange(len(images))
+    return sum(F.cross_entropy(x, labels) for x in logits) / 2
+
+
+def modes_of_open_clip(images: torch.Tensor, texts: torch.Tensor, rank: int, size: int) -> None:
+    """The features' gradients on each rank, and the means over ranks of the loss and of the scale's gradient."""
+    for local_loss, gather_with_grad in ((False, False), (False, True), (True, True)):
+        theirs, mine = (leaves(rank, size, images, texts, (3.0,)) for _ in range(2))
+        module = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=size)
+        loss, value = as_in_open_clip(*theirs, rank, local_loss, gather_with_grad), module(*mine)
+        wanted, got = torch.autograd.grad(loss, theirs), torch.autograd.grad(value, mine)
+        assert all(compare(x, y, "gemm") for x, y in zip(got[:2], wanted[:2], strict=True)), (local_loss, gather_with_grad)
+        for x, y in ((value.detach(), loss.detach()), (got[2], wanted[2])):
+            dist.all_reduce(y)
+            assert compare(x, y / size, "gemm", terms=10.0), (local_loss, gather_with_grad)
 
 
 def main(rank: int, size: int, path: str) -> None:
@@ -59,6 +97,7 @@ def main(rank: int, size: int, path: str) -> None:
                     lambda *x, f=function, o=theirs: f(*x, **o), lambda *x, f=function, o=mine: f(*x, group=group, **o),
                     leaves(0, 1, images, captions, numbers), leaves(rank, size, images, captions, numbers), size, rank,
                 )  # fmt: skip
+        modes_of_open_clip(images, square, rank, size)
         told = {"rank": rank, "world_size": size}
         for module, function, numbers, times in (
             (ClipLoss(local_loss=True, gather_with_grad=True, **told), clip_loss, (3.0,), size),

@@ -14,7 +14,7 @@ import pytest
 import sass
 import torch
 
-from vlmkernels.backends.cuda import _library
+from vlmkernels.backends.cuda import _library, contrastive
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (ROOT / "csrc" / "vlmkernels.h").read_text()
@@ -129,6 +129,11 @@ def test_python_structures_have_the_layout_of_the_header(tmp_path: Path) -> None
     )
     run("cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "-I", ROOT / "csrc", source, "-o", tmp_path / "layout")
     assert [int(word) for word in run(tmp_path / "layout").split()] == wanted
+
+
+def test_python_constants_are_those_of_the_header() -> None:
+    defined = dict(re.findall(r"^#define (VLMK_\w+) (\d+)$", HEADER, re.MULTILINE))
+    assert int(defined["VLMK_LOSS_TILE"]) == contrastive.TILE and int(defined["VLMK_LOSS_PANELS"]) == contrastive.PANELS
 
 
 def setup_name(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,10 @@ OPS = ("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd")
 UPSTREAM = 0.7
 Loss = Callable[..., torch.Tensor]
 
+# What the CUDA kernels take has tests of its own, tests/test_contrastive_cuda.py.
+portable = pytest.mark.backends(*OPS, exclude=("cuda",))
+compiled = pytest.mark.backends(*OPS, exclude=("cuda",) if ON_GPU else ("cuda", "triton"))
+
 
 @pytest.fixture(autouse=True)
 def several_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -127,7 +131,7 @@ def case(name: str, device: torch.device) -> tuple[int, int, int, Any, dict[str,
     return images, texts, dim, make and make(images, texts, device), options
 
 
-@pytest.mark.backends(*OPS)
+@portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -152,7 +156,7 @@ def test_loss_and_gradients(name: str, loss: Loss, dtype: torch.dtype, backend: 
     assert all(torch.equal(x, y) for x, y in zip(leaves, before, strict=True))
 
 
-@pytest.mark.backends(*OPS, exclude=("triton",))
+@pytest.mark.backends(*OPS, exclude=("cuda", "triton"))
 @pytest.mark.parametrize("targets", ["", "index", "ranges"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradcheck(normalize: bool, targets: str, backend: str, device: torch.device) -> None:
@@ -167,7 +171,7 @@ def test_gradcheck(normalize: bool, targets: str, backend: str, device: torch.de
         assert torch.autograd.gradcheck(lambda *x, f=loss, o=options: f(*x, **o), leaves)
 
 
-@pytest.mark.backends(*OPS)
+@portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_extreme_logits(loss: Loss, backend: str, device: torch.device) -> None:
     """A scale of 100, which no exponential may overflow; and rows so far apart that no exponential serves both directions."""
@@ -180,7 +184,7 @@ def test_extreme_logits(loss: Loss, backend: str, device: torch.device) -> None:
         check(loss, [*leaves, *numbers(loss, device, 100.0)], backend)
 
 
-@pytest.mark.backends(*OPS)
+@portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_ties_and_single_rows(loss: Loss, backend: str, device: torch.device) -> None:
     image, text = features(30, 30, 16, torch.float32, device)
@@ -199,7 +203,7 @@ def test_ties_and_single_rows(loss: Loss, backend: str, device: torch.device) ->
         assert value == 0 and all(compare(x, torch.zeros_like(x), "gemm", terms=12.0) for x in gradients)
 
 
-@pytest.mark.backends(*OPS)
+@portable
 def test_strides(backend: str, device: torch.device) -> None:
     """Rows and columns with gaps, transposed and expanded features, an odd storage offset, numbers of other shapes and dtypes."""
     table = torch.randn(24 * 30 + 1, device=device) / 5
@@ -215,7 +219,7 @@ def test_strides(backend: str, device: torch.device) -> None:
         assert clip_loss(*leaves, 2.5, backend=backend) == clip_loss(*leaves, torch.tensor([2.5], device=device), backend=backend)
 
 
-@pytest.mark.backends(*OPS)
+@portable
 def test_nan_stays_in_its_rows(backend: str, device: torch.device) -> None:
     """Where every pair is by itself. A softmax takes it to all."""
     leaves = [*features(40, 40, 16, torch.float32, device), *numbers(siglip_loss, device)]
@@ -228,7 +232,7 @@ def test_nan_stays_in_its_rows(backend: str, device: torch.device) -> None:
     assert clip_loss(*leaves[:3], backend=backend).isnan()
 
 
-@pytest.mark.backends(*OPS)
+@portable
 def test_what_belongs_to_nothing(backend: str, device: torch.device) -> None:
     """It is among the wrong answers of the others, and has no part in the mean; where nothing belongs, there is no loss."""
     image, text = features(20, 30, 16, torch.float32, device)
@@ -245,7 +249,7 @@ def test_what_belongs_to_nothing(backend: str, device: torch.device) -> None:
     assert compare(clip_loss(image, text, *scale, targets=as_ranges, backend=backend), wanted, "gemm", terms=12.0)
 
 
-@pytest.mark.backends(*OPS)
+@portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> None:
     leaves = [*features(30, 30, 16, torch.float32, device), *numbers(loss, device)]
@@ -261,7 +265,7 @@ def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> No
         torch.autograd.grad(value.square(), leaves[0], create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.backends(*OPS)
+@portable
 def test_gradients_that_ranks_add_up_are_wide(backend: str, device: torch.device) -> None:
     """What a rank computes for the others' texts: fp32 whatever the features, of more columns than rows."""
     a, b = (x.detach() for x in features(24, 48, 16, torch.bfloat16, device))
@@ -272,31 +276,33 @@ def test_gradients_that_ranks_add_up_are_wide(backend: str, device: torch.device
     ops = torch.ops.vlmkernels
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in (a, b, scale, *vectors)]
     lse = ops.clip_loss_fwd(*wide, 0.0, 0.0, "reference")[:2]
-    got = ops.clip_loss_bwd(scale, a, b, scale, *vectors, *(x.float() for x in lse), 0.0, 0.0, True, backend)
-    wanted = ops.clip_loss_bwd(scale.double(), *wide, *lse, 0.0, 0.0, True, "reference")
+    got = ops.clip_loss_bwd(scale, a, b, scale, *vectors, *(x.float() for x in lse), 0.0, 0.0, torch.float32, backend)
+    wanted = ops.clip_loss_bwd(scale.double(), *wide, *lse, 0.0, 0.0, torch.float64, "reference")
     assert got[1].dtype == torch.float32
     # The gradient of the logits is bf16 on the way to it where the tensor cores take it there.
     assert compare(got[1].bfloat16(), wanted[1], "gemm") and compare(got[0], wanted[0], "gemm")
-    got = ops.siglip_loss_fwd(a, b, scale, scale - 12, start, start + 1, None, None, 0.1, True, True, backend)
-    wanted = ops.siglip_loss_fwd(*wide[:3], wide[2] - 12, start, start + 1, None, None, 0.1, True, True, "reference")
+    dtypes = torch.bfloat16, torch.float32
+    got = ops.siglip_loss_fwd(a, b, scale, scale - 12, start, start + 1, None, None, 0.1, True, *dtypes, backend)
+    dtypes = torch.float64, torch.float64
+    wanted = ops.siglip_loss_fwd(*wide[:3], wide[2] - 12, start, start + 1, None, None, 0.1, True, *dtypes, "reference")
     assert got[2].dtype == torch.float32 and compare(got[2].bfloat16(), wanted[2], "gemm")
     assert compare(got[1], wanted[1], "gemm") and compare(got[0], wanted[0], "gemm", terms=wanted[0].item() * 20)
 
 
-@pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))
+@compiled
 def test_opcheck(backend: str, device: torch.device) -> None:
     a, b = (x.detach() for x in features(6, 9, 8, torch.float32, device))
     scale, row, column = torch.tensor(2.0, device=device), torch.rand(6, device=device), torch.rand(9, device=device)
     start = torch.arange(6, dtype=torch.int32, device=device)
     ops = torch.ops.vlmkernels
-    vectors = (start, start + 1, row, row, column, column)
+    vectors, dtypes = (start, start + 1, row, row, column, column), (torch.float32, torch.float32)
     opcheck(ops.clip_loss_fwd, (a, b, scale, *vectors, None, None, 0.1, 0.1, backend))
-    opcheck(ops.clip_loss_bwd, (scale, a, b, scale, *vectors, row, column, row, column, 0.1, 0.1, True, backend))
-    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, None, None, 0.1, False, False, backend))
-    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, row, column, 0.1, True, False, backend))
+    opcheck(ops.clip_loss_bwd, (scale, a, b, scale, *vectors, row, column, row, column, 0.1, 0.1, torch.float32, backend))
+    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, None, None, 0.1, False, *dtypes, backend))
+    opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, row, column, 0.1, True, *dtypes, backend))
 
 
-@pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))
+@compiled
 def test_compile(backend: str, device: torch.device) -> None:
     """One graph, forward and backward, also with one tensor in two places."""
     leaves = [*features(20, 20, 16, torch.float32, device), *numbers(siglip_loss, device)]

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import runnable
-from test_contrastive import OPS, Loss, features, numbers, several_captions
+from test_contrastive import OPS, Loss, features, numbers, portable, several_captions
 
 from vlmkernels import clip_loss, siglip_loss
 from vlmkernels.testing import compare
@@ -74,7 +74,7 @@ def test_memory(loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.backends(*OPS)
+@portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_graph_capture(loss: Loss, backend: str, device: torch.device) -> None:
     leaves = [*features(300, 300, 64, torch.bfloat16, device), *numbers(loss, device)]

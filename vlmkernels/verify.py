@@ -264,10 +264,10 @@ def _rope_case(name: str, dim: int, rotated: int, interleaved: bool, norm: bool)
 
 
 def _contrastive_cases(small: bool) -> Iterator[Case]:
-    dim, images = (32, 40) if small else (768, 1000)
-    yield _contrastive_case("CLIP", clip_loss, images, images, dim, label_smoothing=0.1)
-    yield _contrastive_case("SigLIP", siglip_loss, images, images, dim)
+    dim, images, whole = (32, 40, 48) if small else (768, 1000, 1024)
+    yield _contrastive_case("CLIP, label smoothing", clip_loss, images, images, dim, label_smoothing=0.1)
     for name, loss in (("CLIP", clip_loss), ("SigLIP", siglip_loss)):
+        yield _contrastive_case(f"{name}, whole tiles", loss, whole, whole, dim)
         yield _contrastive_case(f"{name}, unit vectors, several captions", loss, images // 2, images, dim, normalize=True)
 
 

@@ -65,6 +65,11 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for global memory.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -82,6 +87,11 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// An arrival at a barrier of any block of the cluster.
+__device__ __forceinline__ void barrier_arrive_in_block(uint32_t remote_barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
 // Until the phase of this parity is over.
@@ -105,6 +115,23 @@ __device__ __forceinline__ void named_wait(int barrier) {
 template <int kCount>
 __device__ __forceinline__ void named_arrive(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+
+// The same, and whether it holds for any of the threads.
+template <int kCount>
+__device__ __forceinline__ bool named_any(int barrier, bool holds) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.b32 mine, %1, 0;\n"
+      "bar.red.or.pred any, %2, %3, mine;\n"
+      "selp.u32 %0, 1, 0, any;\n"
+      "}"
+      : "=r"(any)
+      : "r"(static_cast<int>(holds)), "r"(barrier), "n"(kCount)
+      : "memory");
+  return any != 0;
 }
 
 // Reads of shared memory in the order of the program, between barriers.
@@ -156,6 +183,13 @@ __device__ __forceinline__ uint4 load_global(const void* source, bool there) {
       : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
       : "l"(source), "r"(static_cast<int>(there)));
   return x;
+}
+
+// 16 bytes at once: nvcc may take a vector apart before it is stored.
+__device__ __forceinline__ void store_global(void* destination, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // 16 bytes from global memory, past L1.

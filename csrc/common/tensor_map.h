@@ -108,6 +108,17 @@ __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMa
       : "memory");
 }
 
+// The same to this place in several blocks of the cluster, bits of `blocks`, and counted in each.
+__device__ __forceinline__ void copy_tile_to_blocks(uint32_t destination, const CUtensorMap& map,
+                                                    int column, int row, int head, int batch,
+                                                    uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(destination),
+      "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // Starts the copy of runs from (x, y, batch) on.
 __device__ __forceinline__ void copy_gathered(uint32_t destination, const CUtensorMap& map,
                                               int column, int x, int y, int batch, int depth,

@@ -150,9 +150,10 @@ __device__ __forceinline__ void keep(T (&x)[kCount]) {
   VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum),        \
            "{" o0 ", " o1 ", " o2 ", " o3 "}, " o4 ", add, 1, 1, " transposed, o5, "r"(a[0]), \
            "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
-#define VLMK_MMA_SHARED(n, count, o0, o1, o2, type, transposed)                        \
-  VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum), \
-           o0 ", " o1 ", add, 1, 1, " transposed, o2, "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define VLMK_MMA_SHARED(n, count, o0, o1, o2, o3, o4, o5, type)                                   \
+  VLMK_MMA("m64n" #n "k16", type, VLMK_OPERANDS_##count, VLMK_SUMS_##count("+f", sum),            \
+           o0 ", " o1 ", add, 1, 1, " o3 ", " o4, o2, "l"(a), "l"(b), "r"(static_cast<int>(add)), \
+           "n"(int{kLeftAlongK}), "n"(int{kRightAlongK}))
 
 // No product at all would be the result of a shape that the table lacks.
 #define VLMK_KNOWN(n, ...) || kColumns == n
@@ -179,26 +180,17 @@ __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], const uint32_t (
 #undef VLMK_CASE
 }
 
-// The same with A in shared memory. Both lie with K along their rows; or one of them with its rows
-// along K, a with kLeftAlongK: sum = a^T b^T + ..., b with kRightAlongK: sum = a b + ...
+// The same with A in shared memory. Both lie with K along their rows, or either with its rows along
+// K: a with kLeftAlongK, b with kRightAlongK.
 template <typename T, int kColumns, bool kLeftAlongK = false, bool kRightAlongK = false>
 __device__ __forceinline__ void mma(float (&sum)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(!kLeftAlongK || !kRightAlongK);
   static_assert(false VLMK_SHAPES(VLMK_KNOWN));
-#define VLMK_CASE(n, count, o0, o1, o2, ...)                        \
-  if constexpr (kColumns == n && kHalf && kLeftAlongK) {            \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16", "1, 0");   \
-  } else if constexpr (kColumns == n && kHalf && kRightAlongK) {    \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16", "0, 1");   \
-  } else if constexpr (kColumns == n && kHalf) {                    \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.f16.f16", "0, 0");   \
-  } else if constexpr (kColumns == n && kLeftAlongK) {              \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16", "1, 0"); \
-  } else if constexpr (kColumns == n && kRightAlongK) {             \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16", "0, 1"); \
-  } else if constexpr (kColumns == n) {                             \
-    VLMK_MMA_SHARED(n, count, o0, o1, o2, "f32.bf16.bf16", "0, 0"); \
+#define VLMK_CASE(n, count, ...)                             \
+  if constexpr (kColumns == n && kHalf) {                    \
+    VLMK_MMA_SHARED(n, count, __VA_ARGS__, "f32.f16.f16");   \
+  } else if constexpr (kColumns == n) {                      \
+    VLMK_MMA_SHARED(n, count, __VA_ARGS__, "f32.bf16.bf16"); \
   }
   VLMK_SHAPES(VLMK_CASE)
 #undef VLMK_CASE

@@ -12,6 +12,7 @@
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/launch.h"
+#include "common/threads.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
@@ -26,16 +27,6 @@ constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, wh
 constexpr int kPadding = 112;  // bytes of a row in a stage that segments may leave unused
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
-
-// The thread in its warp and in its warpgroup. Remainders of unsigned numbers: those of signed ones
-// take more instructions and keep registers that the widest variants don't have.
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
-__device__ __forceinline__ int group_thread() { return static_cast<int>(threadIdx.x % 128); }
-
-// Known to be the same in all threads of a warp, so that what follows from it costs no registers.
-__device__ __forceinline__ int warp_index() {
-  return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 32, 0));
-}
 
 // Division by a number that the host knows, for 0 <= n < 2^31: a tenth of a division's cycles.
 struct Divisor {

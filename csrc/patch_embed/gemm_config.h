@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernel that multiplies from shared memory is made of: its tiles, how they are dealt out,
-// and the ring of stages through which they come.
+// What the kernel that multiplies from shared memory is made of: its tiles, and how they are dealt
+// out.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
-#include "common/hopper.h"
+#include "common/ring.h"
 #include "patch_embed/config.h"
 #include "patch_embed/gemm.h"
 #include "vlmkernels.h"
@@ -62,28 +62,6 @@ struct Config : TokenType<Token_> {
   static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
   static_assert(kStageBytes % 1024 == 0 && kStages >= 4);
   static_assert(kDepthStep == kStageDepth && kMinDepth > kEights * kStageDepth);  // see embed_tiles
-};
-
-// The ring of stages. Its barriers: a stage is there; both warpgroups are done with it.
-template <typename C>
-struct Ring {
-  uint32_t stages, barriers;  // addresses
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ explicit Ring(uint32_t shared)
-      : stages(shared), barriers(shared + C::kBarriers) {}
-  __device__ uint32_t stage() const { return stages + slot * C::kStageBytes; }
-  __device__ uint32_t full() const { return barriers + 16 * slot; }
-  __device__ uint32_t empty() const { return full() + 8; }
-  __device__ uint32_t empty_before() const {  // of the stage before
-    return barriers + 16 * (slot > 0 ? slot - 1 : C::kStages - 1) + 8;
-  }
-  __device__ __forceinline__ void advance() {
-    const bool last = slot + 1 == C::kStages;
-    slot = last ? 0 : slot + 1;
-    parity ^= last;
-  }
 };
 
 }  // namespace gemm

@@ -23,7 +23,7 @@ namespace gemm {
 
 // The thread that copies.
 template <typename C>
-__device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, Ring<C> ring) {
+__device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, TileRing<C> ring) {
   for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles; tile += gridDim.x) {
     const int row = s.column_tiles.divide(tile), patch = row * kPatches;
     const int column_tile = tile - row * s.column_tiles.divisor;
@@ -118,7 +118,7 @@ struct Tokens {
 // All tiles of one warpgroup.
 template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                            int group, Ring<C> ring) {
+                                            int group, TileRing<C> ring) {
   using Token = typename C::Token;
   const int lane = lane_index();
   // Of two patches that are copied as one, each warpgroup takes one.
@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                             const __grid_constant__ Schedule s, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = warp_index();
-  const Ring<C> ring(shared_address(shared));
+  const TileRing<C> ring(shared_address(shared));
   if (threadIdx.x == 0) {
-    for (Ring<C> each = ring; each.parity == 0; each.advance()) {
+    for (TileRing<C> each = ring; each.parity == 0; each.advance()) {
       barrier_init(each.full(), 1);
       barrier_init(each.empty(), kGroups);
     }

@@ -173,7 +173,8 @@ class _ClipLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         shared: Group | None = ctx.shared
         a = ctx.saved_tensors[0]
-        da, db, dscale = _clip_bwd(dloss, *ctx.saved_tensors, *ctx.smooth, shared is not None, ctx.backend)
+        dtype = a.dtype if shared is None else compute_dtype(a)
+        da, db, dscale = _clip_bwd(dloss, *ctx.saved_tensors, *ctx.smooth, dtype, ctx.backend)
         if shared is not None:
             da, db, dscale = _shared_gradients(shared, da, db, dscale, ctx.gather_with_grad)
         return da, db.to(a.dtype), dscale.to(ctx.saved_tensors[2].dtype), *[None] * 8
@@ -204,8 +205,8 @@ def _siglip_forward(
     b = p.b if shared is None else shared.gather(p.b)
     images = p.images if shared is None else p.images * shared.size
     norms = _norms(p.a, b, normalize)
-    wide = shared is not None
-    loss, da, db, dnumbers = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, wide, backend)
+    dtypes = _kept(p.a), _kept(b) if shared is None else compute_dtype(b)
+    loss, da, db, dnumbers = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, *dtypes, backend)
     if shared is not None:
         loss = shared.sum(loss)
         if grads:
@@ -272,17 +273,18 @@ def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Ten
 
 
 def _clip_bwd_fake(dloss: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    wide = compute_dtype(a)
-    db = b.new_empty(b.shape, dtype=wide if rest[-2] else b.dtype)
-    return a.new_empty(a.shape), db, a.new_empty((), dtype=wide)
+    return a.new_empty(a.shape), b.new_empty(b.shape, dtype=rest[-2]), a.new_empty((), dtype=compute_dtype(a))
+
+
+def _kept(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a gradient that is yet to be multiplied: fp16 doesn't hold what a loss scaler has not multiplied."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _siglip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    grads, wide_b = rest[-3:-1]
+    grads, *dtypes = rest[-4:-1]
     wide = compute_dtype(a)
-    # The gradients of a loss that is a mean over many are below what fp16 holds before a loss scaler has multiplied them.
-    kept = wide if a.dtype == torch.float16 else a.dtype
-    da, db = (x.new_empty(x.shape if grads else (0,), dtype=t) for x, t in ((a, kept), (b, wide if wide_b else kept)))
+    da, db = (x.new_empty(x.shape if grads else (0,), dtype=dtype) for x, dtype in zip((a, b), dtypes, strict=True))
     return a.new_empty((), dtype=wide), da, db, a.new_empty(2 if grads else 0, dtype=wide)
 
 
@@ -297,17 +299,18 @@ _clip_fwd = Op(
     " -> (Tensor, Tensor, Tensor)",
     _clip_fwd_fake,
 )
-# The gradients of a, b and scale; that of b in fp32 with wide_b, where it is yet to be added up over ranks.
+# The gradients of a, b and scale; that of b in fp32 where it is yet to be added up over ranks.
 _clip_bwd = Op(
     "contrastive",
     f"clip_loss_bwd(Tensor dloss, Tensor a, Tensor b, Tensor scale, {_VECTORS}, Tensor lse_a, Tensor lse_b, float smooth_row, "
-    "float smooth_column, bool wide_b, str backend) -> (Tensor, Tensor, Tensor)",
+    "float smooth_column, ScalarType dtype_b, str backend) -> (Tensor, Tensor, Tensor)",
     _clip_bwd_fake,
 )
 # The loss, which is weight times the sum over all pairs, and with grads the gradients of a, of b, and of scale and bias.
 _siglip_fwd = Op(
     "contrastive",
     "siglip_loss_fwd(Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor start, Tensor stop, Tensor? inverse_a, "
-    "Tensor? inverse_b, float weight, bool grads, bool wide_b, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? inverse_b, float weight, bool grads, ScalarType dtype_a, ScalarType dtype_b, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _siglip_fwd_fake,
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -78,6 +78,18 @@ class AttentionBwdParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
         *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal", "deterministic")),
         ("scale", ctypes.c_float),
+    ]
+
+
+class ContrastiveParams(ctypes.Structure):
+    """``VlmkContrastiveParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "scale", "bias", "gain", "factor", "bounds", "start", "stop")),
+        *((name, ctypes.c_void_p) for name in ("row_positive", "column_positive", "lse_a", "lse_b", "share_a", "share_b")),
+        *((name, ctypes.c_void_p) for name in ("panel", "low_a", "low_b", "counters", "da", "db", "sums")),
+        *((f"{name}_stride", ctypes.c_int64) for name in "ab"),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "slots", "wide_b")),
     ]
 
 

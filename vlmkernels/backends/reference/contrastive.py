@@ -88,14 +88,14 @@ def clip_loss_bwd(
     lse_b: torch.Tensor,
     smooth_row: float,
     smooth_column: float,
-    wide_b: bool,
+    dtype_b: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     products = _unit(a, inverse_a) @ _unit(b, inverse_b).T
     logits = _wide(scale) * products
     g = row[:, None] * torch.exp(logits - lse_a[:, None]) + column * torch.exp(logits - lse_b)
     g = g - _targets(start, stop, row, row_positive, column, column_positive, smooth_row, smooth_column)
     da, db = _gradients(g, dloss * scale, a, b, inverse_a, inverse_b)
-    return da.to(a.dtype), db if wide_b else db.to(b.dtype), dloss * (g * products).sum()
+    return da.to(a.dtype), db.to(dtype_b), dloss * (g * products).sum()
 
 
 def siglip_loss_fwd(
@@ -109,7 +109,8 @@ def siglip_loss_fwd(
     inverse_b: torch.Tensor | None,
     weight: float,
     grads: bool,
-    wide_b: bool,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     products = _unit(a, inverse_a) @ _unit(b, inverse_b).T
     sign = torch.where(_belong(start, stop, b.shape[0]), -1.0, 1.0).to(products.dtype)
@@ -117,12 +118,7 @@ def siglip_loss_fwd(
     # softplus, which torch's own function takes for linear from 20 on.
     loss = weight * (wrong.clamp_min(0) + torch.log1p(torch.exp(-wrong.abs()))).sum()
     if not grads:
-        return loss, a.new_empty(0, dtype=_kept(a)), b.new_empty(0, dtype=loss.dtype if wide_b else _kept(b)), loss.new_empty(0)
+        return loss, a.new_empty(0, dtype=dtype_a), b.new_empty(0, dtype=dtype_b), loss.new_empty(0)
     g = weight * sign * torch.sigmoid(wrong)
     da, db = _gradients(g, _wide(scale), a, b, inverse_a, inverse_b)
-    return loss, da.to(_kept(a)), db if wide_b else db.to(_kept(b)), torch.stack(((g * products).sum(), g.sum()))
-
-
-def _kept(x: torch.Tensor) -> torch.dtype:
-    """The dtype of a gradient that is still to be multiplied: fp16 could not hold it."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return loss, da.to(dtype_a), db.to(dtype_b), torch.stack(((g * products).sum(), g.sum()))

@@ -93,7 +93,7 @@ def clip_loss_bwd(
     lse_b: torch.Tensor,
     smooth_row: float,
     smooth_column: float,
-    wide_b: bool,
+    dtype_b: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     unit_b = _unit(b, inverse_b)
     da, db, dscale = a.new_empty(a.shape), unit_b.new_zeros(b.shape), torch.zeros_like(row)
@@ -110,7 +110,7 @@ def clip_loss_bwd(
         da[rows] = (factor * grad).to(a.dtype)
         db.addmm_(g.T, unit_a)
     db = _through_norm(db, unit_b, inverse_b).mul_(factor)
-    return da, db if wide_b else db.to(b.dtype), dloss * dscale.sum()
+    return da, db.to(dtype_b), dloss * dscale.sum()
 
 
 def siglip_loss_fwd(
@@ -124,13 +124,12 @@ def siglip_loss_fwd(
     inverse_b: torch.Tensor | None,
     weight: float,
     grads: bool,
-    wide_b: bool,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     unit_b = _unit(b, inverse_b)
-    # A loss is kept in fp32, and added up to a gradient, too: fp16 could not hold what is still to be multiplied.
-    kept = torch.float32 if a.dtype == torch.float16 else a.dtype
     size = len(a) if grads else 0
-    da, db = a.new_empty((size, a.shape[1]), dtype=kept), unit_b.new_zeros((len(b) if grads else 0, b.shape[1]))
+    da, db = a.new_empty((size, a.shape[1]), dtype=dtype_a), unit_b.new_zeros((len(b) if grads else 0, b.shape[1]))
     losses, sums = unit_b.new_zeros(len(a)), unit_b.new_zeros((2, len(a)))
     for rows, unit_a, products, belong in _chunks(a, unit_b, start, stop, inverse_a):
         logits = torch.addcmul(bias.to(products.dtype), products, scale.to(products.dtype))
@@ -140,10 +139,10 @@ def siglip_loss_fwd(
             g = torch.where(belong, -torch.sigmoid(wrong), torch.sigmoid(wrong))
             sums[0, rows], sums[1, rows] = products.mul_(g).sum(1), g.sum(1)
             grad = _through_norm(g @ unit_b, unit_a, None if inverse_a is None else inverse_a[rows])
-            da[rows] = (weight * scale * grad).to(kept)
+            da[rows] = (weight * scale * grad).to(dtype_a)
             db.addmm_(g.T, unit_a)
     loss = weight * losses.sum()
     if not grads:
-        return loss, da.flatten(), db.flatten().to(db.dtype if wide_b else kept), sums.new_empty(0)
+        return loss, da.flatten(), db.flatten().to(dtype_b), sums.new_empty(0)
     db = _through_norm(db, unit_b, inverse_b).mul_(weight * scale)
-    return loss, da, db if wide_b else db.to(kept), weight * sums.sum(1)
+    return loss, da, db.to(dtype_b), weight * sums.sum(1)

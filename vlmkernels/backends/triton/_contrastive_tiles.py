@@ -71,6 +71,22 @@ def _quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _panel_tile(
+    a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_row, rows, first_column, columns, M, N, stride_am, stride_bn,
+    D: tl.constexpr, USE_TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of a panel: where it is in the panel and in the matrix, and the quarters of its products."""
+    tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
+    x = _products(
+        a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
+        D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    return tile_m, tile_n, first_m, first_n, _quarters(x, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def _reach(start, stop):
     """The first column that any row of a tile belongs to, and the end of the last."""
     return tl.min(tl.where(start < stop, start, 2147483647)), tl.max(stop)
@@ -275,15 +291,12 @@ def _clip_bwd_kernel(
     The log-sum-exps come less the logarithms of ``gain`` times the weights of rows and columns, so that each probability is
     weighted by its exponential.
     """
-    tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
-    first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
+    tile_m, tile_n, first_m, first_n, parts = _panel_tile(
+        a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_row, rows, first_column, columns, M, N, stride_am, stride_bn,
+        D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+    )  # fmt: skip
     offs_m = first_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    x = _products(
-        a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
-        D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    parts = _quarters(x, BLOCK_M, BLOCK_N)
     PART: tl.constexpr = BLOCK_N // 4
 
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
@@ -331,15 +344,12 @@ def _siglip_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Shares of the loss of a panel, and with ``GRADS`` the gradient of its logits, and shares of those of scale and bias."""
-    tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
-    first_m, first_n = first_row + tile_m * BLOCK_M, first_column + tile_n * BLOCK_N
+    tile_m, tile_n, first_m, first_n, parts = _panel_tile(
+        a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_row, rows, first_column, columns, M, N, stride_am, stride_bn,
+        D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+    )  # fmt: skip
     offs_m = first_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    x = _products(
-        a_src, b_src, inverse_a_ptr, inverse_b_ptr, first_m, first_n, M, N, stride_am, stride_bn,
-        D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    parts = _quarters(x, BLOCK_M, BLOCK_N)
     PART: tl.constexpr = BLOCK_N // 4
 
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E

@@ -295,13 +295,13 @@ def clip_loss_bwd(
     lse_b: Tensor,
     smooth_row: float,
     smooth_column: float,
-    wide_b: bool,
+    dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _Tiles(a, b, inverse_a, inverse_b)
     # The gradient of a logit is at most 2 in a panel: fp16 would not hold that of a mean.
     gain = torch.maximum(row.max(), column.max()).clamp_min(1e-30).reciprocal()
     factor = dloss.float() * scale.float() / gain
-    out = _Gradients(tiles, (a.dtype, torch.float32 if wide_b else b.dtype), factor)
+    out = _Gradients(tiles, (a.dtype, dtype_b), factor)
     lse_a, lse_b = (lse - torch.log(weight * gain) for lse, weight in ((lse_a, row), (lse_b, column)))
     vectors = (scale, gain, start, stop, row, row_positive, column, column_positive, lse_a, lse_b)
     dscale = _partial(row, out.panels, out.programs)
@@ -323,12 +323,11 @@ def siglip_loss_fwd(
     inverse_b: Tensor | None,
     weight: float,
     grads: bool,
-    wide_b: bool,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles = _Tiles(a, b, inverse_a, inverse_b)
-    # fp16 does not hold what a loss scaler is yet to multiply.
-    kept = torch.float32 if a.dtype == torch.float16 else a.dtype
-    out = _Gradients(tiles, (kept, torch.float32 if wide_b else kept), weight * scale.float(), grads)
+    out = _Gradients(tiles, (dtype_a, dtype_b), weight * scale.float(), grads)
     # Of the loss, of the scale's gradient and of the bias's.
     sums = [_partial(scale, out.panels, out.programs) for _ in range(3)]
     for i, place in enumerate(out):
@@ -348,9 +347,9 @@ def aot_cases() -> list[AotCase]:
         inverse = (row, column) if norms else (None, None)
         vectors = (a, b, scale, start, start, row, row, column, column, *inverse)
         clip_loss_fwd(*vectors, smooth, smooth)
-        clip_loss_bwd(scale, *vectors, row, column, smooth, smooth, False)
+        clip_loss_bwd(scale, *vectors, row, column, smooth, smooth, dtype)
         for grads in (True,) if norms else (False, True):
-            siglip_loss_fwd(a, b, scale, scale, start, start, *inverse, 1.0, grads, False)
+            siglip_loss_fwd(a, b, scale, scale, start, start, *inverse, 1.0, grads, dtype, dtype)
 
     # With Triton 3.6 whole tiles without norms spill nothing, with 3.9 the gradients of SigLIP up to 96 bytes.
     whole = {80: 96, 90: 96}, "Triton 3.9"

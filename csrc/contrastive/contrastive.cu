@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contrastive losses, the host's side: what the kernels take, and their launches.
+#include <algorithm>
+
+#include "common/error.h"
+#include "common/launch.h"
+#include "contrastive/clip_bwd.h"
+#include "contrastive/clip_fwd.h"
+#include "contrastive/gradients.h"
+#include "contrastive/siglip.h"
+
+namespace vlmk {
+namespace contrastive {
+
+static_assert(kTile == VLMK_LOSS_TILE);
+
+int check(const VlmkContrastiveParams& p) {
+  const auto tiled = [](int size) { return size > 0 && size % kTile == 0; };
+  VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
+             "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
+             p.columns);
+  VLMK_CHECK(p.dim > 0 && (p.dim % 192 == 0 || p.dim % 256 == 0),
+             "it takes multiples of 192 or 256 channels, these are %d", p.dim);
+  VLMK_CHECK(tiled(p.panel_rows) && tiled(p.panel_columns), "panels of %d rows, %d columns",
+             p.panel_rows, p.panel_columns);
+  VLMK_CHECK(
+      p.a_stride >= p.dim && p.b_stride >= p.dim && p.a_stride % 8 == 0 && p.b_stride % 8 == 0,
+      "it takes rows that are multiples of 8 elements apart, these are %lld and %lld",
+      static_cast<long long>(p.a_stride), static_cast<long long>(p.b_stride));
+  return 0;
+}
+
+int encode_matrix(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride,
+                  int tile_rows) {
+  return encode_tensor_map(map, data, false, 1, rows, 1, columns, 0, stride, 0, tile_rows);
+}
+
+int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
+  int code = encode_matrix(maps.rows_a, p.a, p.rows, p.dim, p.a_stride, kRows);
+  if (code) return code;
+  const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
+  const cuuint64_t row = size(2 * p.b_stride);
+  code = encode_tiles(maps.columns_b, p.b, false, {size(p.dim), 2, size(p.columns / 8), 4},
+                      {row, 8 * row, 2 * row}, {kDepth, 2, kTile / 8, 4 / kBlocks});
+  if (code || !gradients) return code;
+  code = encode_matrix(maps.factor_a, p.a, p.rows, p.dim, p.a_stride, kDepth / kBlocks);
+  if (code) return code;
+  code = encode_matrix(maps.factor_b, p.b, p.columns, p.dim, p.b_stride, kDepth / kBlocks);
+  if (code) return code;
+  const int64_t rows = int64_t{kPanels} * p.panel_rows, columns = p.panel_columns;
+  code = encode_matrix(maps.panel_rows, p.panel, rows, columns, columns, kRows);
+  if (code) return code;
+  return encode_matrix(maps.panel_columns, p.panel, rows, columns, columns, kDepth);
+}
+
+// As many clusters as find room, or as there are tiles of logits.
+template <auto kKernel, typename Params, typename... Args>
+int launch_for_tiles(const char* name, const Params& p, int64_t tiles, bool at_once, void* stream,
+                     const Args&... args) {
+  int count = 0;
+  int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
+  if (code) return code;
+  code = active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
+  if (code) return code;
+  const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
+  VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);
+  const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream,
+                            false, at_once);
+  return launch(name, kKernel, config, p, args...);
+}
+
+template <typename Work>
+int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps& maps,
+                  void* stream) {
+  return launch_for_tiles<contrastive_logits_kernel<Work>>(
+      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, false, stream,
+      panel, maps);
+}
+
+template <typename Work, int kColumns>
+int launch_gradients(const Job& p, const Maps& maps, void* stream) {
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns>>(
+      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), true,
+      stream, maps);
+}
+
+int launch_merge(const float* shares, float* lse, int tiles, int size, bool add, void* stream) {
+  return launch("contrastive_merge_kernel", contrastive_merge_kernel, dim3(ceil_div(size, 128)),
+                dim3(128), 0, stream, shares, lse, tiles, size, add);
+}
+
+template <typename Work>
+int gradients(const VlmkContrastiveParams& p, void* stream) {
+  Maps maps;
+  int code = check(p);
+  if (code) return code;
+  code = encode_maps(p, true, maps);
+  if (code) return code;
+  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
+  return p.dim % 256 == 0 ? launch_gradients<Work, 256>(job, maps, stream)
+                          : launch_gradients<Work, 192>(job, maps, stream);
+}
+
+int clip_forward(const VlmkContrastiveParams& p, void* stream) {
+  Maps maps;
+  int code = check(p);
+  if (code) return code;
+  VLMK_CHECK(p.panel_columns == p.columns, "panels of %d columns, wanted all %d", p.panel_columns,
+             p.columns);
+  code = encode_maps(p, false, maps);
+  if (code) return code;
+  Panel panel{0, 0, 0, p.columns / kTile, 0};
+  for (int row = 0; row < p.rows; row += p.panel_rows) {
+    const int rows = std::min(p.panel_rows, p.rows - row);
+    panel.first_row = row;
+    panel.row_tiles = rows / kTile;
+    code = launch_logits<ClipForward>(p, panel, maps, stream);
+    if (code) return code;
+    code = launch_merge(p.share_a, p.lse_a + row, panel.column_tiles, rows, false, stream);
+    if (code) return code;
+    code = launch_merge(p.share_b, p.lse_b, rows / 64, p.columns, row > 0, stream);
+    if (code) return code;
+    ++panel.kept_row;
+  }
+  return 0;
+}
+
+int siglip(const VlmkContrastiveParams& p, void* stream) {
+  if (p.da) return gradients<SigLip<true>>(p, stream);
+  Maps maps;
+  int code = check(p);
+  if (code) return code;
+  code = encode_maps(p, false, maps);
+  if (code) return code;
+  const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0};
+  return launch_logits<SigLip<false>>(p, all, maps, stream);
+}
+
+}  // namespace contrastive
+}  // namespace vlmk
+
+int vlmk_contrastive_check(const VlmkContrastiveParams* params) {
+  return vlmk::contrastive::check(*params);
+}
+
+int vlmk_clip_loss_fwd(const VlmkContrastiveParams* params, void* stream) {
+  return vlmk::contrastive::clip_forward(*params, stream);
+}
+
+int vlmk_clip_loss_bwd(const VlmkContrastiveParams* params, void* stream) {
+  return vlmk::contrastive::gradients<vlmk::contrastive::ClipBackward>(*params, stream);
+}
+
+int vlmk_siglip_loss(const VlmkContrastiveParams* params, void* stream) {
+  return vlmk::contrastive::siglip(*params, stream);
+}

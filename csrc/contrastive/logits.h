@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of products a b^T, and what a loss makes of each before it is forgotten.
+#pragma once
+
+#include <cstdint>
+
+#include "common/float16.h"
+#include "contrastive/config.h"
+
+namespace vlmk {
+namespace contrastive {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Row tiles that go through all columns together: with them 66 clusters have 6 column tiles at a
+// time, and every band of features comes from L2 after the first.
+constexpr int kBand = 11;
+constexpr int kEights = kTile / 32;  // of neighbouring columns, of a thread in each of its two rows
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Which of a thread's products is of its row `half`, and of this column of its eight.
+__device__ __forceinline__ constexpr int product_at(int eight, int half, int column) {
+  return 4 * (column / 2 * kEights + eight) + 2 * half + column % 2;
+}
+
+// A thread's part of a tile: two rows, and of every 32 columns 8.
+struct Part {
+  int first_row, first_column;  // of the warpgroup
+  int start[2], stop[2];        // the columns that its rows belong to
+
+  __device__ __forceinline__ int row(int half) const {
+    return first_row + group_thread() / 32 * 16 + 8 * half + lane_index() / 4;
+  }
+  __device__ __forceinline__ int column(int eight) const {
+    return first_column + 32 * eight + lane_index() % 4 * 8;
+  }
+  // Whether any row of the warp belongs to any of the columns.
+  __device__ __forceinline__ bool near() const {
+    bool meets = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      meets |= max(start[half], first_column) < min(stop[half], first_column + kTile);
+    }
+    return __any_sync(kAllLanes, meets);
+  }
+  __device__ __forceinline__ bool belongs(int half, int column) const {
+    return column >= start[half] && column < stop[half];
+  }
+  __device__ __forceinline__ void load_ranges(const VlmkContrastiveParams& p) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      start[half] = p.start[row(half)];
+      stop[half] = p.stop[row(half)];
+    }
+  }
+};
+
+// The tile of a number: a band of row tiles after the other, column by column.
+__device__ __forceinline__ int2 tile_place(const Panel& panel, int tile) {
+  const int band = tile / (kBand * panel.column_tiles),
+            inside = tile % (kBand * panel.column_tiles);
+  const int size = min(panel.row_tiles - band * kBand, kBand);
+  return make_int2(panel.first_row + (band * kBand + inside % size) * kTile,
+                   panel.first_column + inside / size * kTile);
+}
+
+// Column 32 g + 8 q + 2 u + e of a tile is row 64 u + 8 g + 2 q + e of the map's box: of a
+// product's sums, a thread is given two of every eight, and so 8 neighbouring columns.
+__device__ __forceinline__ void copy_logits(const VlmkContrastiveParams& p, const Maps& maps,
+                                            const Panel& panel, int tile, StageRing& ring) {
+  const int rank = block_in_cluster();
+  const int2 place = tile_place(panel, tile);
+  copy_stages<Layout::kStageBytes>(
+      ring, p.dim / kDepth, [&](uint32_t stage, uint32_t barrier, int step) {
+        const int k = step * kDepth;
+        copy_tile(stage, maps.rows_a, k, place.x + rank * kRows, 0, 0, barrier);
+        copy_tile_to_blocks(stage + kLeftBytes + rank * (kTile / 2 * kRowBytes), maps.columns_b, k,
+                            0, place.y / 8, 2 * rank, barrier, 3);
+      });
+}
+
+// `Work` has members `begin(part)`, whose loads are under way during the products, `finish(panel,
+// part, products)`, and `end(sums)` for behind the last tile; `before()` is called before `finish`
+// stores anything.
+template <typename Work, typename Before>
+__device__ __forceinline__ void work_on_logits(Work& work, const Panel& panel, int tile,
+                                               float (&products)[kSums], StageRing& ring, int group,
+                                               bool first_tile, Before before) {
+  const int2 place = tile_place(panel, tile);
+  Part part;
+  part.first_row = place.x + block_in_cluster() * kRows + group * 64;
+  part.first_column = place.y;
+  part.load_ranges(work.p);
+  work.begin(part);
+  multiply<kTile, false, false>(products, ring, group, work.p.dim / kDepth, first_tile);
+  before();
+  work.finish(panel, part, products);
+}
+
+// All tiles of one panel, of which nothing is kept.
+template <typename Work>
+__global__ void __launch_bounds__(kThreads, 1)
+    contrastive_logits_kernel(const __grid_constant__ VlmkContrastiveParams p,
+                              const __grid_constant__ Panel panel,
+                              const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) char shared[];
+  const auto for_tiles = [&](auto one) {
+#pragma unroll 1
+    for (int tile = cluster_index(); tile < panel.row_tiles * panel.column_tiles;
+         tile += clusters()) {
+      one(tile);
+    }
+  };
+  run(
+      shared,
+      [&](StageRing ring) {
+        for_tiles([&](int tile) { copy_logits(p, maps, panel, tile, ring); });
+      },
+      [&](StageRing ring, int group) {
+        float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
+        Work work(p, group, scratch + group * kScratchFloats);
+        float products[kSums];
+        for_tiles([&](int tile) {
+          work_on_logits(work, panel, tile, products, ring, group, tile == cluster_index(), [] {});
+        });
+        work.end(p.sums + int64_t{panel.kept_row} * 3 * p.slots);
+      },
+      [](int) {});
+}
+
+// Where in the panel the gradients of a thread's two rows begin.
+struct GradientRows {
+  uint16_t* row[2];
+
+  __device__ __forceinline__ GradientRows(const VlmkContrastiveParams& p, const Panel& panel,
+                                          const Part& part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row[half] = static_cast<uint16_t*>(p.panel) +
+                  int64_t{panel.kept_row + part.row(half) - panel.first_row} * p.panel_columns +
+                  (part.column(0) - panel.first_column);
+    }
+  }
+
+  __device__ __forceinline__ void store(int half, int eight, const float (&g)[8]) const {
+    store_global(row[half] + 32 * eight,
+                 make_uint4(pack<__nv_bfloat16>(g[0], g[1]), pack<__nv_bfloat16>(g[2], g[3]),
+                            pack<__nv_bfloat16>(g[4], g[5]), pack<__nv_bfloat16>(g[6], g[7])));
+  }
+};
+
+}  // namespace contrastive
+}  // namespace vlmk

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// SigLIP's loss: every pair by itself, so that one pass gives a panel's loss and its gradient.
+#pragma once
+
+#include "contrastive/logits.h"
+
+namespace vlmk {
+namespace contrastive {
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <bool kGradients>
+struct SigLip {
+  const VlmkContrastiveParams& p;
+  int group;
+  float* scratch;
+  float scale, bias, loss = 0, dscale = 0, dbias = 0;  // the loss to the base 2
+
+  __device__ __forceinline__ SigLip(const VlmkContrastiveParams& p, int group, float* scratch)
+      : p(p), group(group), scratch(scratch), scale(*p.scale * kLog2E), bias(*p.bias * kLog2E) {}
+
+  __device__ __forceinline__ void begin(const Part&) {}
+
+  __device__ __forceinline__ void finish(const Panel& panel, const Part& part,
+                                         const float (&x)[kSums]) {
+    if (part.near()) {
+      add_up<true>(panel, part, x);
+    } else {
+      add_up<false>(panel, part, x);
+    }
+  }
+
+  __device__ __forceinline__ void end(float* sums) {
+    store_sum(loss * kLn2, scratch, group, sums);
+    if (!kGradients) return;
+    store_sum(dscale, scratch, group, sums + p.slots);
+    store_sum(dbias, scratch, group, sums + 2 * p.slots);
+  }
+
+ private:
+  template <bool kNear>
+  __device__ __forceinline__ void add_up(const Panel& panel, const Part& part,
+                                         const float (&x)[kSums]) {
+    const GradientRows out(p, panel, part);
+#pragma unroll
+    for (int eight = 0; eight < kEights; ++eight) {
+      stay_behind(p.rows < 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float g[8], product = 1, tile_loss = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float similarity = x[product_at(eight, half, i)];
+          const bool belongs = kNear && part.belongs(half, part.column(eight) + i);
+          // Positive where the logit has the wrong sign.
+          float wrong = fmaf(similarity, scale, bias);
+          if (belongs) wrong = -wrong;
+          // The loss is log(1 + exp(wrong)) = max(wrong, 0) + log(1 + e). One logarithm serves
+          // eight pairs, and none those of small e, which are most, as 1 + e would forget what they
+          // are.
+          const float e = exp2_approximate(-fabsf(wrong)), one = 1 + e;
+          const bool small = e < 1.0f / 64;
+          tile_loss += fmaxf(wrong, 0);
+          if (small) {
+            tile_loss += e * (kLog2E - e * (0.5f * kLog2E - e * (kLog2E / 3)));
+          } else {
+            product *= one;
+          }
+          if (kGradients) {
+            const float inverse = reciprocal_approximate(one);
+            g[i] = wrong >= 0 ? inverse : e * inverse;
+            if (wrong != wrong) g[i] = wrong;
+            if (belongs) g[i] = -g[i];
+            dbias += g[i];
+            dscale += g[i] * similarity;
+          }
+        }
+        loss += tile_loss + log2_approximate(product);
+        if (kGradients) out.store(half, eight, g);
+      }
+    }
+  }
+};
+
+}  // namespace contrastive
+}  // namespace vlmk

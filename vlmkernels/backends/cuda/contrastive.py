@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive losses of bf16 features on ``csrc/contrastive``: one call for each pass, which launches all of its panels."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkernels.backends.cuda._library import ContrastiveParams, EntryPoint
+
+#: Rows and columns of a tile of logits.
+TILE = 256
+#: Panels of gradients that are kept, and how many tiles their rows and columns come to.
+PANELS, PANEL_TILES, SMALL_PANEL_TILES = 3, 8, 7
+#: What panels and the low bits of the sums may always take together.
+LEAST_ROOM = 33 << 20
+#: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are
+#: busy until the end of a strip.
+STRIP_TILES = 33
+LOG2E = 1.4426950408889634
+
+_clip_fwd = EntryPoint("vlmk_clip_loss_fwd")
+_clip_bwd = EntryPoint("vlmk_clip_loss_bwd")
+_siglip = EntryPoint("vlmk_siglip_loss")
+_check = EntryPoint("vlmk_contrastive_check")
+
+
+@functools.lru_cache(maxsize=1024)
+def _refused(rows: int, columns: int, dim: int, a_stride: int, b_stride: int) -> str | None:
+    """What the library says against features of these sizes and strides."""
+    sizes = {"rows": rows, "columns": columns, "dim": dim, "panel_rows": TILE, "panel_columns": TILE}
+    return _check.why_not(ContrastiveParams(a_stride=a_stride, b_stride=b_stride, **sizes))
+
+
+def _why_not(a: Tensor, b: Tensor, inverse_a: Tensor | None) -> str | None:
+    if a.dtype != torch.bfloat16:
+        return f"it takes bfloat16, these are {a.dtype}"
+    if inverse_a is not None:
+        return "it does not normalize"
+    if a.stride(1) != 1 or b.stride(1) != 1 or (a.data_ptr() | b.data_ptr()) % 16:
+        return "rows of features must be dense and begin at multiples of 16 bytes"
+    return _refused(*a.shape[:1], *b.shape, a.stride(0), b.stride(0))
+
+
+def _why_not_clip(a: Tensor, b: Tensor, inverse_a: Tensor | None, smoothing: float) -> str | None:
+    return "it does not smooth labels" if smoothing else _why_not(a, b, inverse_a)
+
+
+def why_not_clip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> str | None:
+    return _why_not_clip(a, b, rest[7], rest[-2])
+
+
+def why_not_clip_loss_bwd(dloss: Tensor, a: Tensor, b: Tensor, *rest: Any) -> str | None:
+    return _why_not_clip(a, b, rest[7], rest[-3])
+
+
+def why_not_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> str | None:
+    return _why_not(a, b, rest[4])
+
+
+def panel_size(rows: int, columns: int, dim: int, room: int) -> tuple[int, int]:
+    """Rows and columns of a panel. Those of 8 tiles wait less than those of 7, if there is room for them."""
+    side = PANEL_TILES * TILE
+    need = PANELS * side * side * 2 + side * dim + columns * dim // 2
+    tiles = PANEL_TILES if need <= max(room, LEAST_ROOM) else SMALL_PANEL_TILES
+    # As even as they come: the last panel would else be small.
+    size = [-(-x // (-(-x // (tiles * TILE)) * TILE)) * TILE for x in (rows, columns)]
+    return size[0], size[1]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _run(function: EntryPoint, a: Tensor, b: Tensor, size: tuple[int, int], wide_b: bool, /, **tensors: Tensor) -> Tensor:
+    """The three sums over all launches, whose panels are of this size."""
+    slots = 2 * _multiprocessors(a.device)
+    sums = a.new_zeros((-(-len(a) // size[0]) if function is _clip_fwd else 1, 3, slots), dtype=torch.float32)
+    params = ContrastiveParams(
+        a_stride=a.stride(0), b_stride=b.stride(0), rows=len(a), columns=len(b), dim=a.shape[1],
+        panel_rows=size[0], panel_columns=size[1], slots=slots, wide_b=wide_b,
+    )  # fmt: skip
+    for name, tensor in {"a": a, "b": b, "sums": sums, **tensors}.items():
+        setattr(params, name, tensor.data_ptr())
+    function(bytes(params), a.device)
+    return sums.sum((0, 2), dtype=torch.float64).float()
+
+
+def _gradients(
+    function: EntryPoint, a: Tensor, b: Tensor, dtype_b: torch.dtype, **tensors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of ``a`` and ``b``, and the sums. Until a bf16 gradient is complete it has 20 bits, of which 4 lie beside it."""
+    (rows, dim), columns = a.shape, len(b)
+    # 1.92 % of what torch.compile of the dense form takes, which keeps the logits once for SigLIP's loss, and twice for CLIP's.
+    size = panel_size(rows, columns, dim, rows * columns // (13 if function is _clip_bwd else 26))
+    panels = -(-rows // size[0]) * -(-columns // size[1])
+    wide_b = dtype_b == torch.float32
+    da, db = a.new_empty(rows, dim), b.new_empty(columns, dim, dtype=dtype_b)
+    workspace = {
+        "panel": a.new_empty(min(PANELS, panels), *size),
+        "low_a": a.new_empty(size[0] * dim, dtype=torch.uint8),
+        "low_b": a.new_empty(0 if wide_b else columns * dim // 2, dtype=torch.uint8),
+        "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
+    }
+    return da, db, _run(function, a, b, size, wide_b, **workspace, da=da, db=db, **tensors)
+
+
+def clip_loss_fwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    row: Tensor,
+    row_positive: Tensor,
+    column: Tensor,
+    column_positive: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    smooth_row: float,
+    smooth_column: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    strip = min(len(a), STRIP_TILES * TILE)
+    lse_a, lse_b = torch.empty_like(row), torch.empty_like(column)
+    shares = {"share_a": row.new_empty(len(b) // TILE * strip), "share_b": row.new_empty(strip // 64 * len(b))}
+    vectors = {"start": start, "stop": stop, "row_positive": row_positive, "column_positive": column_positive}
+    sums = _run(_clip_fwd, a, b, (strip, len(b)), False, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
+    return lse_a, lse_b, sums[0]
+
+
+def clip_loss_bwd(
+    dloss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    row: Tensor,
+    row_positive: Tensor,
+    column: Tensor,
+    column_positive: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    lse_a: Tensor,
+    lse_b: Tensor,
+    smooth_row: float,
+    smooth_column: float,
+    dtype_b: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient of a logit is at most 2 in a panel. Where a row counts for nothing, this log-sum-exp of its is infinite.
+    gain = torch.maximum(row.max(), column.max()).clamp_min(1e-30).reciprocal()
+    lse_a, lse_b = ((lse - torch.log(weight * gain)) * LOG2E for lse, weight in ((lse_a, row), (lse_b, column)))
+    both = torch.cat((lse_a, lse_b))
+    bounds = torch.stack((both.min(), both.where(both != torch.inf, -torch.inf).max())).nan_to_num(torch.nan, 0.0, 0.0)
+    scale = scale.float()
+    da, db, sums = _gradients(
+        _clip_bwd, a, b, dtype_b, factor=dloss.float() * scale / gain, scale=scale, gain=gain, bounds=bounds,
+        start=start, stop=stop, row_positive=row_positive, column_positive=column_positive, lse_a=lse_a, lse_b=lse_b,
+    )  # fmt: skip
+    return da, db, dloss.float() * sums[0] / gain
+
+
+def siglip_loss_fwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    inverse_a: Tensor | None,
+    inverse_b: Tensor | None,
+    weight: float,
+    grads: bool,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale = scale.float()
+    given = {"scale": scale, "bias": bias.float(), "start": start, "stop": stop}
+    if grads:
+        da, db, sums = _gradients(_siglip, a, b, dtype_b, factor=weight * scale, **given)
+        return weight * sums[0], da, db, weight * sums[1:]
+    sums = _run(_siglip, a, b, (len(a), len(b)), False, **given)
+    return weight * sums[0], a.new_empty(0), b.new_empty(0, dtype=dtype_b), sums.new_empty(0)
