@@ -167,11 +167,12 @@ def test_waits_for_what_was_launched_before(name: str, device: torch.device) -> 
     assert all(torch.equal(out, exact[i // 2 % 3]) for i, out in enumerate(outs))
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("name", ["clip-l", "clip-b", "siglip, 27 patches in 384 pixels"])
-def test_training(name: str, uint8: bool, device: torch.device) -> None:
+def test_training(name: str, uint8: bool, many: bool, device: torch.device) -> None:
     """The forward keeps what the backward of another backend needs."""
-    flavour = FLAVOURS[name]
+    flavour = of_images(FLAVOURS[name], 3 + many * capacity(FLAVOURS[name], device))
     tensors = flavour.inputs(torch.bfloat16, device, uint8)
     grad = torch.randn(stock(flavour, double(tensors)).shape, device=device, dtype=torch.bfloat16)
     exact = gradients(lambda t: stock(flavour, t), double(tensors), grad.double())
