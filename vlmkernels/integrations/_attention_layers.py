@@ -82,9 +82,7 @@ class CaptionAttention(Swapped):
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        query = layer.query
-        arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
-        return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
+        return _of_bert(layer)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         drops = self.training and rate(self) > 0
@@ -94,6 +92,29 @@ class CaptionAttention(Swapped):
         tokens = hidden_states.shape[1]
         keys = tokens if attention_mask is None else attention_mask.shape[3]
         return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, _cached(self, args, kwargs)), None
+
+
+class EncoderAttention(Swapped):
+    """Self-attention of BERT; masks are those of our attention implementation."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return _of_bert(layer)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        caches = any(value is not None for value in (*args, kwargs.get("cache"), kwargs.get("past_key_values")))
+        drops = self.training and rate(self) > 0
+        causal = attention_mask is None and self.is_causal  # sdpa leaves out such a mask
+        if caches or drops or causal or not _known(attention_mask) or asked(self.config, kwargs, "output_attentions"):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        tokens = hidden_states.shape[1]
+        return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
+
+
+def _of_bert(layer: Any) -> nn.Module:
+    query = layer.query
+    arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
+    return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
 
 
 def _cached(

@@ -54,10 +54,14 @@ class Swapped(nn.Module):
         """The module of ours; no submodule, as its parameters are those of the layer."""
         return self.__dict__["_vlmkernels_fast"]
 
+    def inside(self) -> set[nn.Module]:
+        """What the module passes over."""
+        return {child for _, _, child in self.__dict__["_vlmkernels_passed"]}
+
     def untouched(self) -> bool:
         """Whether everything that the module passes over is still what it was and has no hooks that wait for a call."""
         for owner, name, child in self.__dict__["_vlmkernels_passed"]:
-            if owner._modules.get(name) is not child or not _unhooked(child):
+            if owner._modules.get(name) is not child or not unhooked(child):
                 return False
         return True
 
@@ -112,6 +116,9 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
 
 def unswap(layer: Swapped) -> None:
     """Give ``layer`` its original class."""
+    for module in layer.fast.modules():
+        if isinstance(module, SideBySide):
+            module._forget()
     layer.__class__ = type(layer).original  # type: ignore[assignment]
     del vars(layer)["_vlmkernels_fast"], vars(layer)["_vlmkernels_passed"]
 
@@ -153,7 +160,7 @@ def _passed_over(layer: nn.Module, *, leaves: bool) -> Iterator[tuple[nn.Module,
                 yield owner, name, child
 
 
-def _unhooked(module: nn.Module) -> bool:
+def unhooked(module: nn.Module) -> bool:
     """Whether nobody waits for a call of ``module``, but transformers for outputs that it is asked for in an argument."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
