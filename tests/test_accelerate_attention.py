@@ -60,7 +60,7 @@ def quick_backend() -> Iterator[None]:
 
 
 #: Whose attention is swapped.
-DECODERS = ("Llama", "Mistral", "Qwen")
+SWAPPED = ("Llama", "Mistral", "Qwen", "Bert")
 Builder = tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]
 CASES: dict[str, Builder] = {
     "llama": (lambda: decoder("Llama"), prompts),
@@ -113,9 +113,9 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     rows = inputs["attention_mask"].bool()
     assert compare(got[rows], wanted[rows].double(), "model")
     length = rows.shape[1]
-    swapped = [row for row in report.replaced if row.layer.endswith("Attention") and row.layer.startswith(DECODERS)]
+    swapped = [row for row in report.replaced if row.layer.endswith("Attention") and row.layer.startswith(SWAPPED)]
     assert sizes.count(length) + len(swapped) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
-    assert bool(swapped) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
+    assert bool(swapped) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava", "bert"))
     assert all(calls[row.name] == 1 for row in swapped)
     assert ("RMSNorm" in {row.module for row in report.replaced}) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
     assert report.attention and not [row for row in report.attention if row.reason]

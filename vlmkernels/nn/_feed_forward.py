@@ -72,5 +72,6 @@ def _fits(x: torch.Tensor, first: nn.Linear) -> bool:
 
 def _fused(x: torch.Tensor, first: nn.Linear) -> torch.Tensor:
     # torch's own encoder layers call it; on a GPU it is this GELU.
-    y = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
-    return y.unflatten(0, x.shape[:-1])
+    flat = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
+    y: torch.Tensor = flat.unflatten(0, x.shape[:-1])
+    return y
