@@ -32,6 +32,8 @@ class Swapped(nn.Module):
     unused: tuple[str, ...] = ()
     #: Whether the module reads parameters where the original calls the layers that hold them.
     reads_leaves = False
+    #: Layers whose parameters the module reads although it calls others.
+    reads: tuple[str, ...] = ()
     #: The configuration with which the original is exact only where its attention is eager.
     eager_config = ""
     #: Whether the original knows only masks that are added.
@@ -110,7 +112,7 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
     adopt(fast, layer)
     lay(fast)
     vars(layer)["_vlmkernels_fast"] = fast
-    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, leaves=kind.reads_leaves))
+    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, kind))
     layer.__class__ = made
 
 
@@ -152,11 +154,11 @@ def _check_names(fast: nn.Module, layer: nn.Module, unused: tuple[str, ...]) -> 
             raise Unfit(f"its {name} is {theirs.get(name, 'missing')}, the module's is {ours.get(name, 'missing')}")
 
 
-def _passed_over(layer: nn.Module, *, leaves: bool) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _passed_over(layer: nn.Module, kind: type[Swapped]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Owner, name and module of all inside ``layer`` that the module does not call."""
     for owner in layer.modules():
         for name, child in owner.named_children():
-            if leaves or child._modules:
+            if kind.reads_leaves or child._modules or (owner is layer and name in kind.reads):
                 yield owner, name, child
 
 
