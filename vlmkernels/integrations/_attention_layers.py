@@ -141,7 +141,7 @@ def _takes_kwargs(kind: Any) -> bool:
 
 
 class DecoderAttention(Swapped):
-    """Self-attention of a text decoder with rotary positions and a cache: one product; norms of the heads and rope in one pass."""
+    """Self-attention of a text decoder with rope and a cache: one product, and norms of the heads and rope in one pass."""
 
     reads = ("q_norm", "k_norm")
 
