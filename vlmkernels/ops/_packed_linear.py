@@ -157,7 +157,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.biased = bool(biases)
+        ctx.biased = len(biases) > 0  # not bool(): torch 2.11 cannot trace it
         return tuple(_fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1))
 
     @staticmethod

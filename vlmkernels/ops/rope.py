@@ -43,7 +43,6 @@ _in_place = Op(
     "rope",
     f"rope_qkv_(Tensor(a!) qkv, {_TENSORS}, int num_heads, int num_kv_heads, float eps, bool interleaved, str backend) -> ()",
     lambda *_: None,
-    complete=True,
 )
 Op(
     "rope",
