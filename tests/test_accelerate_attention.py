@@ -139,6 +139,22 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert implementations(model) == before and set(before) == {"eager" if name == "gemma2" and "eager" in before else "sdpa"}
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "gemma2", "mllama"])
+def test_one_graph(name: str) -> None:
+    """torch.compile finds nothing in the layers or in the masks that would break its graph."""
+    build, make = CASES[name]
+    model = scattered(build())
+    inputs = {key: value.to(DEVICE) for key, value in make().items()}
+    more = {} if name == "bert" else {"use_cache": False}
+    rows = inputs["attention_mask"].bool()
+    accelerate(model)
+    with torch.no_grad():
+        wanted = model(**inputs, **more).logits
+        torch._dynamo.reset()
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, **more).logits
+    assert compare(got[rows], wanted[rows].double(), "model")
+
+
 def git() -> nn.Module:
     settings = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vision_config": {**TOWER, **IMAGE}}
     return hf.GitForCausalLM(hf.GitConfig(**{**settings, "max_position_embeddings": 128}))
