@@ -51,7 +51,8 @@ def clip() -> Case:
 def siglip() -> Case:
     model = hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(3, 7), "pixel_values": pixels()}
-    replaced = {"SiglipVisionEmbeddings": 1, "SiglipAttention": 4, "SiglipMultiheadAttentionPoolingHead": 1}
+    replaced = {"SiglipVisionEmbeddings": 1, "SiglipAttention": 4, "SiglipMLP": 4}
+    replaced["SiglipMultiheadAttentionPoolingHead"] = 1
     return Case(model, inputs, ("image_embeds", "text_embeds"), replaced)
 
 
@@ -60,7 +61,8 @@ def siglip2() -> Case:
     mask = torch.ones(2, 12, dtype=torch.int32)
     inputs = {"pixel_values": torch.randn(2, 12, 48), "pixel_attention_mask": mask}
     inputs["spatial_shapes"] = torch.tensor([[3, 4], [2, 6]])
-    replaced = {"Siglip2VisionEmbeddings": 1, "Siglip2Attention": 2, "Siglip2MultiheadAttentionPoolingHead": 1}
+    replaced = {"Siglip2VisionEmbeddings": 1, "Siglip2Attention": 2, "Siglip2MLP": 2}
+    replaced["Siglip2MultiheadAttentionPoolingHead"] = 1
     return Case(model, inputs, ("last_hidden_state", "pooler_output"), replaced)
 
 
@@ -138,21 +140,31 @@ def qwen2_vl() -> Case:
 
 
 def qwen2_5_vl() -> Case:
-    vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 96}
+    vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 94}
     config = hf.Qwen2_5_VLConfig(vision_config={**vision, "window_size": 16})
     tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
     case = _qwen(tower, 3 * 2 * 16, "Qwen2_5_VisionPatchEmbed", "Qwen2_5_VLVisionAttention")
-    case.replaced["Qwen2_5_VLRMSNorm"] = 5
+    case.replaced |= {"Qwen2_5_VLRMSNorm": 5, "Qwen2_5_VLMLP": 2}
     return case
 
 
 def qwen3_vl() -> Case:
     vision = {"hidden_size": 64, "out_hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4, "intermediate_size": 96}
     config = hf.Qwen3VLConfig(vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]})
-    return _qwen(Qwen3VLVisionModel(config.vision_config), 3 * 2 * 16, "Qwen3VLVisionPatchEmbed", "Qwen3VLVisionAttention")
+    tower = Qwen3VLVisionModel(config.vision_config)
+    case = _qwen(tower, 3 * 2 * 16, "Qwen3VLVisionPatchEmbed", "Qwen3VLVisionAttention")
+    case.replaced["Qwen3VLVisionMLP"] = 2
+    return case
+
+
+def bert() -> Case:
+    """With padding in the middle of a batch."""
+    model = hf.BertModel(hf.BertConfig(**TEXT, **NO_DROPOUT))
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    return Case(model, {"input_ids": ids(2, 7), "attention_mask": mask.long()}, ("last_hidden_state",), {"BertSelfAttention": 2})
 
 
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
-    for f in (vit, clip, siglip, siglip2, blip2, instructblip, blip, git, kosmos2, idefics, qwen2_vl, qwen2_5_vl, qwen3_vl)
+    for f in (vit, clip, siglip, siglip2, blip2, instructblip, blip, git, kosmos2, idefics, qwen2_vl, qwen2_5_vl, qwen3_vl, bert)
 }

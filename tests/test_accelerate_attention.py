@@ -59,8 +59,20 @@ def quick_backend() -> Iterator[None]:
         yield
 
 
+def mllama() -> nn.Module:
+    text = {**TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "cross_attention_layers": []}
+    return hf.MllamaForCausalLM(hf.MllamaTextConfig(**text))
+
+
+def qwen3_vl() -> nn.Module:
+    vision = {"hidden_size": 64, "out_hidden_size": 64, "num_heads": 4, "depth": 1, "patch_size": 4, "intermediate_size": 96}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    text = {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=vision, text_config=text))
+
+
 #: Whose attention is swapped.
-DECODERS = ("Llama", "Mistral", "Qwen")
+SWAPPED = ("LlamaA", "Mistral", "Qwen2A", "Qwen3A", "Qwen3VLText", "Bert", "Gemma", "MllamaText")
 Builder = tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]
 CASES: dict[str, Builder] = {
     "llama": (lambda: decoder("Llama"), prompts),
@@ -71,6 +83,8 @@ CASES: dict[str, Builder] = {
     "gemma2": (lambda: decoder("Gemma2", sliding_window=4), prompts),
     "opt": (lambda: hf.OPTForCausalLM(hf.OPTConfig(**TEXT, ffn_dim=96, word_embed_proj_dim=64)), prompts),
     "bert": (lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)), prompts),
+    "mllama": (mllama, prompts),
+    "qwen3_vl": (qwen3_vl, prompts),
     "llava": (llava, lambda: images(2, 16)),
     "gemma3": (gemma3, lambda: images(2, 4)),
 }
@@ -113,11 +127,11 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     rows = inputs["attention_mask"].bool()
     assert compare(got[rows], wanted[rows].double(), "model")
     length = rows.shape[1]
-    swapped = [row for row in report.replaced if row.layer.endswith("Attention") and row.layer.startswith(DECODERS)]
+    swapped = [row for row in report.replaced if row.layer.endswith("Attention") and row.layer.startswith(SWAPPED)]
     assert sizes.count(length) + len(swapped) == TOWER["num_hidden_layers"], "every layer of the text called our attention"
-    assert bool(swapped) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
+    assert bool(swapped) is (name != "opt")
     assert all(calls[row.name] == 1 for row in swapped)
-    assert ("RMSNorm" in {row.module for row in report.replaced}) is (name in ("llama", "mistral", "qwen2", "qwen3", "llava"))
+    assert ("RMSNorm" in {row.module for row in report.replaced}) is (not name.startswith(("gemma", "opt", "bert")))
     assert report.attention and not [row for row in report.attention if row.reason]
     assert f"attention of {type(model).__name__}" in str(report)
     assert accelerate(model).attention == report.attention
@@ -125,16 +139,32 @@ def test_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert implementations(model) == before and set(before) == {"eager" if name == "gemma2" and "eager" in before else "sdpa"}
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "gemma2", "mllama"])
+def test_one_graph(name: str) -> None:
+    """torch.compile finds nothing in the layers or in the masks that would break its graph."""
+    build, make = CASES[name]
+    model = scattered(build())
+    inputs = {key: value.to(DEVICE) for key, value in make().items()}
+    more = {} if name == "bert" else {"use_cache": False}
+    rows = inputs["attention_mask"].bool()
+    accelerate(model)
+    with torch.no_grad():
+        wanted = model(**inputs, **more).logits
+        torch._dynamo.reset()
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, **more).logits
+    assert compare(got[rows], wanted[rows].double(), "model")
+
+
 def git() -> nn.Module:
     settings = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vision_config": {**TOWER, **IMAGE}}
     return hf.GitForCausalLM(hf.GitConfig(**{**settings, "max_position_embeddings": 128}))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_decoding_is_that_of_before(name: str, cache: str | None) -> None:
     """Padded on the left, token by token, in windows shorter than what came; and in training."""
-    model: Any = scattered(decoder(name, **({"sliding_window": 6} if name == "Mistral" else {})))
+    model: Any = scattered(decoder(name, **({"sliding_window": 6} if name in ("Mistral", "Gemma2") else {})))
     inputs = {key: value.to(DEVICE) for key, value in prompts().items()}
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wanted = model.generate(**inputs, **settings, cache_implementation=cache)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of an accelerated layer that stay with the original, and those that don't."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -56,7 +58,8 @@ def test_padded_images_and_prompts() -> None:
     accelerate(case.model)
     calls = count_calls(case.model)
     check(run(case.model, case), wanted)
-    assert set(calls) == {"embeddings", "head", "encoder.layers.0.self_attn", "encoder.layers.1.self_attn"}
+    layers = {f"encoder.layers.{i}.{name}" for i in range(2) for name in ("self_attn", "mlp")}
+    assert set(calls) == {"embeddings", "head", *layers}
 
     case = make("instructblip")
     case.inputs["qformer_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=DEVICE)
@@ -206,3 +209,49 @@ def test_gradient_checkpointing() -> None:
     accelerate(case.model)
     case.model.gradient_checkpointing_enable()
     check(run(case.model.train(), case), wanted)
+
+
+def test_bert_as_a_decoder_and_its_weights() -> None:
+    """A cache and attention weights are the original's; a causal mask is ranges."""
+    settings = {**TOWER, "vocab_size": 60, "is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = randomize(hf.BertLMHeadModel(hf.BertConfig(**settings)))
+    ids = torch.randint(3, 60, (2, 7), device=DEVICE)
+    exact = copy.deepcopy(model)
+    exact.set_attn_implementation("eager")  # type: ignore[operator]
+    accelerate(model)
+    calls = count_calls(model)
+    with torch.no_grad():
+        assert compare(model(ids, use_cache=False).logits, exact(ids, use_cache=False).logits.double(), "model")
+        assert sum(calls.values()) == 2
+        first = model(ids[:, :5], use_cache=True)
+        second = model(ids[:, 5:], past_key_values=first.past_key_values)
+        assert sum(calls.values()) == 2
+        assert compare(second.logits, exact(ids).logits[:, 5:].double(), "model")
+        accelerate(exact)
+        calls = count_calls(exact)
+        assert exact(ids, output_attentions=True).attentions[0] is not None
+        assert not calls
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "siglip"])
+def test_feed_forwards_that_are_watched(name: str) -> None:
+    """A hook inside, an activation that somebody listens to, autocast: the results are the original's."""
+    case = make(name)
+    wanted = originals(case)
+    accelerate(case.model)
+    kind = "Qwen2_5_VLMLP" if name == "qwen2_5_vl" else "SiglipMLP"
+    layer = next(module for module in case.model.modules() if type(module).__name__ == kind)
+    activation, last = (layer.act_fn, layer.down_proj) if name == "qwen2_5_vl" else (layer.activation_fn, layer.fc2)
+    heard: list[str] = []
+    last.register_forward_hook(lambda *_: heard.append("last"))
+    check(run(case.model, case), wanted)
+    assert heard == ["last"]
+    activation.register_forward_hook(lambda *_: heard.append("activation"))
+    check(run(case.model, case), wanted)
+    assert heard == ["last", "activation", "last"] or heard == ["last", "last", "activation"]
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        outputs = case.model(**case.inputs)
+    restore(case.model)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        again = case.model(**case.inputs)
+    assert all(compare(outputs[key].to(torch.bfloat16), again[key].double(), "model") for key in case.outputs)

@@ -13,6 +13,8 @@ from torch import nn
 from vlmkernels import use_backend
 from vlmkernels.bench import models, runner
 from vlmkernels.bench.workloads import OURS, Workload
+from vlmkernels.cli import main
+from vlmkernels.nn import SelfAttention
 
 HEAD: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
 TEXT: dict[str, Any] = {**HEAD, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 60, "pad_token_id": 0}
@@ -98,3 +100,17 @@ def test_flops_by_hand() -> None:
     layer = tokens * width * (4 * width + 2 * 96)
     assert models.build(clip)(CPU).flops == 2 * (2 * 16 * 3 * 64 * width + layers * layer)
     assert models.build(clip, batch=1)(CPU).flops == 2 * (16 * 3 * 64 * width + layers * layer // 2)
+
+
+def test_verify_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(models, "MODELS", tuple(small(model) for model in models.MODELS))
+    assert main(["verify", "--model", "clip", "--model", "Blip2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x CLIPAttention -> SelfAttention, error" in printed and "2 x Blip2Attention" in printed and "0 bad" in printed
+    with pytest.raises(ValueError, match="model: got 'resnet', wanted one of vit, clip"):
+        models.verified("resnet", CPU)
+
+    project = SelfAttention._attend
+    monkeypatch.setattr(SelfAttention, "_attend", lambda self, *args: 1.001 * project(self, *args))
+    assert main(["verify", "--model", "clip", "--device", "cpu"]) == 1
+    assert "OVER THE BOUND: encoder.layers.0.self_attn, CLIPAttention" in capsys.readouterr().out

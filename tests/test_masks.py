@@ -214,6 +214,15 @@ def test_compiles_to_one_graph(name: str, device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
+def test_compiled_for_the_gpu(name: str, device: torch.device) -> None:
+    build, inputs, _, _ = CASES[name]
+    torch._dynamo.reset()
+    tensors = on(device, inputs)
+    assert_same(torch.compile(build, fullgraph=True)(*tensors), build(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
 def test_cuda_graph(name: str, device: torch.device) -> None:
     build, inputs, _, others = CASES[name]
     static = on(device, inputs)

@@ -2,8 +2,10 @@
 """Linear layers of one input as one product: where their weights are neighbours, and what keeps them so."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +66,32 @@ def test_laid_side_by_side() -> None:
     with torch.no_grad():
         parts[1].fill_(7)
     assert torch.equal(_packed_linear._joined(parts), torch.cat([values[0], torch.full((4, 3), 7.0), values[2]]))
+
+
+def test_what_was_found_once_is_looked_at_again() -> None:
+    """Parameters whose data is another tensor, of other rows, or neighbours no more; and a storage nobody needs is let go."""
+    parts = [nn.Parameter(torch.randn(rows, 3)) for rows in (4, 2)]
+    lay_side_by_side(parts)
+
+    def joined() -> Tensor:
+        block = _packed_linear._joined(parts)
+        assert torch.equal(block, torch.cat([part.detach() for part in parts]))
+        return block
+
+    block = joined()
+    assert joined() is block and block.data_ptr() == parts[0].data_ptr()
+    parts[1].data = torch.randn(2, 3)
+    assert joined().data_ptr() != parts[0].data_ptr()
+    lay_side_by_side(parts)
+    joined()
+    parts[0].data = parts[0].data[:2]
+    assert joined().shape == (4, 3)
+    lay_side_by_side(parts)
+    held = weakref.ref(joined())
+    assert held() is not None
+    parts.clear()
+    gc.collect()
+    assert held() is None
 
 
 def test_what_is_never_laid_side_by_side() -> None:
@@ -157,7 +185,7 @@ def test_they_stay_neighbours(which: int, products: list[int]) -> None:
         got = call(m)
         assert len(products) == (count if packed else 0) and (not columns or set(products) <= {columns})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_packed_linear, "adjacent", lambda parts: False)
+            patch.setattr(_packed_linear, "_block", lambda parts: None)
             assert compare(got, call(m).double(), "module")
 
     check(module)

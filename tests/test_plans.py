@@ -240,6 +240,33 @@ def test_whoever_watches_sees_the_op() -> None:
     assert ran(lambda: affine(x, weight)) == AGAIN
 
 
+def test_torchs_dispatcher_finds_plans_too(op: Op) -> None:
+    """Those of an op that is complete, for which ``_dispatched`` is registered."""
+    x, weight = torch.rand(5, 3), torch.rand(3)
+    for what in (FIRST, AGAIN, AGAIN):
+        assert ran(lambda: op._dispatched(x, weight, None, 1.0, "")) == what
+    assert torch.equal(op._dispatched(x, weight, None, 1.0, ""), x * weight)
+    assert ran(lambda: op._dispatched(x, weight, weight, 1.0, "")) == "torch long"  # one tensor twice
+    assert ran(lambda: op._dispatched(x, weight, None, 2.0, "reference")) == "reference long, reference asked"
+    with pytest.raises(BackendError, match="a negative scale"):
+        op._dispatched(x, weight, None, -1.0, "torch")
+
+
+@pytest.mark.backends("attention_fwd", "rope_fwd", exclude=("torch", "reference"))
+def test_a_compiled_graphs_calls_have_plans(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They call the registered op, whose plans give all of its results."""
+    options = {
+        "attention ranges": (False, 0.25, 0.0, False, backend),
+        "rope": (None, None, 1e-6, False, backend),
+    }
+    for name, others in options.items():
+        op, tensors, _ = calls(device)[name]
+        found, registered = planned(op, monkeypatch), getattr(torch.ops.vlmkernels, op).default
+        first, second = (registered(*copies(tensors).values(), *others) for _ in range(2))
+        assert found == [False, True] and len(first) == len(second)
+        assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(first, second, strict=True))
+
+
 def test_sizes_that_are_symbols() -> None:
     """They have no hash."""
     graph = make_fx(lambda x, weight: affine(x, weight), tracing_mode="symbolic")(torch.rand(5, 3), torch.rand(3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmkernels import KeyRanges
-from vlmkernels.integrations.ranges_mask import RangesMask
+from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 
 
 def example(batch: int = 2) -> RangesMask:
@@ -25,6 +25,22 @@ def test_it_is_a_tensor_without_storage(batch: int) -> None:
     assert "RangesMask" in repr(mask)
     huge = RangesMask.of(KeyRanges.causal(1 << 15), 1 << 15, 1 << 15)  # 32 TiB, if it had elements
     assert huge.clone()[..., :-1].numel() == (1 << 30) * ((1 << 15) - 1)
+
+
+def test_shared_ranges_are_laid_out_once_for_all_layers() -> None:
+    """The kernels have a plan only for ranges that need no copy."""
+    bounds = [torch.tensor([[0], [2]], dtype=torch.int32), torch.tensor([[6], [4]], dtype=torch.int32)]
+    mask = RangesMask(*(x.expand(-1, 4) for x in bounds), 2, 6)
+    first, again, fewer = (fitting(mask, queries, 6) for queries in (4, 4, 3))
+    assert first is not None and again is not None and fewer is not None
+    assert first.start is again.start and first.stop is again.stop and first.start.is_contiguous()
+    assert first.start.tolist() == [[0] * 4, [2] * 4] and fewer.stop.tolist() == [[6] * 3, [4] * 3]
+    bounds[0].fill_(1)
+    changed = fitting(mask, 4, 6)
+    assert changed is not None and changed.start.tolist() == [[1] * 4] * 2
+    own = example()
+    kept = fitting(own, 4, 6)
+    assert kept is not None and kept.start is own.start
 
 
 KEPT = {

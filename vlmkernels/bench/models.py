@@ -21,7 +21,10 @@ from vlmkernels import accelerate
 from vlmkernels.bench import photos, towers
 from vlmkernels.bench.peers import Provider
 from vlmkernels.bench.workloads import OURS, Case, num_bytes, work_dtype
+from vlmkernels.integrations.accelerate import Replaced, Report
+from vlmkernels.ops._op import bad_argument
 from vlmkernels.testing import Comparison
+from vlmkernels.testing.compare import FP32_BOUNDS
 
 #: Our error over that of the model before.
 MOST = 1.1
@@ -111,9 +114,49 @@ def _case(model: Model, device: torch.device, clock: str) -> Case:
     )
 
 
+def verified(name: str, device: torch.device) -> list[tuple[str, Report]]:
+    """Title and report of each model of this name (``"blip2"`` is ``blip_2``), accelerated and compared layer by layer.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    chosen = [model for model in MODELS if _letters(model.model[0]) == _letters(name)]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(model.model[0] for model in MODELS))
+        raise bad_argument("model", repr(name), f"one of {names}")
+    found = []
+    for model in chosen:
+        module: Any = towers.build(model.model, model.config, device, work_dtype(device), attention=None)
+        inputs = model.inputs(module.config, device, work_dtype(device), min(model.batch, 2))
+        found.append((f"{model.model[1]} ({model.name})", accelerate(module, verify=inputs)))
+    return found
+
+
+def over_bound(report: Report, device: torch.device) -> list[Replaced]:
+    """The layers whose error is over 1.1 times the original's; in fp32, where both are rounding, also over 64 of its floors."""
+    least = FP32_BOUNDS["module"] * 2**-24 if work_dtype(device) == torch.float32 else 0.0
+    return [row for row in report.replaced if row.errors and not row.errors.ours <= max(MOST * row.errors.original, least)]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """torch's own formula refuses fewer heads of keys than of queries."""
+    batch, heads, queries, dim = q
+    return 2 * batch * heads * queries * k[2] * (dim + v[3])
+
+
+ATTENTION = ("flash", "efficient", "cudnn")
+
+
 def _flops(model: torch.nn.Module, inputs: Inputs) -> float:
     """Of all products, with those of attention that a mask hides."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counted: dict[Any, Any] = {
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention"): _attention_flops for name in ATTENTION
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         model(**inputs)
     return float(counter.get_total_flops())
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vlmkernels verify``: the table of errors, and a non-zero exit status where one is over its bound."""
+"""``vlmkernels verify``: the table of errors, and a non-zero exit status where one is over its bound.
+
+With ``--model`` it is a model's layers, before and after ``accelerate``, that are compared.
+"""
 
 import argparse
 import importlib.util
@@ -27,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", action="append", default=[], metavar="WORD", help="only with this in 'op / case / dtype'; repeatable"
     )
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME", help="no operators but this model, accelerated: clip, blip2 ..."
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every check as one JSON object a line")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="a line for every check, not only the worst and the bad ones"
@@ -37,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         interpreter.install()  # Triton's interpreter alone computes bf16 wrong
+    if arguments.model:
+        return _models(arguments.model, device)
     started = time.perf_counter()
     print(f"on {environment.device_name(device)}, torch {torch.__version__}; error over floor against the fp64 reference\n")
     show = _print_line if arguments.verbose else _print_bad
@@ -52,6 +60,22 @@ def run(arguments: argparse.Namespace) -> int:
     if compared == 0:
         print("nothing could be compared")
     return 1 if bad or compared == 0 else 0
+
+
+def _models(names: list[str], device: torch.device) -> int:
+    """Each layer's error beside the original's own; 1 where one is over its bound, or none was called."""
+    from vlmkernels.bench import models
+
+    bad = 0
+    for name in names:
+        for title, report in models.verified(name, device):
+            over = models.over_bound(report, device)
+            print(f"{title} on {environment.device_name(device)}, random weights\n{report}")
+            for row in over:
+                print(f"OVER THE BOUND: {row.name}, {row.layer}")
+            bad += len(over) or not any(row.errors for row in report.replaced)
+    print(f"{bad} bad")
+    return 1 if bad else 0
 
 
 def _plain(check: Check) -> dict[str, object]:

@@ -82,9 +82,7 @@ class CaptionAttention(Swapped):
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        query = layer.query
-        arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
-        return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
+        return _of_bert(layer)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         drops = self.training and rate(self) > 0
@@ -94,6 +92,29 @@ class CaptionAttention(Swapped):
         tokens = hidden_states.shape[1]
         keys = tokens if attention_mask is None else attention_mask.shape[3]
         return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, _cached(self, args, kwargs)), None
+
+
+class EncoderAttention(Swapped):
+    """Self-attention of BERT; masks are those of our attention implementation."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return _of_bert(layer)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        caches = any(value is not None for value in (*args, kwargs.get("cache"), kwargs.get("past_key_values")))
+        drops = self.training and rate(self) > 0
+        causal = attention_mask is None and self.is_causal  # sdpa leaves out such a mask
+        if caches or drops or causal or not _known(attention_mask) or asked(self.config, kwargs, "output_attentions"):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        tokens = hidden_states.shape[1]
+        return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
+
+
+def _of_bert(layer: Any) -> nn.Module:
+    query = layer.query
+    arguments: dict[str, Any] = {"layout": "bert", "bias": query.bias is not None, "device": "meta"}
+    return SelfAttention(query.in_features, layer.num_attention_heads, head_dim=layer.attention_head_size, **arguments)
 
 
 def _cached(
@@ -120,12 +141,15 @@ def _takes_kwargs(kind: Any) -> bool:
 
 
 class DecoderAttention(Swapped):
-    """Self-attention of a text decoder with rotary positions and a cache: one product, one rotation of queries and keys."""
+    """Self-attention of a text decoder with rope and a cache: one product, and norms of the heads and rope in one pass."""
+
+    reads = ("q_norm", "k_norm")
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
         q, k, out, width = layer.q_proj, layer.k_proj, layer.o_proj, layer.head_dim
         norm = getattr(layer, "q_norm", None)
+        gemma = type(norm).__name__ == "Gemma3RMSNorm"
         return SelfAttention(
             q.in_features,
             q.out_features // width,
@@ -134,16 +158,17 @@ class DecoderAttention(Swapped):
             layout="llama",
             bias=q.bias is not None,
             out_bias=out.bias is not None,
-            qk_norm=None if norm is None else "rms",
-            norm_eps=0.0 if norm is None else norm.variance_epsilon,
+            qk_norm=None if norm is None else "gemma" if gemma else "rms",
+            norm_eps=0.0 if norm is None else norm.eps if gemma else norm.variance_epsilon,
             scale=layer.scaling,
+            softcap=getattr(layer, "attn_logit_softcapping", None) or 0.0,
             device="meta",
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         stays = args or autocast(hidden_states) or (self.training and rate(self) > 0) or kwargs.get("output_attentions")
-        if not isinstance(mask, RangesMask) or tables is None or stays:
+        if not isinstance(mask, RangesMask) or tables is None or stays or not self.untouched():
             return super().forward(hidden_states, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
         ranges = fitting(mask, hidden_states.shape[1], mask.shape[3])

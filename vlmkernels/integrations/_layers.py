@@ -16,12 +16,13 @@ from vlmkernels.integrations._attention_layers import (
     Attention,
     CaptionAttention,
     DecoderAttention,
+    EncoderAttention,
     PackedAttention,
     asked,
     masked,
     rate,
 )
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, unhooked
 from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
@@ -33,6 +34,7 @@ from vlmkernels.nn import (
     PerceiverResampler,
     QFormer,
 )
+from vlmkernels.nn._feed_forward import GatedFeedForward, TanhFeedForward
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
 
@@ -181,6 +183,39 @@ class Norm(Swapped):
         return self.fast(hidden_states) if same else super().forward(hidden_states)
 
 
+class Gated(Swapped):
+    """A gated feed-forward of a width whose rows are not aligned."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if type(layer.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            raise Unfit(f"its activation is {type(layer.act_fn).__name__}")
+        gate = layer.gate_proj
+        return GatedFeedForward(gate.in_features, gate.out_features, bias=gate.bias is not None, device="meta")
+
+    def forward(self, hidden_state: Tensor) -> Any:
+        return super().forward(hidden_state) if autocast(hidden_state) or not unhooked(self.act_fn) else self.fast(hidden_state)
+
+
+class Tanh(Swapped):
+    """A feed-forward with the approximate GELU."""
+
+    names = ("fc1", "fc2")
+    activation = "activation_fn"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        activation = getattr(layer, cls.activation)
+        if type(activation).__name__ != "GELUTanh" and getattr(activation, "approximate", "none") != "tanh":
+            raise Unfit(f"its activation is {type(activation).__name__}, not the GELU with tanh")
+        first = getattr(layer, cls.names[0])
+        return TanhFeedForward(first.in_features, first.out_features, names=cls.names, device="meta")
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        hooked = not unhooked(getattr(self, self.activation))
+        return super().forward(hidden_states) if hooked else self.fast(hidden_states)
+
+
 class Perceiver(Swapped):
     """The resampler of IDEFICS."""
 
@@ -250,12 +285,18 @@ REPLACEMENTS: dict[str, Replacement] = {
     ),
     **_rows(
         DecoderAttention,
+        "gemma.modeling_gemma.GemmaAttention",
+        "gemma2.modeling_gemma2.Gemma2Attention",
+        "gemma3.modeling_gemma3.Gemma3Attention",
         "llama.modeling_llama.LlamaAttention",
+        "mllama.modeling_mllama.MllamaTextSelfAttention",
         "mistral.modeling_mistral.MistralAttention",
         "qwen2.modeling_qwen2.Qwen2Attention",
         "qwen3.modeling_qwen3.Qwen3Attention",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextAttention",
     ),
     **_rows(CaptionAttention, "git.modeling_git.GitSelfAttention"),
+    **_rows(EncoderAttention, "bert.modeling_bert.BertSelfAttention"),
     **_rows(
         PackedAttention,
         "qwen2_vl.modeling_qwen2_vl.VisionAttention",
@@ -307,6 +348,9 @@ REPLACEMENTS: dict[str, Replacement] = {
         "qwen3.modeling_qwen3.Qwen3RMSNorm",
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm",
     ),
+    **_rows(Gated, "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP"),
+    **_rows(Tanh, "siglip.modeling_siglip.SiglipMLP", "siglip2.modeling_siglip2.Siglip2MLP"),
+    **_rows(Tanh, "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionMLP", names=("linear_fc1", "linear_fc2"), activation="act_fn"),
     **_rows(Perceiver, "idefics.perceiver.IdeficsPerceiverResampler"),
     **_rows(KosmosProjection, "kosmos2.modeling_kosmos2.Kosmos2ImageToTextProjection"),
 }

@@ -13,7 +13,8 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then."""
-    if tensor.is_inference() or torch.compiler.is_compiling():  # no version tells whether it has changed
+    # No version tells whether it has changed. What is traced is not asked whether it is an inference tensor: that breaks a graph.
+    if torch.compiler.is_compiling() or tensor.is_inference():
         return make()
     state = (tensor._version, arguments)
     known = _made.get(tensor)

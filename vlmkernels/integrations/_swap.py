@@ -32,6 +32,8 @@ class Swapped(nn.Module):
     unused: tuple[str, ...] = ()
     #: Whether the module reads parameters where the original calls the layers that hold them.
     reads_leaves = False
+    #: Layers whose parameters the module reads although it calls others.
+    reads: tuple[str, ...] = ()
     #: The configuration with which the original is exact only where its attention is eager.
     eager_config = ""
     #: Whether the original knows only masks that are added.
@@ -54,10 +56,14 @@ class Swapped(nn.Module):
         """The module of ours; no submodule, as its parameters are those of the layer."""
         return self.__dict__["_vlmkernels_fast"]
 
+    def inside(self) -> set[nn.Module]:
+        """What the module passes over."""
+        return {child for _, _, child in self.__dict__["_vlmkernels_passed"]}
+
     def untouched(self) -> bool:
         """Whether everything that the module passes over is still what it was and has no hooks that wait for a call."""
         for owner, name, child in self.__dict__["_vlmkernels_passed"]:
-            if owner._modules.get(name) is not child or not _unhooked(child):
+            if owner._modules.get(name) is not child or not unhooked(child):
                 return False
         return True
 
@@ -106,12 +112,15 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
     adopt(fast, layer)
     lay(fast)
     vars(layer)["_vlmkernels_fast"] = fast
-    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, leaves=kind.reads_leaves))
+    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, kind))
     layer.__class__ = made
 
 
 def unswap(layer: Swapped) -> None:
     """Give ``layer`` its original class."""
+    for module in layer.fast.modules():
+        if isinstance(module, SideBySide):
+            module._forget()
     layer.__class__ = type(layer).original  # type: ignore[assignment]
     del vars(layer)["_vlmkernels_fast"], vars(layer)["_vlmkernels_passed"]
 
@@ -145,15 +154,15 @@ def _check_names(fast: nn.Module, layer: nn.Module, unused: tuple[str, ...]) -> 
             raise Unfit(f"its {name} is {theirs.get(name, 'missing')}, the module's is {ours.get(name, 'missing')}")
 
 
-def _passed_over(layer: nn.Module, *, leaves: bool) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _passed_over(layer: nn.Module, kind: type[Swapped]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Owner, name and module of all inside ``layer`` that the module does not call."""
     for owner in layer.modules():
         for name, child in owner.named_children():
-            if leaves or child._modules:
+            if kind.reads_leaves or child._modules or (owner is layer and name in kind.reads):
                 yield owner, name, child
 
 
-def _unhooked(module: nn.Module) -> bool:
+def unhooked(module: nn.Module) -> bool:
     """Whether nobody waits for a call of ``module``, but transformers for outputs that it is asked for in an argument."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False

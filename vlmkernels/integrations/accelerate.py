@@ -126,14 +126,16 @@ def accelerate(model: nn.Module, *, verify: Mapping[str, Any] | None = None) -> 
     if not isinstance(model, nn.Module):
         raise bad_argument("model", f"a {type(model).__name__}", "a torch.nn.Module")
     reasons: dict[nn.Module, str] = {}
-    for layer in list(model.modules()):
+    inside: set[nn.Module] = set()
+    for layer in list(model.modules()):  # what is around a layer comes before it
         replacement = REPLACEMENTS.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
-        if replacement is None or isinstance(layer, Swapped):
-            continue
-        try:
-            swap(layer, *replacement)
-        except Unfit as why:
-            reasons[layer] = str(why)
+        if replacement is not None and layer not in inside and not isinstance(layer, Swapped):
+            try:
+                swap(layer, *replacement)
+            except Unfit as why:
+                reasons[layer] = str(why)
+        if isinstance(layer, Swapped):
+            inside |= layer.inside()
     rows = [
         Replaced(name, layer.original.__name__, type(layer.fast).__name__)
         for name, layer in model.named_modules()

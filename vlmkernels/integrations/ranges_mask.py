@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from vlmkernels.integrations._once import once
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import bad_argument
 
@@ -119,7 +120,11 @@ def fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | Non
         ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
     if ranges.num_queries != queries or mask.shape[3] != keys:
         raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
-    return ranges
+    if ranges.start.is_contiguous() and ranges.stop.is_contiguous():
+        return ranges
+    # Once for all layers: the kernels would copy ranges that are shared or expanded, and have no plan for such a call.
+    pairs = ((mask.start, ranges.start), (mask.stop, ranges.stop))
+    return KeyRanges(*(once(kept, ("contiguous", queries), bounds.contiguous) for kept, bounds in pairs))
 
 
 def _not_writable(operation: str) -> RuntimeError:

@@ -298,6 +298,6 @@ def _one_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
 
 
 def _log_once(message: str) -> None:
-    if message not in _logged:
+    if not torch.compiler.is_compiling() and message not in _logged:  # a logger breaks a graph
         _logged.add(message)
         _log.warning(message)

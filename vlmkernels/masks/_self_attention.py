@@ -156,8 +156,9 @@ class SelfAttentionMasks(Ranges):
         if cu_k.shape != cu_q.shape:
             raise bad_argument("cu_seqlens_k", f"shape {tuple(cu_k.shape)}", f"that of cu_seqlens, {tuple(cu_q.shape)}")
         token = torch.arange(total, dtype=torch.int32, device=cu_q.device)
-        sequence = torch.searchsorted(cu_q[1:].contiguous(), token, right=True)
-        after = (sequence + 1).clamp(max=cu_q.shape[0] - 1)
+        # In all of cu_q, not in a slice of it: compiled by torch 2.11 a search in a slice reads from where its storage begins.
+        after = torch.searchsorted(cu_q.contiguous(), token, right=True)
+        sequence, after = after - 1, after.clamp(max=cu_q.shape[0] - 1)
         start, stop = cu_k[sequence], cu_k[after]
         if causal:
             aligned = stop - cu_q[after] + token + 1

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn._norm import RMSNorm
+from vlmkernels.nn._norm import RMSNorm, rms_scale
 from vlmkernels.nn._packed import SideBySide, project
 from vlmkernels.ops._op import bad_argument
 from vlmkernels.ops.attention import attention
@@ -105,7 +105,7 @@ class ProjectedAttention(SideBySide):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.scale, self.softcap, self.causal = scale, softcap, causal
         self.attention_dropout = attention_dropout
-        self.qk_norm = qk_norm
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         names = self.layout.projections
@@ -152,8 +152,9 @@ class ProjectedAttention(SideBySide):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k after their norms and the rotary embedding; RMSNorm and rotation are one pass."""
         norms = [] if self.qk_norm is None else [getattr(self, name) for name in self.layout.norms]
-        if tables is not None and norms and isinstance(norms[0], RMSNorm):
-            return rope(q, k, *tables, q_weight=norms[0].scale(), k_weight=norms[1].scale(), eps=norms[0].eps)
+        if tables is not None and self.qk_norm in ("rms", "gemma"):
+            q_weight, k_weight = (rms_scale(norm.weight, float(self.qk_norm == "gemma")) for norm in norms)
+            return rope(q, k, *tables, q_weight=q_weight, k_weight=k_weight, eps=self.norm_eps)
         if norms:
             q, k = norms[0](q), norms[1](k)
         return (q, k) if tables is None else rope(q, k, *tables)

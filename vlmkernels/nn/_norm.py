@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def rms_scale(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """``weight + offset``, ``[dim]``; with an offset in fp32, because 1 + w rounded to bf16 loses most of w."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset if offset else weight
+
+
 class RMSNorm(nn.Module):
     """``y = x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension, computed in fp32 (fp64 for fp64 inputs).
 
@@ -24,10 +29,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset, device=device, dtype=dtype))
 
     def scale(self) -> torch.Tensor:
-        """``weight + offset``, ``[dim]``; with an offset in fp32, because 1 + w rounded to bf16 loses most of w."""
-        if not self.offset:
-            return self.weight
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+        """What ``rms_scale`` makes of the weight."""
+        return rms_scale(self.weight, self.offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.offset and x.dtype == self.weight.dtype:  # one kernel, and one rounding

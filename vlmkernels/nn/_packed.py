@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules whose linear layers share an input: their parameters are neighbours in memory, so that one product serves them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmkernels.ops._packed_linear import lay_side_by_side, packed_linear
+from vlmkernels.ops._packed_linear import forget, lay_side_by_side, packed_linear
 
 
 def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each; one product where all are plain ``nn.Linear``, with neither hooks nor parametrisations."""
-    plain = len(linears) > 1 and all(type(m) is nn.Linear and not _hooked(m) for m in linears)
-    biases: list[Any] = [m.bias for m in linears] if plain else []
-    if not plain or len({bias is None for bias in biases}) > 1:
+    all_plain = len(linears) > 1 and all(map(plain, linears))
+    biases: list[Any] = [m.bias for m in linears] if all_plain else []
+    if not all_plain or len({bias is None for bias in biases}) > 1:
         return tuple(linear(x) for linear in linears)
     weights: list[Any] = [m.weight for m in linears]
     return packed_linear(x, weights, [] if biases[0] is None else biases)
 
 
-def _hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def plain(m: nn.Module) -> bool:
+    """Whether ``m`` is torch's own linear layer and nobody waits for a call of it."""
+    hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return type(m) is nn.Linear and not hooked
 
 
 class SideBySide(nn.Module):
@@ -36,10 +38,19 @@ class SideBySide(nn.Module):
         raise NotImplementedError
 
     def _lay(self) -> None:
+        for parameters in self._rows():
+            lay_side_by_side(parameters)
+
+    def _forget(self) -> None:
+        for parameters in self._rows():
+            forget(parameters)
+
+    def _rows(self) -> Iterator[list[nn.Parameter]]:
+        """The parameters that are to be neighbours, weights and then biases."""
         linears: list[Any] = [m for m in self._neighbours() if type(m) is nn.Linear]
         for parameters in ([m.weight for m in linears], [m.bias for m in linears]):
             if len(parameters) > 1 and None not in parameters:
-                lay_side_by_side(parameters)
+                yield parameters
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -6,6 +6,7 @@ A copy of their weights in one matrix would have to follow each step of an optim
 neighbours in one storage: the matrix is a view of them, which is never out of date.
 """
 
+import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from vlmkernels.ops._op import LIBRARY, unwatched
 
 Tensors = Sequence[torch.Tensor]
+#: By the id of the first of several neighbours, as long as it lives: itself, where all of them lie, and the matrix of their rows.
+#: The matrix holds their storage, so that nothing else can come to lie there.
+_blocks: dict[int, tuple[weakref.ref[torch.Tensor], list[Any], torch.Tensor]] = {}
 
 
 def adjacent(parts: Tensors) -> bool:
@@ -36,6 +40,7 @@ def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
     Nothing happens where they lie so already, or can't: differing types, devices or lengths of rows, or tensors of a subclass.
     """
     first = parts[0]
+    forget(parts)
     alike = all(
         type(part.data) is torch.Tensor
         and (part.dtype, part.device, part.shape[1:]) == (first.dtype, first.device, first.shape[1:])
@@ -60,23 +65,44 @@ def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tu
         ``[..., N_i]`` for each weight; of one product these are views, side by side in ``[..., N_1 + N_2 + ...]``.
     """
     # What is traced has no addresses to look at: there the op does when it runs. Autocast has no rule for the op.
-    one = _traced(x, weights) or (adjacent(weights) and (not biases or adjacent(biases)))
+    traced = _traced(x, weights)
+    weight, bias = (None, None) if traced else (_block(weights), _block(biases) if biases else None)
+    apart = not traced and (weight is None or (bool(biases) and bias is None))
     outputs: Any
-    if torch.is_autocast_enabled(x.device.type) or not one:
+    if torch.is_autocast_enabled(x.device.type) or apart:
         outputs = [F.linear(x, weight, bias) for weight, bias in zip_longest(weights, biases)]
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
         outputs = _PackedLinear.apply(x, len(weights), *weights, *biases)
     else:
-        outputs = _fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1)
+        y = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases) if weight is None else F.linear(x, weight, bias)
+        outputs = y.split_with_sizes([weight.shape[0] for weight in weights], -1)
     return tuple(outputs)
 
 
 def _joined(parts: Tensors) -> torch.Tensor:
     """The matrix that these are the rows of, without a copy where they are neighbours."""
-    first = parts[0].detach()
+    block = _block(parts)
+    return torch.cat([part.detach() for part in parts]) if block is None else block
+
+
+def _block(parts: Tensors) -> torch.Tensor | None:
+    """The matrix of neighbours, a view. Found anew in each call it took the host six times as long as the product itself."""
+    first, places = parts[0], [(part.data_ptr(), part.shape) for part in parts]
+    key = id(first)
+    known = _blocks.get(key)
+    if known is not None and known[0]() is first and known[1] == places:
+        return known[2]
+    forget(parts)
     if not adjacent(parts):
-        return torch.cat([part.detach() for part in parts])
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+        return None
+    block = first.detach().as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+    _blocks[key] = weakref.ref(first, lambda _: _blocks.pop(key, None)), places, block
+    return block
+
+
+def forget(parts: Tensors) -> None:
+    """Let go of the storage in which these were neighbours."""
+    _blocks.pop(id(parts[0]), None)
 
 
 def _run_fwd(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
@@ -131,7 +157,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.biased = bool(biases)
+        ctx.biased = len(biases) > 0  # not bool(): torch 2.11 cannot trace it
         return tuple(_fwd(x, weights, biases).split([weight.shape[0] for weight in weights], -1))
 
     @staticmethod

@@ -164,6 +164,7 @@ _fwd = Op(
     "attention",
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_MASK_SCHEMA}, bool save_lse, str backend) -> (Tensor, Tensor)",
     _fwd_fake,
+    complete=True,
 )
 _bwd = Op(
     "attention",

@@ -27,7 +27,10 @@ def _fake_bwd(
 
 
 _fwd = Op(
-    "rope", f"rope_fwd(Tensor q, Tensor k, {_TENSORS}, float eps, bool interleaved, str backend) -> (Tensor, Tensor)", _fake_fwd
+    "rope",
+    f"rope_fwd(Tensor q, Tensor k, {_TENSORS}, float eps, bool interleaved, str backend) -> (Tensor, Tensor)",
+    _fake_fwd,
+    complete=True,
 )
 # q and k are the inputs of the forward pass, wanted only where there is a weight. A missing weight's gradient has no elements.
 Op(

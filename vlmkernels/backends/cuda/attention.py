@@ -112,8 +112,7 @@ def attention_fwd(
         start, stop = start.contiguous(), stop.contiguous()
     plan = plan_attention_fwd(q, k, v, start, stop, causal, scale, softcap, save_lse)
     assert plan is not None  # why_not_attention_fwd was asked, and all that a plan would copy is copied
-    out, lse = plan(q, k, v, start, stop)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+    return plan(q, k, v, start, stop)
 
 
 def plan_attention_fwd(
@@ -126,8 +125,8 @@ def plan_attention_fwd(
     scale: float,
     softcap: float,
     save_lse: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """The plan, or None where the ranges must be copied first. It returns no lse unless that is to be saved."""
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The plan, or None where the ranges must be copied first."""
     if start is not None and stop is not None and not (start.is_contiguous() and stop.is_contiguous()):
         return None
     params = _prepare(q, k, v, start, causal, scale, softcap)
@@ -141,14 +140,14 @@ def plan_attention_fwd(
     empty, no_keys = 0 in shape, k.shape[1] == 0
     behind = bytes(params)[_POINTERS.size :]
 
-    def plan(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def plan(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None) -> tuple[Tensor, Tensor]:
         out = q.new_empty(*shape)
-        lse = fp32.new_empty(*lse_shape) if save_lse else None
+        lse = fp32.new_empty(*lse_shape) if save_lse else fp32
         if no_keys:
-            return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
+            return out.zero_(), lse.fill_(-torch.inf)
         if not empty:
             counter = None if int32 is None else int32.new_empty(1)
-            tensors = (q, k, v, start, stop, out, lse, counter)
+            tensors = (q, k, v, start, stop, out, lse if save_lse else None, counter)
             pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
             _attention(pointers + behind, device)
         return out, lse

@@ -231,8 +231,8 @@ def plan_attention_fwd(
     scale: float,
     softcap: float,
     save_lse: bool,
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
-    """The plan, or None where something must be copied first. It returns no lse unless that is to be saved."""
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """The plan, or None where something must be copied first."""
     q_shape, v_shape, dtype, device = q.shape, v.shape, q.dtype, q.device
     batch, queries, heads, _ = q_shape
     mask, row_stride = CAUSAL.value if causal else DENSE.value, 0
@@ -250,11 +250,11 @@ def plan_attention_fwd(
 
     def plan(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None, stop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = q.new_empty(*shape)
-        lse = fp32.new_empty(*lse_shape) if save_lse else None
+        lse = fp32.new_empty(*lse_shape) if save_lse else fp32
         if not empty:
-            launch(q, k, v, out, lse, start, stop)
+            launch(q, k, v, out, lse if save_lse else None, start, stop)
         return out, lse
 
     return plan
@@ -276,8 +276,7 @@ def attention_fwd(
     q, k, v = aligned(q), aligned(k), aligned(v)
     plan = plan_attention_fwd(q, k, v, start, stop, causal, scale, softcap, save_lse)
     assert plan is not None  # all that a plan would copy is copied
-    out, lse = plan(q, k, v, start, stop)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+    return plan(q, k, v, start, stop)
 
 
 def aot_cases() -> list[AotCase]:

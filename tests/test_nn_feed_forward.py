@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed-forwards of accelerate: aligned rows, the fused GELU, and the calls that go layer by layer."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nn_parity import quick_backend, randn, randomize
+from torch import nn
+
+from vlmkernels.nn import _feed_forward
+from vlmkernels.nn._feed_forward import GatedFeedForward, TanhFeedForward
+from vlmkernels.testing import compare
+
+__all__ = ["quick_backend"]
+
+
+def gated(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x))
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("hidden", [30, 32, 35])
+def test_gated(hidden: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product has rows of a multiple of 16 bytes, whatever the width, but of those side by side where it is odd."""
+    module = randomize(GatedFeedForward(16, hidden)).to(device, dtype)
+    x = randn(2, 5, 16).to(device, dtype)
+    linear, depths = F.linear, []
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        depths.append(weight.shape[1])
+        return linear(x, weight, bias)
+
+    exact = gated(module.double(), x.double())
+    module.to(dtype)
+    monkeypatch.setattr(F, "linear", noted)
+    assert compare(module(x), exact, "module")
+    assert len(depths) == 2 and all(depth * x.element_size() % 16 == 0 for depth in depths)
+
+
+def test_gradients_of_gated(device: torch.device) -> None:
+    module = randomize(GatedFeedForward(16, 30)).to(device)
+    x = randn(2, 5, 16).to(device).requires_grad_()
+    cotangent = randn(2, 5, 16).to(device)
+    got = torch.autograd.grad((module(x) * cotangent).sum(), [x, *module.parameters()])
+    wide = GatedFeedForward(16, 30).to(device, torch.float64)
+    wide.load_state_dict(module.state_dict())
+    exact = torch.autograd.grad(
+        (gated(wide, y := x.detach().double().requires_grad_()) * cotangent).sum(), [y, *wide.parameters()]
+    )
+    assert all(compare(a, b, "module") for a, b in zip(got, exact, strict=True))
+
+
+def test_layers_that_are_watched_are_called(device: torch.device) -> None:
+    x, calls = randn(2, 16).to(device), []
+    for module in (GatedFeedForward(16, 30), TanhFeedForward(16, 30)):
+        randomize(module).to(device)
+        want = module(x)
+        for layer in module.children():
+            layer.register_forward_hook(lambda *_: calls.append(1))
+        assert compare(module(x), want.double(), "module")
+    assert len(calls) == 5
+
+
+def test_tanh_names_and_result(device: torch.device) -> None:
+    module = randomize(TanhFeedForward(16, 30, names=("linear_fc1", "linear_fc2"))).to(device)
+    x = randn(3, 5, 16).to(device)
+    assert set(module.state_dict()) == {f"linear_fc{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
+    first, second = module.linear_fc1, module.linear_fc2
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = second(F.gelu(first(x), approximate="tanh"))
+        return y
+
+    got = module(x)
+    assert compare(got, by_hand(module.double() and x.double()), "module")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tanh_fused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = randomize(TanhFeedForward(64, 136)).to("cuda", dtype)
+    x = randn(3, 5, 64).to("cuda", dtype)
+    fused, calls = _feed_forward._fused, []
+
+    def noted(x: torch.Tensor, first: nn.Linear) -> torch.Tensor:
+        calls.append(1)
+        return fused(x, first)
+
+    monkeypatch.setattr(_feed_forward, "_fused", noted)
+    with torch.no_grad():
+        got = module(x)
+    assert len(calls) == 1
+    module(x).sum().backward()
+    with torch.autocast("cuda", dtype):
+        module(x)
+    assert len(calls) == 1
+    wide = TanhFeedForward(64, 136).to("cuda", torch.float64)
+    wide.load_state_dict(module.state_dict())
+    assert compare(got, wide(x.double()), "module")
