@@ -2,6 +2,8 @@
 """The structure of the project, enforced: who imports whom, what every operator has, sizes, and what an import costs."""
 
 import ast
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -184,6 +186,18 @@ def test_the_example_in_the_readme_runs() -> None:
     for example in examples:
         # In a process of its own: in this one, without a GPU, Triton's interpreter would take its images.
         run_python(example + "\nassert out.shape == exact.shape and tokens.shape == (2, 196, 768)", TRITON_INTERPRET="0")
+
+
+def test_the_readme_shows_the_results() -> None:
+    file = ROOT / "benchmarks" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", file)
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    records = [json.loads(line) for line in tables.RESULTS.read_text().splitlines()]
+    assert readme.count("<!-- results:") >= 5
+    assert tables.written(readme, records) == readme, f"python {relative(file)}"
 
 
 @pytest.mark.parametrize(

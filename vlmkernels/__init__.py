@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision-language layers at the speed of the hardware: kernels, drop-in modules, and the masks between images and text."""
 
+from typing import TYPE_CHECKING, Any
+
 from vlmkernels import nn
-from vlmkernels.integrations.accelerate import accelerate, restore
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import BackendError, use_backend
 from vlmkernels.ops.attention import attention
@@ -11,6 +12,9 @@ from vlmkernels.ops.cross_attention import cross_attention
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
+
+if TYPE_CHECKING:
+    from vlmkernels.integrations.accelerate import accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +33,12 @@ __all__ = [
     "siglip_loss",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``accelerate`` and ``restore`` when they are asked for: what they know of other libraries is a fifth of the import."""
+    if name not in ("accelerate", "restore"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vlmkernels.integrations import accelerate
+
+    return getattr(accelerate, name)
