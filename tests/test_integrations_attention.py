@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ON_GPU
+from conftest import DEVICE, ON_GPU
 from nn_parity import randomize
 
 from vlmkernels import use_backend
@@ -64,11 +64,16 @@ def sdpa_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As ``randomize`` leaves the model."""
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
 def outputs(model: Any, implementation: Any, inputs: dict[str, Any], fields: tuple[str, ...]) -> list[torch.Tensor]:
     model.eval().set_attn_implementation(implementation)
     with torch.no_grad():
-        out = model(**inputs)
-    return [getattr(out, field) for field in fields]
+        out = model(**on_device(inputs))
+    return [getattr(out, field).cpu() for field in fields]
 
 
 def check(
@@ -264,7 +269,7 @@ def assert_generates_as_eager(model: Any, inputs: dict[str, Any], **settings: An
     found = []
     for name in ("vlmkernels", "eager"):
         model.set_attn_implementation(name)
-        found.append(model.generate(**inputs, **settings))
+        found.append(model.generate(**on_device(inputs), **settings))
     got, wanted = found
     assert torch.equal(got.sequences, wanted.sequences)
     for logits, exact in zip(got.logits, wanted.logits, strict=True):
