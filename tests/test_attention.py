@@ -98,10 +98,11 @@ def test_attention_scale(backend, dtype, device):
 @pytest.mark.backends(*OPS, exclude=("cuda", "torch"))
 @pytest.mark.parametrize("mask", ["dense", "random"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_softcap(backend, dtype, mask, device):
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+def test_attention_softcap(backend, softcap, dtype, mask, device):
     shape = (1, 2, 1, 40, 70, 16, 16)
     inputs = [2 * x.detach() for x in make_qkv(shape, dtype, device)]
-    check(inputs, make_ranges(mask, shape, device), backend, softcap=2.0)
+    check(inputs, make_ranges(mask, shape, device), backend, softcap=softcap)
 
 
 @portable
