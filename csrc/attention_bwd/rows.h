@@ -19,15 +19,6 @@ namespace attention_bwd {
 constexpr int kRowThreads = 256;
 
 template <typename T>
-__device__ __forceinline__ float2 to_floats(uint32_t x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(*reinterpret_cast<__half2*>(&x));
-  } else {
-    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
-  }
-}
-
-template <typename T>
 __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
   const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
   float sum = 0;

@@ -45,15 +45,6 @@ __device__ __forceinline__ void load_queries(const VlmkAttentionBwdParams& p, co
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float2 to_floats(uint32_t x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(*reinterpret_cast<__half2*>(&x));
-  } else {
-    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
-  }
-}
-
 // What a row subtracts from dP: sum(dout * out) - dlse. Its log-sum-exp goes over to units of log2
 // and changes its sign; a row that sees nothing has -inf, which makes its weights zero. Both lie in
 // shared memory in pairs of rows: two log-sum-exps, two deltas; then two first keys, and how many
