@@ -71,6 +71,14 @@ def test_before_and_after_agree(model: models.Model) -> None:
     assert found[0].flops > 0
 
 
+@pytest.mark.parametrize("model", models.TRAINED, ids=lambda model: model.model[1])
+def test_training_before_and_after_agrees(model: models.Model) -> None:
+    work = Workload("models", "accelerate", model.name, "fwd+bwd", models.build(small(model), training=True))
+    found = runner.run_workload(work, CPU, CEILINGS, FAST)
+    assert [(row.provider, row.status) for row in found] == [(OURS, "ok"), ("hf", "ok")], [row.reason for row in found]
+    assert found[0].flops == 3 * rows(small(model))[0].flops
+
+
 def test_the_bound_is_the_error_of_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "work_dtype", lambda device: torch.bfloat16)
     clip = small(next(model for model in models.MODELS if model.model[1] == "CLIPVisionModel"))

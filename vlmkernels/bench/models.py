@@ -65,36 +65,41 @@ class ModelCase(Case):
         return tuple(dataclasses.replace(found, bound=self._bound) for found in super().check(result))
 
 
-def build(model: Model, batch: int = 0, clock: str = "device") -> Callable[[torch.device], Case]:
-    """A builder for ``model`` before and after ``accelerate``; the first and the last entry of the batch are checked."""
+def build(model: Model, batch: int = 0, clock: str = "device", training: bool = False) -> Callable[[torch.device], Case]:
+    """A builder for ``model`` before and after ``accelerate``; the first and the last entry of the batch are checked.
+
+    With ``training`` the work is a forward pass and the gradients of all parameters; that of the patch embedding's weight, which
+    all layers have a part in, is checked.
+    """
 
     def make(device: torch.device) -> Case:
-        return _case(dataclasses.replace(model, batch=batch or model.batch), device, clock)
+        return _case(dataclasses.replace(model, batch=batch or model.batch), device, clock, training)
 
     return make
 
 
-def _case(model: Model, device: torch.device, clock: str) -> Case:
+def _case(model: Model, device: torch.device, clock: str, training: bool) -> Case:
     dtype = work_dtype(device)
-    before: Any = towers.build(model.model, model.config, device, dtype, attention=None).requires_grad_(False)
+    before: Any = towers.build(model.model, model.config, device, dtype, attention=None).requires_grad_(training)
     after = copy.deepcopy(before)
     accelerate(after)
     inputs = model.inputs(before.config, device, dtype, model.batch)
+    few = model.batch > 1 and not training  # entries that are checked
     ends = slice(0, model.batch, max(1, model.batch - 1))
 
     def call(module: torch.nn.Module, compiled: bool) -> Callable[[], torch.Tensor]:
         run: Callable[..., Any] = torch.compile(module, dynamic=False) if compiled else module
-        return lambda: run(**inputs).last_hidden_state
+        return _step(run, module, inputs) if training else lambda: run(**inputs).last_hidden_state
 
     def of_ends(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        value = value[ends] if model.batch > 1 else value
+        value = value[ends] if few else value
         return value.float() if value.is_floating_point() else value
 
     def exact() -> tuple[torch.Tensor, ...]:
-        wide = copy.deepcopy(before).float()
-        return (wide(**{name: of_ends(value) for name, value in inputs.items()}).last_hidden_state.double(),)
+        wide, wide_inputs = copy.deepcopy(before).float(), {name: of_ends(value) for name, value in inputs.items()}
+        return ((_step(wide, wide, wide_inputs)() if training else wide(**wide_inputs).last_hidden_state).double(),)
 
     def compiled(name: str, module: torch.nn.Module) -> tuple[Provider, ...]:
         return (Provider(name, lambda: call(module, True), compiled=True),) if device.type == "cuda" else ()
@@ -103,15 +108,31 @@ def _case(model: Model, device: torch.device, clock: str) -> Case:
         ours=Provider(OURS, lambda: call(after, False)),
         also=compiled(f"{OURS} compiled", after),
         peers=(Provider("hf", lambda: call(before, False)), *compiled("hf compiled", before)),
-        outputs=("out",),
+        outputs=("weight",) if training else ("out",),
         exact=exact,
-        part=lambda i, x: x[ends] if model.batch > 1 else x,
+        part=lambda i, x: x[ends] if few else x,
         rule="model",
-        flops=_flops(before, inputs),
+        flops=_flops(before, inputs) * (3 if training else 1),
         bytes=float(num_bytes(*before.parameters())),
         dtype=dtype,
         clock=clock,
     )
+
+
+def _step(run: Callable[..., Any], module: torch.nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """A step of training without its optimiser: the same incoming gradient for every module."""
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    checked = next(i for i, name in enumerate(names) if "patch_embedding" in name and name.endswith("weight"))
+
+    @torch.enable_grad()
+    def step() -> torch.Tensor:
+        out = run(**inputs).last_hidden_state
+        incoming = torch.sin(torch.arange(out.numel(), device=out.device) % 1009).view(out.shape).to(out.dtype)
+        gradients = torch.autograd.grad(out, parameters, incoming, allow_unused=True)  # of a pooling head there is none
+        weight: torch.Tensor = gradients[checked]
+        return weight
+
+    return step
 
 
 def verified(name: str, device: torch.device) -> list[tuple[str, Report]]:
@@ -268,6 +289,7 @@ TOWERS = (
         CLIP, 64,
     ),
 )  # fmt: skip
+TRAINED = TOWERS[1:3]
 MODELS = (
     *TOWERS,
     Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),

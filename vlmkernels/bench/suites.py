@@ -154,6 +154,8 @@ def _models() -> list[Workload]:
     for model in models.TOWERS:
         name = f"{model.name.rpartition(' ')[0]} batch 1"
         work.append(Workload("models", "accelerate", name, "fwd", models.build(model, 1, "graph"), GRAPH))
+    for model in models.TRAINED:
+        work.append(Workload("models", "accelerate", model.name, "fwd+bwd", models.build(model, training=True), LARGE))
     return work
 
 
