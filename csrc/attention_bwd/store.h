@@ -54,11 +54,5 @@ __device__ __forceinline__ float4* sums_of_tile(char* sums, int64_t tile) {
          attention::thread_again() % 128;
 }
 
-__device__ __forceinline__ void add_to_memory(float4* place, float4 x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x.x),
-               "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
-}
-
 }  // namespace attention_bwd
 }  // namespace vlmk
