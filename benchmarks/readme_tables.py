@@ -2,7 +2,7 @@
 """Writes the tables of the README from a results file: ``python benchmarks/readme_tables.py``.
 
 A table stands between ``<!-- results: SUITE ... -->`` and ``<!-- end -->``; the words behind the suite choose directions and
-operators (``bwd``, ``attention``). It has our newest row of every workload, those that lose first, and the runs they are of.
+operators (``bwd``, ``attention``). It has our row of every workload, those that lose first, and the runs they are of.
 """
 
 import json
@@ -20,19 +20,13 @@ def time(ms: float) -> str:
 
 
 def standings(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Our newest row of every workload, with its best peer's of the same run, by how far ahead we are."""
-    keys = ("suite", "op", "workload", "direction")
-    newest: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Our row of every workload, with its best peer's, by how far ahead we are. A results file has one run of each."""
+    workloads: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in records:
         if row["record"] == "row" and row["status"] == "ok":
-            same = newest.setdefault(tuple(row[key] for key in keys), [])
-            if same and same[0]["run"] != row["run"]:
-                if row["run"] < same[0]["run"]:
-                    continue
-                same.clear()
-            same.append(row)
+            workloads.setdefault(tuple(row[key] for key in ("suite", "op", "workload", "direction")), []).append(row)
     found = []
-    for rows in newest.values():
+    for rows in workloads.values():
         ours = next((row for row in rows if row["provider"].startswith("vlmkernels")), None)
         if ours is not None:
             found.append((ours, next((row for row in rows if row["provider"] == ours["best_peer"]), None)))

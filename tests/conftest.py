@@ -8,15 +8,19 @@ for bfloat16. Triton reads the variable when a kernel is decorated, so this file
 import contextlib
 import functools
 import os
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 
+ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -63,6 +67,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def runnable(*ops: str) -> list[str]:
     """The backends that run all these registered ops (``"attention_fwd"``) on the test device, whatever the inputs."""
     return [name for name in ORDER if all(OPS[op].why_not(name, DEVICE) is None for op in ops)]
+
+
+def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``step`` in a CUDA graph, and the tensors that it leaves there; before that it is called once, on another stream."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+
+
+def run_two_ranks(script: str, folder: Path, **variables: str) -> None:
+    """Two processes run a script of this folder, with their rank, 2 and a file to meet at; both must succeed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, "VLMKERNELS_BACKEND": "torch", "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(ROOT / "tests" / script)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(folder / "store")], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
 
 
 @pytest.fixture

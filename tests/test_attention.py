@@ -2,10 +2,12 @@
 """Attention: every backend against the fp64 reference, forward and backward, over masks, layouts, dtypes and head dims."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from conftest import ON_GPU
+from conftest import ON_GPU, capture
 
 from vlmkernels import BackendError, KeyRanges, attention
 from vlmkernels.testing import compare
@@ -57,6 +59,22 @@ def make_ranges(mask: str, shape: tuple[int, ...], device: torch.device) -> KeyR
         length = torch.randint(-20, sk, (b, sq), device=device, dtype=torch.int32)
         return KeyRanges(start, start + length)
     return None
+
+
+def replayed(
+    step: Callable[[], Any], inputs: list[torch.Tensor], ranges: KeyRanges | None, mask: str, shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """What ``step`` in a CUDA graph makes of other contents, ranges included, and what a call does."""
+    graph, captured = capture(step)
+    with torch.no_grad():
+        for x in inputs:
+            x.normal_()
+        if ranges is not None:
+            other = make_ranges(mask, shape, inputs[0].device)
+            ranges.start.copy_(other.start)
+            ranges.stop.copy_(other.stop)
+    graph.replay()
+    return captured, step()
 
 
 def run(inputs: list[torch.Tensor], ranges: KeyRanges | None, backend: str, dtype: torch.dtype, **options) -> list[torch.Tensor]:
@@ -290,22 +308,8 @@ def test_attention_cuda_graph(mask, device):
     def step():
         return torch.autograd.grad(attention(*inputs, ranges, causal=mask == "causal").sum(), inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.normal_()
-        if ranges is not None:
-            other = make_ranges(mask, shape, device)
-            ranges.start.copy_(other.start)
-            ranges.stop.copy_(other.stop)
-    graph.replay()
-    for x, y in zip(captured, step(), strict=True):
+    captured, called = replayed(step, inputs, ranges, mask, shape)
+    for x, y in zip(captured, called, strict=True):
         assert torch.equal(x, y)
 
 

@@ -3,11 +3,18 @@
 
 import pytest
 import torch
-from test_attention import MASKS, make_qkv, make_ranges
-from test_attention_bwd_few_cuda import DTYPES, check, gradients
+from test_attention import MASKS, make_qkv, make_ranges, replayed
+from test_attention_bwd_few_cuda import (
+    DTYPES,
+    check,
+    check_nan_stays_in_its_head,
+    check_offsets_past_2_31,
+    check_refusal,
+    check_unseen,
+    gradients,
+)
 
 from vlmkernels import BackendError, KeyRanges, attention
-from vlmkernels.ops.attention import _bwd
 from vlmkernels.testing import compare
 from vlmkernels.testing.inputs import QKV_VIEWS
 
@@ -98,37 +105,17 @@ def test_views(view, device):
 @pytest.mark.parametrize("batch", [2, 66])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_padding_of_nan(batch, dim, device):
-    """Keys that no query sees may hold anything: they get zeros as gradients, and nothing comes of them."""
-    shape = (batch, 4, 2, 150, 300, dim, dim)
-    q, k, v = (x.detach() for x in make_qkv(shape, torch.bfloat16, device))
+    inputs = [x.detach() for x in make_qkv((batch, 4, 2, 150, 300, dim, dim), torch.bfloat16, device)]
     ranges = KeyRanges(*(torch.full((batch, 150), x, device=device, dtype=torch.int32) for x in (70, 210)))
     ranges.stop[1, 3] = 0  # sees nothing
-    dout = torch.randn(batch, 150, 4, dim, device=device).bfloat16()
-    clean, _ = gradients((q, k, v), ranges, dout=dout)
     unseen = torch.ones(batch, 300, dtype=torch.bool, device=device)
     unseen[:, 70:210] = False
-    k[unseen], v[unseen] = float("nan"), float("inf")
-    out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, backend="reference")
-    got = _bwd(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
-    for x, y in zip(got, clean, strict=True):
-        assert compare(x, y.double(), "grad")
-    assert (got[0][1, 3] == 0).all() and (got[1][unseen] == 0).all() and (got[2][unseen] == 0).all()
+    check_unseen(inputs, ranges, unseen)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_nan_stays_in_its_head(where, device):
-    q, k, v = (x.detach() for x in make_qkv((2, 4, 2, 150, 200, 64, 64), torch.bfloat16, device))
-    dout = torch.randn(2, 150, 4, 64, device=device).bfloat16()
-    clean, _ = gradients((q, k, v), dout=dout)
-    x = {"q": q, "k": k, "v": v, "dout": dout}[where]
-    x[1, 17, 1] = float("nan")
-    got, _ = gradients((q, k, v), dout=dout)
-    key_head = 0 if where in ("q", "dout") else 1
-    for result, before, heads in zip(got, clean, (2, 1, 1), strict=True):
-        spoiled = torch.zeros(result.shape, dtype=torch.bool, device=device)
-        spoiled[1, :, key_head * heads : (key_head + 1) * heads] = True
-        assert compare(result[~spoiled], before[~spoiled].double(), "grad")
-    assert all(result[1].isnan().any() for result in got[:2])
+    check_nan_stays_in_its_head(150, where, device, lambda x, y: compare(x, y.double(), "grad"))
 
 
 @pytest.mark.parametrize("batch", [1, 66])
@@ -142,13 +129,7 @@ def test_nothing_to_see(batch, device):
 
 @pytest.mark.parametrize("where", ["q", "k"])
 def test_offsets_past_2_31(where, device):
-    """Rows so far apart that the last one lies past 2^31 elements."""
-    s, d = 300, 64
-    step = (1 << 31) // (s - 1) // 8 * 8 + 8
-    wide = torch.empty(s * step, dtype=torch.bfloat16, device=device)
-    far = wide.as_strided((1, s, 1, d), (0, step, d, 1)).normal_()
-    near = torch.randn(1, 200, 1, d, dtype=torch.bfloat16, device=device)
-    check([far, near, near] if where == "q" else [near, far, far])
+    check_offsets_past_2_31(where, 300, 200, device)
 
 
 @pytest.mark.parametrize("batch", [2, 66])
@@ -160,21 +141,8 @@ def test_cuda_graph(batch, device):
     def step():
         return torch.autograd.grad(attention(*inputs, ranges, backend="cuda").sum(), inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.normal_()
-        other = make_ranges("random", shape, device)
-        ranges.start.copy_(other.start)
-        ranges.stop.copy_(other.stop)
-    graph.replay()
-    for x, y in zip(captured, step(), strict=True):
+    captured, called = replayed(step, inputs, ranges, "random", shape)
+    for x, y in zip(captured, called, strict=True):
         assert compare(x, y.double(), "grad")
 
 
@@ -186,10 +154,4 @@ def test_cuda_graph(batch, device):
     ],
 )
 def test_refusals(shape, softcap, reason, device):
-    """Each goes to another backend where none is forced."""
-    inputs = make_qkv(shape, torch.bfloat16, device)
-    out = attention(*inputs, softcap=softcap, backend="cuda")
-    with pytest.raises(BackendError, match=f"cuda: the backward {reason}"):
-        torch.autograd.grad(out.sum(), inputs)
-    got = torch.autograd.grad(attention(*inputs, softcap=softcap).sum(), inputs)
-    assert all(x.isfinite().all() for x in got)
+    check_refusal(shape, softcap, reason, device)

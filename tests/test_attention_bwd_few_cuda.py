@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from test_attention import MASKS, make_qkv, make_ranges
+from test_attention import MASKS, make_qkv, make_ranges, replayed
 
 from vlmkernels import BackendError, KeyRanges, attention
 from vlmkernels.ops.attention import _bwd
@@ -46,6 +46,54 @@ def check(inputs, ranges=None, terms=0.0, **options):
     for name, x, y in zip(("dq", "dk", "dv"), got, exact, strict=True):
         result = compare(x, y, "grad", terms=terms)
         assert result, f"{name}: {result}"
+
+
+def check_unseen(inputs, ranges, unseen):
+    """Keys that no query sees may hold anything: they get zeros as gradients, and nothing comes of them."""
+    q, k, v = inputs
+    dout = torch.randn(*q.shape[:3], v.shape[3], device=q.device).bfloat16()
+    clean, _ = gradients(inputs, ranges, dout=dout)
+    k[unseen], v[unseen] = float("nan"), float("inf")
+    out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, backend="reference")
+    got = _bwd(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
+    for x, y in zip(got, clean, strict=True):
+        assert compare(x, y.double(), "grad")
+    assert (got[0][1, 3] == 0).all() and (got[1][unseen] == 0).all() and (got[2][unseen] == 0).all()
+
+
+def check_nan_stays_in_its_head(queries, where, device, alike):
+    """What has nothing to do with the NaN is ``alike`` without it."""
+    q, k, v = (x.detach() for x in make_qkv((2, 4, 2, queries, 200, 64, 64), torch.bfloat16, device))
+    dout = torch.randn(2, queries, 4, 64, device=device).bfloat16()
+    clean, _ = gradients((q, k, v), dout=dout)
+    x = {"q": q, "k": k, "v": v, "dout": dout}[where]
+    x[1, 17, 1] = float("nan")
+    got, _ = gradients((q, k, v), dout=dout)
+    key_head = 0 if where in ("q", "dout") else 1
+    for result, before, heads in zip(got, clean, (2, 1, 1), strict=True):
+        spoiled = torch.zeros(result.shape, dtype=torch.bool, device=device)
+        spoiled[1, :, key_head * heads : (key_head + 1) * heads] = True
+        assert alike(result[~spoiled], before[~spoiled])
+    assert all(result[1].isnan().any() for result in got[:2])
+
+
+def check_offsets_past_2_31(where, far_rows, near_rows, device):
+    """Rows so far apart that the last one lies past 2^31 elements."""
+    step = (1 << 31) // (far_rows - 1) // 8 * 8 + 8
+    wide = torch.empty(far_rows * step, dtype=torch.bfloat16, device=device)
+    far = wide.as_strided((1, far_rows, 1, 64), (0, step, 64, 1)).normal_()
+    near = torch.randn(1, near_rows, 1, 64, dtype=torch.bfloat16, device=device)
+    check([far, near, near] if where == "q" else [near, far, far])
+
+
+def check_refusal(shape, softcap, reason, device):
+    """It goes to another backend where none is forced."""
+    inputs = make_qkv(shape, torch.bfloat16, device)
+    out = attention(*inputs, softcap=softcap, backend="cuda")
+    with pytest.raises(BackendError, match=f"cuda: the backward {reason}"):
+        torch.autograd.grad(out.sum(), inputs)
+    got = torch.autograd.grad(attention(*inputs, softcap=softcap).sum(), inputs)
+    assert all(x.isfinite().all() for x in got)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -124,34 +172,15 @@ def padded(device, dim):
 
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_padding_of_nan(dim, device):
-    """What no query sees may hold anything: it gets zeros as gradients, and nothing comes of it."""
-    (q, k, v), ranges = padded(device, dim)
-    dout = torch.randn(2, 20, 4, dim, device=device).bfloat16()
-    clean, _ = gradients((q, k, v), ranges, dout=dout)
+    inputs, ranges = padded(device, dim)
     unseen = torch.ones(2, 300, dtype=torch.bool, device=device)
     unseen[0, 70:100], unseen[1, :200] = False, False
-    k[unseen], v[unseen] = float("nan"), float("inf")
-    out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, backend="reference")
-    got = _bwd(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
-    for x, y in zip(got, clean, strict=True):
-        assert compare(x, y.double(), "grad")
-    assert (got[0][1, 3] == 0).all() and (got[1][unseen] == 0).all() and (got[2][unseen] == 0).all()
+    check_unseen(inputs, ranges, unseen)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_nan_stays_in_its_head(where, device):
-    q, k, v = (x.detach() for x in make_qkv((2, 4, 2, 30, 200, 64, 64), torch.bfloat16, device))
-    dout = torch.randn(2, 30, 4, 64, device=device).bfloat16()
-    clean, _ = gradients((q, k, v), dout=dout)
-    x = {"q": q, "k": k, "v": v, "dout": dout}[where]
-    x[1, 17, 1] = float("nan")
-    got, _ = gradients((q, k, v), dout=dout)
-    key_head = 0 if where in ("q", "dout") else 1
-    for result, before, heads in zip(got, clean, (2, 1, 1), strict=True):
-        spoiled = torch.zeros(result.shape, dtype=torch.bool, device=device)
-        spoiled[1, :, key_head * heads : (key_head + 1) * heads] = True
-        assert torch.equal(result[~spoiled], before[~spoiled])
-    assert all(result[1].isnan().any() for result in got[:2])
+    check_nan_stays_in_its_head(30, where, device, torch.equal)
 
 
 def test_nothing_to_see(device):
@@ -180,13 +209,7 @@ def test_large_logits(device):
 
 @pytest.mark.parametrize("where", ["q", "k"])
 def test_offsets_past_2_31(where, device):
-    """Rows so far apart that the last one lies past 2^31 elements."""
-    s, d = 300 if where == "k" else 128, 64
-    step = (1 << 31) // (s - 1) // 8 * 8 + 8
-    wide = torch.empty(s * step, dtype=torch.bfloat16, device=device)
-    far = wide.as_strided((1, s, 1, d), (0, step, d, 1)).normal_()
-    near = torch.randn(1, 128, 1, d, dtype=torch.bfloat16, device=device)
-    check([far, near, near] if where == "q" else [near, far, far])
+    check_offsets_past_2_31(where, 300 if where == "k" else 128, 128, device)
 
 
 def test_inputs_unchanged(device):
@@ -205,21 +228,8 @@ def test_cuda_graph(device):
     def step():
         return torch.autograd.grad(attention(*inputs, ranges, backend="cuda").sum(), inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.normal_()
-        other = make_ranges("random", shape, device)
-        ranges.start.copy_(other.start)
-        ranges.stop.copy_(other.stop)
-    graph.replay()
-    for x, y in zip(captured, step(), strict=True):
+    captured, called = replayed(step, inputs, ranges, "random", shape)
+    for x, y in zip(captured, called, strict=True):
         assert torch.equal(x, y)
 
 
@@ -240,10 +250,4 @@ def test_it_is_chosen(device):
     ],
 )
 def test_refusals(shape, softcap, reason, device):
-    """Each goes to another backend where none is forced."""
-    inputs = make_qkv(shape, torch.bfloat16, device)
-    out = attention(*inputs, softcap=softcap, backend="cuda")
-    with pytest.raises(BackendError, match=f"cuda: the backward {reason}"):
-        torch.autograd.grad(out.sum(), inputs)
-    got = torch.autograd.grad(attention(*inputs, softcap=softcap).sum(), inputs)
-    assert all(x.isfinite().all() for x in got)
+    check_refusal(shape, softcap, reason, device)

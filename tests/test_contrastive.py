@@ -34,6 +34,16 @@ def several_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def extra_bytes(loss: Loss, leaves: list[torch.Tensor], backend: str) -> int:
+    """What a loss and its gradients take on the GPU at most, beside inputs and results."""
+    loss(*(x[:512] if x.dim() else x for x in leaves), backend=backend).backward()  # what cuBLAS allocates once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = torch.autograd.grad(loss(*leaves, backend=backend), leaves)
+    return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in gradients)
+
+
 def features(images: int, texts: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     return [(torch.randn(size, dim, device=device) / dim**0.5).to(dtype).requires_grad_() for size in (images, texts)]
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contrastive import Loss, check, features, numbers, runs, several_captions
+from conftest import capture
+from test_contrastive import Loss, check, extra_bytes, features, numbers, runs, several_captions
 
 from vlmkernels import BackendError, clip_loss, siglip_loss
 from vlmkernels.testing import compare
@@ -136,13 +137,7 @@ def test_memory(loss: Loss, dim: int, device: torch.device) -> None:
     """Beside inputs and results, less than 2 % of what the dense form keeps compiled: the logits in bf16, and CLIP's twice."""
     rows = 32768
     leaves = [*features(rows, rows, dim, torch.bfloat16, device), *numbers(loss, device)]
-    loss(*(x[:512] if x.dim() else x for x in leaves), backend="cuda").backward()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    gradients = torch.autograd.grad(loss(*leaves, backend="cuda"), leaves)
-    results = sum(x.numel() * x.element_size() for x in gradients)
-    assert torch.cuda.max_memory_allocated() - before - results < 0.02 * (4 if loss is clip_loss else 2) * rows**2
+    assert extra_bytes(loss, leaves, "cuda") < 0.02 * (4 if loss is clip_loss else 2) * rows**2
 
 
 @both
@@ -153,13 +148,7 @@ def test_graph_capture(loss: Loss, device: torch.device) -> None:
         value = loss(*leaves, backend="cuda")
         return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in leaves[:3]:
             x.mul_(torch.rand_like(x) + 0.5)

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from conftest import runnable
-from test_contrastive import OPS, Loss, features, numbers, portable, several_captions
+from conftest import capture, runnable
+from test_contrastive import OPS, Loss, extra_bytes, features, numbers, portable, several_captions
 
 from vlmkernels import clip_loss, siglip_loss
 from vlmkernels.testing import compare
@@ -64,13 +64,7 @@ def test_memory(loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(contrastive, "PANEL", 4096)
     rows = 46336
     leaves = [*features(rows, rows, 256, torch.bfloat16, device), *numbers(loss, device)]
-    loss(*(x[:512] if x.dim() else x for x in leaves), backend="triton").backward()  # what cuBLAS allocates once
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    gradients = torch.autograd.grad(loss(*leaves, backend="triton"), leaves)
-    results = sum(x.numel() * x.element_size() for x in gradients)
-    assert torch.cuda.max_memory_allocated() - before - results < 0.03 * 2 * rows**2
+    assert extra_bytes(loss, leaves, "triton") < 0.03 * 2 * rows**2
 
 
 @pytest.mark.gpu
@@ -83,13 +77,7 @@ def test_graph_capture(loss: Loss, backend: str, device: torch.device) -> None:
         value = loss(*leaves, backend=backend)
         return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in leaves[:3]:
             x.mul_(torch.rand_like(x) + 0.5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import capture
 from nn_parity import randomize
 from torch import Tensor, nn
 
@@ -95,13 +96,7 @@ def test_in_a_cuda_graph(name: str, device: torch.device) -> None:
     inputs = tuple(torch.randn(shape, device=device).bfloat16() for shape in shapes)
     ranges = keywords(name, device)
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            module(*inputs, **ranges)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = module(*inputs, **ranges)
+        graph, out = capture(lambda: module(*inputs, **ranges))
         for x in inputs:
             x.copy_(torch.randn_like(x))
         for parameter in module.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ON_GPU, runnable
+from conftest import ON_GPU, capture, runnable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -336,13 +336,7 @@ def test_graph_capture_and_bits(options: dict[str, Any], backend: str, device: t
         out = resample_pos_embed(leaf, grids, 500, **options, backend=backend)
         return [out, *torch.autograd.grad(out.square().sum(), leaf)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     grids.copy_(second)
     graph.replay()
     for x, y in zip(captured, step(), strict=True):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ON_GPU, runnable
+from conftest import ON_GPU, capture, runnable
 from torch.library import opcheck
 
 from vlmkernels.ops._op import BackendError
@@ -351,13 +351,7 @@ def test_graph_capture(backend: str, device: torch.device) -> None:
         outs = rope(*leaves[:2], cos, sin, q_weight=leaves[2], backend=backend)
         return [*outs, *torch.autograd.grad(sum(x.square().sum() for x in outs), leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for x in (q, k, start, cos, w):
         x.copy_(torch.rand_like(x))
     graph.replay()

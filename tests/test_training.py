@@ -3,23 +3,17 @@
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import captioner
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import DEVICE, ON_GPU
+from conftest import DEVICE, ON_GPU, needs_gloo, run_two_ranks
 from torch.utils.checkpoint import checkpoint
 
-from vlmkernels import KeyRanges, use_backend
+from vlmkernels import KeyRanges, attention, use_backend
 from vlmkernels.testing import compare
 
 pytest.importorskip("skimage", reason="the photos are those of scikit-image")
-ROOT = Path(__file__).parents[1]
 SIZES = (
     {"width": 512, "heads": 8, "layers": 4, "resolution": 224}
     if ON_GPU
@@ -115,20 +109,10 @@ def test_graph_of_a_step(photos):
         assert torch.allclose(step(models[0], optimizers[0]), loss, rtol=0.01)
 
 
+@needs_gloo
 def test_two_ranks(tmp_path):
     """DistributedDataParallel and FSDP2 over gloo, against the whole batch in one process."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("torch was built without gloo")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    environment |= {"VLMKERNELS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "tests" / "training_ranks.py")]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
-        assert rank.returncode == 0, errors
+    run_two_ranks("training_ranks.py", tmp_path, CUDA_VISIBLE_DEVICES="")
 
 
 def train(steps, photos, context):
@@ -160,5 +144,5 @@ def test_rows_that_see_nothing(photos):
     q, k, v = (torch.randn(2, 20, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     stop = torch.full((2, 20), 15, dtype=torch.int32, device=DEVICE)
     stop[1, 7:] = 0
-    out = torch.autograd.grad(captioner.attention(q, k, v, KeyRanges(torch.zeros_like(stop), stop)).sum(), (q, k, v))
+    out = torch.autograd.grad(attention(q, k, v, KeyRanges(torch.zeros_like(stop), stop)).sum(), (q, k, v))
     assert (out[0][1, 7:] == 0).all() and (out[1][:, 15:] == 0).all() and (out[2][:, 15:] == 0).all()

@@ -16,16 +16,6 @@ namespace attention_bwd {
 
 using attention::lane_index;
 
-// Starts the copy of so many bytes; they are counted at the barrier.
-__device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source, uint32_t bytes,
-                                           uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 template <typename C>
 struct Producer {
   const VlmkAttentionBwdParams& p;
@@ -156,12 +146,12 @@ struct Producer {
     const int64_t row = int64_t{item.batch} * p.num_heads + tile.head;
     const int64_t range_row = p.range_stride_b ? item.batch : 0;
     const int64_t of_row = tile.first_query / kQueries;
-    copy_bytes(base + C::sums_at(stage),
-               place(workspace.sums + (row * num_tiles + of_row) * C::kTableBytes), C::kTableBytes,
-               barrier);
-    copy_bytes(base + C::ranges_at(stage),
-               place(workspace.ranges + (range_row * num_tiles + of_row) * C::kTableBytes),
-               C::kTableBytes, barrier);
+    copy_from_global(base + C::sums_at(stage),
+                     place(workspace.sums + (row * num_tiles + of_row) * C::kTableBytes),
+                     C::kTableBytes, barrier);
+    copy_from_global(base + C::ranges_at(stage),
+                     place(workspace.ranges + (range_row * num_tiles + of_row) * C::kTableBytes),
+                     C::kTableBytes, barrier);
   }
 
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {

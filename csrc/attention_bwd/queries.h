@@ -80,13 +80,7 @@ struct QueryGroup {
 
   __device__ __forceinline__ void add_to_memory(float4* place) const {
 #pragma unroll
-    for (int i = 0; i < C::kWidth / 8; ++i) {
-      const float4 x = sums(i);
-      asm volatile(
-          "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place + i * 128),
-          "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-          : "memory");
-    }
+    for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
   }
 
   // A block that has the whole head keeps the sums to itself: they stay in L2, and every thread

@@ -192,6 +192,13 @@ __device__ __forceinline__ void store_global(void* destination, const uint4& x) 
                : "memory");
 }
 
+// Added to what lies in global memory, by all of the GPU.
+__device__ __forceinline__ void add_to_global(float4* place, float4 x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // 16 bytes from global memory, past L1.
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
@@ -208,6 +215,16 @@ __device__ __forceinline__ void copy_async_8(uint32_t destination, const void* s
 // Arrives once all that this thread copied before is there.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// A bulk copy from global memory, in multiples of 16 bytes, which are counted at a barrier.
+__device__ __forceinline__ void copy_from_global(uint32_t destination, const void* source,
+                                                 uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // A bulk copy from this block's shared memory to another's, in multiples of 16 bytes, which are

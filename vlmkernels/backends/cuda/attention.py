@@ -171,17 +171,8 @@ def _prepared_bwd(
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
     params = AttentionBwdParams(deterministic=deterministic)
-    _fill(
-        params,
-        q_shape,
-        k_shape,
-        value_dim,
-        dict(zip(("dout", "q", "k", "v"), strides, strict=True)),
-        dtype,
-        ranges,
-        causal,
-        scale,
-    )
+    named = dict(zip(("dout", "q", "k", "v"), strides, strict=True))
+    _fill(params, q_shape, k_shape, value_dim, named, dtype, ranges, causal, scale)
     return _check_bwd.why_not(params) or params
 
 
@@ -247,7 +238,8 @@ def attention_bwd(
         start, stop = start.contiguous(), stop.contiguous()
     params = _prepare_bwd(dout, q, k, v, start, causal, scale)
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
-    workspace = q.new_empty(params.workspace_bytes, dtype=torch.uint8)
+    size = params.workspace_bytes  # none for few queries
+    workspace = q.new_empty(size, dtype=torch.uint8) if size else None
     tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace)
     pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
     _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
