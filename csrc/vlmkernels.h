@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 8
+#define VLMK_ABI_VERSION 9
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -69,7 +69,8 @@ VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
  *   total = sum_k pixel[k] weight[k] + bias + pos
  *   out = norm_weight ? LayerNorm(total) : total
  * The pointers pixels, weight, prefix, pos, out and total and the strides of pixels are multiples
- * of 16 bytes; dim and the strides of pos are multiples of 8. */
+ * of 16 bytes; dim and the strides of pos are multiples of 8. Rows of pixels whose depth is no
+ * multiple of 8 begin at multiples of 8 bytes: for these alone there are frames and scratch. */
 typedef struct {
   const void* pixels; /* patch (b, gy, gx): columns gx * patch and on, contiguous */
   const void* weight; /* [dim, pixels of a patch] contiguous, in token_type like all that follow */
@@ -80,6 +81,7 @@ typedef struct {
   const void* norm_bias;   /* [dim] or null */
   void* out;               /* [batch, num_prefix + grid_y * grid_x, dim] contiguous */
   void* total;             /* the same, or null; written only with norm_weight */
+  void* scratch;           /* [dim, depth up to a multiple of 64] in token_type */
   int64_t pixel_stride_b;
   int64_t pixel_stride_gy; /* from one row of patches to the next */
   int64_t pixel_stride_c;
@@ -89,8 +91,10 @@ typedef struct {
   int32_t batch;
   int32_t grid_y;
   int32_t grid_x;
-  int32_t patch; /* 14 or 16; 0 for rows: grid_y of them, pixel_stride_gy apart, grid_x being 1 */
-  int32_t depth; /* pixels of a row, in the order of the weight's columns; of rows only */
+  int32_t patch;  /* 14 or 16; 0 for rows: grid_y of them, pixel_stride_gy apart, grid_x being 1 */
+  int32_t depth;  /* pixels of a row, in the order of the weight's columns; of rows only */
+  int32_t frames; /* of the weight, depth columns for each; they are added up */
+  int32_t frame_run; /* so many columns of one frame are followed by those of the next */
   int32_t dim;
   int32_t num_prefix;
   int32_t pos_on_prefix;

@@ -24,12 +24,12 @@ using attention::Ring;
 constexpr int kQueries = 64;  // of a tile
 constexpr int kKeys = 128;    // of a tile: 64 of each of two warpgroups
 constexpr int kKeyGroups = 2;
-constexpr int kThreads = (kKeyGroups + 2) * 128;  // another for dQ, and one that copies
-constexpr int kMaxWidth = 80;
+constexpr int kMaxWidth = 128;
 constexpr int kMaxStages = 4;
+constexpr int kMaxScoreStages = 3;
 
 struct Maps {
-  CUtensorMap queries, dout, keys, values;
+  CUtensorMap queries, dout, keys, values, dk, dv;
 };
 
 // A tile of keys, with all queries that see any of them, of all heads that read its head. Written
@@ -41,8 +41,9 @@ struct alignas(16) Item {
 };
 
 struct alignas(16) QueryTile {
-  int32_t head, first_query;
   uint32_t flags;
+  int32_t batch, head, first_query;
+  int32_t dq;  // which of the tiles of sums in memory is its own
 };
 constexpr uint32_t kMasked = 1;  // not all queries see all keys
 constexpr uint32_t kFirst = 2;   // this is the first tile of keys that any of the queries sees
@@ -69,6 +70,27 @@ struct Workspace {
   int64_t bytes;
 };
 
+// All barriers of a block, as addresses in shared memory.
+struct Barriers {
+  static constexpr int kScores = 4, kQueriesFull = kScores + 2 * kMaxScoreStages;
+  static constexpr int kCount = kQueriesFull + 2 * kMaxStages;
+  uint32_t base;
+
+  __device__ uint32_t keys_full(int stage) const { return at(stage); }
+  __device__ uint32_t keys_empty(int stage) const { return at(2 + stage); }
+  __device__ uint32_t scores_full(int stage) const { return at(kScores + stage); }
+  __device__ uint32_t scores_empty(int stage) const {
+    return at(kScores + kMaxScoreStages + stage);
+  }
+  __device__ uint32_t queries_full(int stage) const { return at(kQueriesFull + stage); }
+  __device__ uint32_t queries_empty(int stage) const {
+    return at(kQueriesFull + kMaxStages + stage);
+  }
+
+ private:
+  __device__ uint32_t at(int index) const { return base + 8 * index; }
+};
+
 template <typename T, int kWidth_>
 struct Config {
   using Element = T;
@@ -78,11 +100,20 @@ struct Config {
   static constexpr int kPanels = ceil_div(kDepth, kPanel);
   static_assert(kWidth <= kMaxWidth);
 
-  // The warpgroup of dQ has its sums and as many others, those of keys what is left of 65,536.
+  // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
+  static constexpr bool kWide = kWidth > 80;
+  static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
+  static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
+
+  // The warpgroup of dQ has its sums and 32 others, those of keys what is left of 65,536.
   static constexpr int kProducerRegisters = 32;
-  static constexpr int kQueryRegisters = kWidth <= 64 ? 72 : 96;
+  static constexpr int kQueryRegisters = kWide ? 0 : kWidth <= 72 ? 64 : 72;
   static constexpr int kKeyRegisters =
       (512 - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
+
+  // Keys as left operands are, values where they find room.
+  static constexpr bool kKeysInRegisters = kWidth < 80;
+  static constexpr bool kValuesInRegisters = kWidth <= 64;
 
   // Keys and values of this item and the next; as many stages of queries and dout as fit.
   static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
@@ -91,6 +122,8 @@ struct Config {
   static constexpr int kScoreStages = 2;
   static constexpr int kTableBytes = kQueries / 2 * 16;
   static constexpr int kStageBytes = 2 * kQueriesBytes + 2 * kTableBytes;
+  // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
+  static constexpr bool kStaged = kWidth <= 64;
   static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
   static constexpr int kFitting =
       (kSharedLimit - kExtraBytes - 4 * kKeysBytes - kScoreStages * kScoresBytes) / kStageBytes;
@@ -99,10 +132,11 @@ struct Config {
 
   // Bytes from the beginning of shared memory.
   static constexpr int kQueriesAt = 4 * kKeysBytes;
-  static constexpr int kScoresAt = kQueriesAt + kStages * 2 * kQueriesBytes;
+  static constexpr int kStagingAt = kQueriesAt + kStages * 2 * kQueriesBytes;
+  static constexpr int kScoresAt = kStagingAt + kStaged * kKeysBytes;
   static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kBarriersAt = kTablesAt + kStages * 2 * kTableBytes;
-  static constexpr int kItemsAt = kBarriersAt + 2 * (2 + kMaxStages + kScoreStages) * 8;
+  static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
   static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
   static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
   static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
@@ -118,23 +152,10 @@ struct Config {
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
 };
 
-// All barriers of a block, as addresses in shared memory.
-struct Barriers {
-  uint32_t base;
-
-  __device__ uint32_t keys_full(int stage) const { return at(stage); }
-  __device__ uint32_t keys_empty(int stage) const { return at(2 + stage); }
-  __device__ uint32_t scores_full(int stage) const { return at(4 + stage); }
-  __device__ uint32_t scores_empty(int stage) const { return at(6 + stage); }
-  __device__ uint32_t queries_full(int stage) const { return at(8 + stage); }
-  __device__ uint32_t queries_empty(int stage) const { return at(8 + kMaxStages + stage); }
-
- private:
-  __device__ uint32_t at(int index) const { return base + 8 * index; }
-};
-
 // The width of the variant that takes heads of so many columns.
-constexpr int width_for(int columns) { return columns <= 64 ? 64 : ceil_div(columns, 8) * 8; }
+constexpr int width_for(int columns) {
+  return columns <= 64 ? 64 : columns <= 80 ? ceil_div(columns, 8) * 8 : columns <= 96 ? 96 : 128;
+}
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);
 int backward_float16(const VlmkAttentionBwdParams& p, void* stream);

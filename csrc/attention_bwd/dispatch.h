@@ -29,8 +29,17 @@ int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
   code = encode(maps.keys, p.k, p.num_keys, p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s,
                 p.k_stride_h, kKeys);
   if (code) return code;
-  return encode(maps.values, p.v, p.num_keys, p.num_kv_heads, p.value_dim, p.v_stride_b,
+  code = encode(maps.values, p.v, p.num_keys, p.num_kv_heads, p.value_dim, p.v_stride_b,
                 p.v_stride_s, p.v_stride_h, kKeys);
+  if (code) return code;
+  const auto encode_result = [&](CUtensorMap& map, const void* data, int columns) {
+    const int64_t row = int64_t{p.num_kv_heads} * columns;  // contiguous
+    return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * row, row, columns,
+                  16);
+  };
+  code = encode_result(maps.dk, p.dk, p.dim);
+  if (code) return code;
+  return encode_result(maps.dv, p.dv, p.value_dim);
 }
 
 template <typename C>
@@ -65,10 +74,10 @@ int run(const VlmkAttentionBwdParams& p, void* stream) {
   }
   const int tiles = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries);
   code = launch("prepare_rows_kernel", prepare_rows_kernel<C>, dim3(tiles), dim3(kRowThreads), 0,
-                stream, p, w, s.whole);
+                stream, p, s, w);
   if (code) return code;
   const int blocks = std::min(count, s.whole ? p.batch * p.num_kv_heads : s.items);
-  code = launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(kThreads),
+  code = launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(C::kThreads),
                 C::kSharedBytes, stream, p, maps, s, w);
   if (code || s.whole) return code;
   return launch("finish_queries_kernel", finish_queries_kernel<C>, dim3(tiles), dim3(128), 0,
@@ -82,6 +91,10 @@ int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
       return run<Config<T, 64>>(p, stream);
     case 72:
       return run<Config<T, 72>>(p, stream);
+    case 80:
+      return run<Config<T, 80>>(p, stream);
+    case 96:
+      return run<Config<T, 96>>(p, stream);
     default:
       return run<Config<T, kMaxWidth>>(p, stream);
   }

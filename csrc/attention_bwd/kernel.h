@@ -6,6 +6,7 @@
 
 #include "attention_bwd/config.h"
 #include "attention_bwd/keys.h"
+#include "attention_bwd/pairs.h"
 #include "attention_bwd/producer.h"
 #include "attention_bwd/queries.h"
 #include "common/hopper.h"
@@ -15,7 +16,7 @@ namespace vlmk {
 namespace attention_bwd {
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
                          const __grid_constant__ Maps maps, const __grid_constant__ Schedule s,
                          const __grid_constant__ Workspace w) {
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < 2; ++stage) {
       barrier_init(barriers.keys_full(stage), 1);
-      barrier_init(barriers.keys_empty(stage), 4 * (kKeyGroups + 1));
+      barrier_init(barriers.keys_empty(stage), 4 * C::kGroups);
     }
     for (int stage = 0; stage < C::kScoreStages; ++stage) {
       barrier_init(barriers.scores_full(stage), 4 * kKeyGroups);
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int stage = 0; stage < C::kStages; ++stage) {
       barrier_init(barriers.queries_full(stage), 1);
-      barrier_init(barriers.queries_empty(stage), 4 * (kKeyGroups + 1));
+      barrier_init(barriers.queries_empty(stage), 4 * C::kGroups);
     }
     fence_barrier_init();
   }
@@ -40,12 +41,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
   if (group < kKeyGroups) {
     grow_registers<C::kKeyRegisters>();
-    KeyGroup<C> keys{p, shared, barriers, group};
-    keys.run();
-  } else if (group == kKeyGroups) {
-    shrink_registers<C::kQueryRegisters>();
-    QueryGroup<C> queries{p, s, w, shared, barriers};
-    queries.run();
+    if constexpr (C::kWide) {
+      PairGroup<C> keys{{p, maps, shared, barriers, group}, s, w};
+      keys.run();
+    } else {
+      KeyGroup<C> keys{p, maps, shared, barriers, group};
+      keys.run();
+    }
+  } else if (!C::kWide && group == kKeyGroups) {
+    if constexpr (!C::kWide) {
+      shrink_registers<C::kQueryRegisters>();
+      QueryGroup<C> queries{p, s, w, shared, barriers};
+      queries.run();
+    }
   } else {
     shrink_registers<C::kProducerRegisters>();
     if (threadIdx.x / 32 % 4 == 0) Producer<C>{p, maps, s, w, shared, barriers}.run();

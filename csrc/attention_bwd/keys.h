@@ -14,6 +14,7 @@
 #include "attention_bwd/store.h"
 #include "common/float16.h"
 #include "common/hopper.h"
+#include "common/mma.h"
 #include "common/wgmma.h"
 #include "vlmkernels.h"
 
@@ -28,22 +29,59 @@ struct KeyGroup {
   using T = typename C::Element;
 
   const VlmkAttentionBwdParams& p;
+  const Maps& maps;
   char* shared;
   Barriers barriers;
   int group;
   Ring<2> keys{0};
   Ring<C::kStages> queries{0};
   Ring<C::kScoreStages> buffer{1};  // of dS; its first turn waits for nobody
+  int open_stage = -1;              // of queries whose last product may be under way
+  int stored_stage = -1;            // of keys whose results are yet to be stored
 
   float scores[kQueries / 2], dp[kQueries / 2];
   uint32_t weights[kQueries / 4], ds[kQueries / 4];
   float dk[C::kWidth / 2], dv[C::kWidth / 2];
+  uint32_t own_keys[C::kDepth / 16][4], own_values[C::kDepth / 16][4];
 
   __device__ __forceinline__ uint32_t at(int offset) const {
     return shared_address(shared) + offset;
   }
 
-  // sums = this warpgroup's rows of `tile` times `rows`, both with their columns along the product.
+  // This warpgroup's rows of a tile, as left operands: with one of them in registers a product
+  // reads half as much of shared memory, whose bandwidth is what bounds this kernel.
+  __device__ __forceinline__ void load_own(uint32_t (&own)[C::kDepth / 16][4], uint32_t tile) {
+    const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const uint32_t row =
+        tile + (group * 64 + warp * 16 + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+    for (int step = 0; step < C::kDepth / 16; ++step) {
+      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
+      load_matrices(own[step], (row ^ inside) + panel * kKeys * kRowBytes);
+    }
+  }
+
+  // sums = the warpgroup's own rows times `rows`, both with their columns along the product; or
+  // sums += ...
+  template <bool kAdd>
+  __device__ __forceinline__ void start_product(float (&sums)[kQueries / 2],
+                                                uint32_t (&own)[C::kDepth / 16][4], uint32_t rows) {
+    const uint64_t b = swizzled_descriptor(rows, 16);
+    keep(sums);
+#pragma unroll
+    for (int step = 0; step < C::kDepth / 16; ++step) keep(own[step]);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kDepth / 16; ++step) {
+      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
+      mma<T, kQueries>(sums, own[step], b + ((panel * kQueries * kRowBytes + inside) >> 4),
+                       kAdd || step > 0);
+    }
+    mma_commit();
+  }
+
+  // The same with the own rows in shared memory.
+  template <bool kAdd>
   __device__ __forceinline__ void start_product(float (&sums)[kQueries / 2], uint32_t tile,
                                                 uint32_t rows) {
     const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
@@ -54,9 +92,31 @@ struct KeyGroup {
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
       mma<T, kQueries>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4),
-                       b + ((panel * kQueries * kRowBytes + inside) >> 4), step > 0);
+                       b + ((panel * kQueries * kRowBytes + inside) >> 4), kAdd || step > 0);
     }
     mma_commit();
+  }
+
+  // Two numbers of each of the pairs of queries that this thread has.
+  __device__ __forceinline__ float2 load_pair(int table, int i) const {
+    uint2 x;
+    load_shared(at(table) + lane_index() % 4 * 16 + i * 64, x);
+    return make_float2(__uint_as_float(x.x), __uint_as_float(x.y));
+  }
+
+  // dP less what each query subtracts from it.
+  __device__ __forceinline__ void start_dp(int stage) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 8; ++i) {
+      const float2 delta = load_pair(C::sums_at(stage) + 8, i);
+      dp[4 * i] = dp[4 * i + 2] = delta.x;
+      dp[4 * i + 1] = dp[4 * i + 3] = delta.y;
+    }
+    if constexpr (C::kValuesInRegisters) {
+      start_product<true>(dp, own_values, at(C::dout_at(stage)));
+    } else {
+      start_product<true>(dp, at(C::values_at(keys.stage)), at(C::dout_at(stage)));
+    }
   }
 
   // sums += left times rows: dV or dK.
@@ -77,61 +137,49 @@ struct KeyGroup {
 
   // Scores become weights; of what a query does not see 0, whatever they were.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(int first_key) {
+  __device__ __forceinline__ void weigh(int first_key, const float2 (&lse)[kQueries / 8]) {
     const float scale = p.scale * attention::kLog2E;
-    const uint32_t table = at(C::sums_at(queries.stage)) + lane_index() % 4 * 16;
+    const uint32_t table = at(C::ranges_at(queries.stage)) + lane_index() % 4 * 16;
     const int key =
         first_key + group * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_index() / 4;
 #pragma unroll
     for (int i = 0; i < kQueries / 8; ++i) {
-      uint2 sums;
       uint4 ranges;
-      load_shared(table + i * 64, sums);
-      if (kMasked) load_shared(table + C::kTableBytes + i * 64, ranges);
-      const float lse[2] = {__uint_as_float(sums.x), __uint_as_float(sums.y)};
+      if (kMasked) load_shared(table + i * 64, ranges);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = scores[4 * i + 2 * half + j];
-          score = attention::exp2_approximate(fmaf(score, scale, lse[j]));
+          score = attention::exp2_approximate(fmaf(score, scale, j ? lse[i].y : lse[i].x));
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
             score = static_cast<uint32_t>(key + 8 * half) - from < count ? score : 0;
           }
         }
-        const int at = 4 * i + 2 * half;
-        weights[2 * i + half] = pack<T>(scores[at], scores[at + 1]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kQueries / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
   // dP becomes dS. A weight of 0 stands for what is not seen, where dP may be anything.
   template <bool kMasked>
   __device__ __forceinline__ void differentiate() {
-    const uint32_t table = at(C::sums_at(queries.stage)) + lane_index() % 4 * 16 + 8;
 #pragma unroll
-    for (int i = 0; i < kQueries / 8; ++i) {
-      uint2 sums;
-      load_shared(table + i * 64, sums);
-      const float delta[2] = {__uint_as_float(sums.x), __uint_as_float(sums.y)};
+    for (int i = 0; i < kQueries / 2; i += 2) {
+      float gradient[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float gradient[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int at = 4 * i + 2 * half + j;
-          gradient[j] = scores[at] * (dp[at] - delta[j]);
-          if (kMasked) gradient[j] = scores[at] == 0 ? 0 : gradient[j];
-        }
-        ds[2 * i + half] = pack<T>(gradient[0], gradient[1]);
+      for (int j = 0; j < 2; ++j) {
+        gradient[j] = scores[i + j] * dp[i + j];
+        if (kMasked) gradient[j] = scores[i + j] == 0 ? 0 : gradient[j];
       }
+      ds[i / 2] = pack<T>(gradient[0], gradient[1]);
     }
   }
 
-  // dS as [queries, keys], for the warpgroup of dQ.
-  __device__ __forceinline__ void hand_over_scores() {
-    barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
+  // dS as [queries, keys], for the product with K.
+  __device__ __forceinline__ void store_scores() {
     const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const uint32_t panel = at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
     const uint32_t row = panel + (lane / 16 * 8 + lane % 8) * kRowBytes +
@@ -142,8 +190,62 @@ struct KeyGroup {
                        {ds[4 * step], ds[4 * step + 1], ds[4 * step + 2], ds[4 * step + 3]});
     }
     fence_async_proxy();
+  }
+
+  // To the warpgroup of dQ.
+  __device__ __forceinline__ void hand_over_scores() {
+    barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
+    store_scores();
     release(barriers.scores_full(buffer.stage));
     buffer.advance();
+  }
+
+  // A warp's 16 rows of dK or dV of the item at `stage`, by way of `tile`, where its own keys or
+  // values were, or which is kept for that. The copy goes on until store_wait_read().
+  __device__ __forceinline__ void store(const float (&sums)[C::kWidth / 2], float scale,
+                                        uint32_t tile, const CUtensorMap& map, int stage) {
+    const int lane = lane_index();
+    const int first = group * 64 + attention::thread_again() % 128 / 32 * 16;
+    const uint32_t rows = tile + first * kRowBytes;
+    const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+    for (int block = 0; block < C::kWidth / 8; block += 2) {
+      const float* x = &sums[4 * block];
+      const uint32_t to = (row + block / 8 * kKeys * kRowBytes) ^ (block % 8 << 4);
+      const uint32_t low = pack<T>(x[0] * scale, x[1] * scale);
+      const uint32_t high = pack<T>(x[2] * scale, x[3] * scale);
+      if (block + 1 < C::kWidth / 8) {
+        store_matrices(to, {low, high, pack<T>(x[4] * scale, x[5] * scale),
+                            pack<T>(x[6] * scale, x[7] * scale)});
+      } else {
+        store_matrices(to, {low, high});
+      }
+    }
+    fence_async_proxy();
+    __syncwarp();
+    const Item& item = item_at(stage);
+    if (lane == 0 && item.first_key + first < p.num_keys) {
+#pragma unroll
+      for (int panel = 0; panel < ceil_div(C::kWidth, kPanel); ++panel) {
+        store_tile(map, rows + panel * kKeys * kRowBytes, panel * kPanel, item.first_key + first,
+                   item.head, item.batch);
+      }
+      store_commit();
+    }
+    __syncwarp();
+  }
+
+  // The warpgroup of dQ is done with the keys of an item once it has given back the last dS.
+  __device__ __forceinline__ void wait_for_queries() {
+    const bool wrapped = buffer.stage == 0;
+    barrier_wait(barriers.scores_empty(wrapped ? C::kScoreStages - 1 : buffer.stage - 1),
+                 buffer.parity ^ !wrapped);
+  }
+
+  // An item's keys and values are where its results are stored from.
+  __device__ __forceinline__ void end_item(int stage) {
+    if (lane_index() == 0) store_wait_read();
+    release(barriers.keys_empty(stage));
   }
 
   // What the tile of queries before gave to dK is there: nobody here reads its stage any more.
@@ -155,27 +257,34 @@ struct KeyGroup {
 
   // A tile of queries. Its scores begin before the last product of the tile before is done, and its
   // own last one is under way at the end; dP waits for that one, whose left operand is where dP
-  // was.
+  // was. What is read from shared memory comes late, and is asked for long before it is needed.
   __device__ __forceinline__ void attend(int first_key, int stage_before, bool first) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
-    start_product(scores, at(C::keys_at(keys.stage)), at(C::queries_at(stage)));
-    const bool masked =
-        reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags & kMasked;
+    if constexpr (C::kKeysInRegisters) {
+      start_product<false>(scores, own_keys, at(C::queries_at(stage)));
+    } else {
+      start_product<false>(scores, at(C::keys_at(keys.stage)), at(C::queries_at(stage)));
+    }
+    const uint32_t flags =
+        reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags;
+    float2 lse[kQueries / 8];
+#pragma unroll
+    for (int i = 0; i < kQueries / 8; ++i) lse[i] = load_pair(C::sums_at(stage), i);
     mma_wait<1>();
     if (!first) end_tile(stage_before);
-    start_product(dp, at(C::values_at(keys.stage)), at(C::dout_at(stage)));
+    start_dp(stage);
     mma_wait<1>();
     keep(scores);
-    if (masked) {
-      weigh<true>(first_key);
+    if (flags & kMasked) {
+      weigh<true>(first_key, lse);
     } else {
-      weigh<false>(first_key);
+      weigh<false>(first_key, lse);
     }
     start_gradient(dv, weights, at(C::dout_at(stage)));
     mma_wait<1>();
     keep(dp);
-    if (masked) {
+    if (flags & kMasked) {
       differentiate<true>();
     } else {
       differentiate<false>();
@@ -188,34 +297,42 @@ struct KeyGroup {
     queries.advance();
   }
 
-  __device__ __forceinline__ void store(const Item& item) {
-    const int first = item.first_key + group * 64, rows = p.num_keys, heads = p.num_kv_heads;
-    store_rows<T, C::kWidth>(head_of<T>(p.dv, item.batch, rows, heads, item.head, p.value_dim),
-                             int64_t{heads} * p.value_dim, first, rows, p.value_dim, dv, 1);
-    store_rows<T, C::kWidth>(head_of<T>(p.dk, item.batch, rows, heads, item.head, p.dim),
-                             int64_t{heads} * p.dim, first, rows, p.dim, dk, p.scale);
+  __device__ __forceinline__ const Item& item_at(int stage) const {
+    return reinterpret_cast<const Item*>(shared + C::kItemsAt)[stage];
   }
 
   __device__ __forceinline__ void run() {
-    while (true) {
+    for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-      const Item item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys.stage];
-      if (item.count == kNoMore) return;
+      const int count = item_at(keys.stage).count, first_key = item_at(keys.stage).first_key;
+      if (count == kNoMore) break;
 #pragma unroll
       for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
+      if (count > 0) {
+        if (C::kKeysInRegisters) load_own(own_keys, at(C::keys_at(keys.stage)));
+        if (C::kValuesInRegisters) load_own(own_values, at(C::values_at(keys.stage)));
+      }
       int stage = 0;
 #pragma unroll 1
-      for (int i = 0; i < item.count; ++i) {
+      for (int i = 0; i < count; ++i) {
         const int before = stage;
         stage = queries.stage;
-        attend(item.first_key, before, i == 0);
+        attend(first_key, before, i == 0);
+        if (i == 0 && items > 0) end_item(keys.stage ^ 1);
       }
       mma_wait<0>();
-      if (item.count > 0) end_tile(stage);
-      release(barriers.keys_empty(keys.stage));
+      if (count > 0) {
+        end_tile(stage);
+      } else if (items > 0) {
+        end_item(keys.stage ^ 1);
+      }
+      store(dv, 1, at(C::values_at(keys.stage)), maps.dv, keys.stage);
+      if (!C::kStaged) wait_for_queries();
+      store(dk, p.scale, at(C::kStaged ? C::kStagingAt : C::keys_at(keys.stage)), maps.dk,
+            keys.stage);
       keys.advance();
-      store(item);
     }
+    if (lane_index() == 0) store_wait_read();
   }
 };
 

@@ -130,27 +130,30 @@ struct Producer {
   }
 
   // By one lane.
-  __device__ __forceinline__ void copy_queries(const Item& item, const QueryTile& tile) {
-    const int stage = queries.stage;
+  __device__ __forceinline__ void copy_queries(const Item& item, int head, int of_head,
+                                               uint32_t flags) {
+    const int stage = queries.stage, first = of_head * kQueries;
+    const int row = item.batch * p.num_heads + head;
+    const int heads = p.num_heads / p.num_kv_heads, of_group = head - item.head * heads;
+    const int row_of_sums = schedule.whole ? static_cast<int>(blockIdx.x) * heads + of_group : row;
+    const QueryTile tile{flags, item.batch, head, first, row_of_sums * num_tiles + of_head};
     reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[stage] = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
       const int at = panel * kQueries * kRowBytes;
-      copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, tile.first_query,
-                tile.head, p.q_stride_b ? item.batch : 0, barrier);
-      copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * kPanel, tile.first_query,
-                tile.head, p.dout_stride_b ? item.batch : 0, barrier);
+      copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, first, head,
+                p.q_stride_b ? item.batch : 0, barrier);
+      copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * kPanel, first, head,
+                p.dout_stride_b ? item.batch : 0, barrier);
     }
-    const int64_t row = int64_t{item.batch} * p.num_heads + tile.head;
     const int64_t range_row = p.range_stride_b ? item.batch : 0;
-    const int64_t of_row = tile.first_query / kQueries;
-    copy_from_global(base + C::sums_at(stage),
-                     place(workspace.sums + (row * num_tiles + of_row) * C::kTableBytes),
-                     C::kTableBytes, barrier);
     copy_from_global(base + C::ranges_at(stage),
-                     place(workspace.ranges + (range_row * num_tiles + of_row) * C::kTableBytes),
+                     place(workspace.ranges + (range_row * num_tiles + of_head) * C::kTableBytes),
+                     C::kTableBytes, barrier);
+    copy_from_global(base + C::sums_at(stage),
+                     place(workspace.sums + (int64_t{row} * num_tiles + of_head) * C::kTableBytes),
                      C::kTableBytes, barrier);
   }
 
@@ -171,7 +174,7 @@ struct Producer {
           barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
           const uint32_t of_tile = __shfl_sync(kAllLanes, flags, i);
           if (lane_index() == 0) {
-            copy_queries(item, {item.head * heads + of_group, (base + i) * kQueries, of_tile});
+            copy_queries(item, item.head * heads + of_group, base + i, of_tile);
           }
           __syncwarp();
           queries.advance();

@@ -48,6 +48,8 @@ struct QueryGroup {
     named_wait<128>(kQueryGroupBarrier);
   }
 
+  // dq = dS K, or dq += ...
+  template <bool kAdd>
   __device__ __forceinline__ void multiply() {
     barrier_wait(barriers.scores_full(buffer.stage), buffer.parity);
     const uint32_t base = shared_address(shared);
@@ -59,7 +61,7 @@ struct QueryGroup {
     for (int step = 0; step < kKeys / 16; ++step) {
       mma<T, C::kWidth, false, true>(dq,
                                      a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
-                                     b + (step * 16 * kRowBytes >> 4), step > 0);
+                                     b + (step * 16 * kRowBytes >> 4), kAdd || step > 0);
     }
     mma_commit();
     mma_wait<0>();
@@ -68,43 +70,48 @@ struct QueryGroup {
     buffer.advance();
   }
 
-  __device__ __forceinline__ float4* place_of(int64_t row, const QueryTile& tile) const {
-    return sums_of_tile<C::kWidth>(
-        static_cast<char*>(p.workspace) + workspace.dq,
-        row * ceil_div(p.num_queries, kQueries) + tile.first_query / kQueries);
-  }
-
   __device__ __forceinline__ float4 sums(int i) const {
     return make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
   }
 
-  __device__ __forceinline__ void add_to_memory(float4* place) const {
+  // What a block leaves in memory of a head that it has to itself stays in L2, and every thread
+  // finds there what it has left itself.
+  __device__ __forceinline__ void load(const float4* place) {
 #pragma unroll
-    for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
+    for (int i = 0; i < C::kWidth / 8; ++i) {
+      const float4 x = __ldcg(place + i * 128);
+      dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
+    }
   }
 
-  // A block that has the whole head keeps the sums to itself: they stay in L2, and every thread
-  // finds there what it has left itself.
-  __device__ __forceinline__ void add_up(const Item& item, const QueryTile& tile) {
-    const int heads = p.num_heads / p.num_kv_heads, of_group = tile.head - item.head * heads;
-    const int64_t row = static_cast<int>(blockIdx.x) * int64_t{heads} + of_group;
-    float4* place = place_of(row, tile);
-    if (tile.flags & kLast) {
-      if (!(tile.flags & kFirst)) {
+  __device__ __forceinline__ void store(float4* place) const {
 #pragma unroll
-        for (int i = 0; i < C::kWidth / 8; ++i) {
-          const float4 x = __ldcg(place + i * 128);
-          dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
-        }
-      }
-      store_rows<T, C::kWidth>(
-          head_of<T>(p.dq, item.batch, p.num_queries, p.num_heads, tile.head, p.dim),
-          int64_t{p.num_heads} * p.dim, tile.first_query, p.num_queries, p.dim, dq, p.scale);
-    } else if (tile.flags & kFirst) {
-#pragma unroll
-      for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + i * 128, sums(i));
+    for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + i * 128, sums(i));
+  }
+
+  // Of a tile of queries. Where blocks share a head, each adds to the sums in memory, in the order
+  // in which they come. Else the first tile of keys leaves its sums there, others add to them, and
+  // the last takes them up again and stores the result.
+  __device__ __forceinline__ void add_up(const QueryTile& tile) {
+    float4* place =
+        sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
+    const bool first = schedule.whole && tile.flags & kFirst;
+    const bool last = schedule.whole && tile.flags & kLast;
+    if (last && !first) {
+      load(place);  // while dS is not there yet
+      multiply<true>();
     } else {
-      add_to_memory(place);
+      multiply<false>();
+    }
+    if (last) {
+      store_rows<T, C::kWidth>(
+          head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim),
+          int64_t{p.num_heads} * p.dim, tile.first_query, p.num_queries, p.dim, dq, p.scale);
+    } else if (first) {
+      store(place);
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
     }
   }
 
@@ -122,13 +129,7 @@ struct QueryGroup {
             reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[queries.stage];
         attention::release(barriers.queries_empty(queries.stage));
         queries.advance();
-        multiply();
-        if (schedule.whole) {
-          add_up(item, tile);
-        } else {
-          // Blocks that share a head add up in memory, in the order in which they come.
-          add_to_memory(place_of(int64_t{item.batch} * p.num_heads + tile.head, tile));
-        }
+        add_up(tile);
       }
       attention::release(barriers.keys_empty(keys.stage));
       keys.advance();

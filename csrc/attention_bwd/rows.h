@@ -30,25 +30,17 @@ __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
   return sum;
 }
 
-// A block has a tile of queries of one head. Of each it writes what is subtracted from dP,
-// sum(dout * out) - dlse, and the log-sum-exp in units of log2 with its sign changed; a query that
-// sees nothing has -inf there, which makes its weights zero, and so have those behind the last.
-// Tables hold pairs of queries: two log-sum-exps, two deltas; two first keys, two numbers of keys.
+// The table of sums of a tile of queries: of each its log-sum-exp, in units of log2 and with its
+// sign changed, and what is added to dP, dlse - sum(dout * out); of a pair, two of the one and then
+// two of the other. A query that sees nothing has a log-sum-exp of -inf there, which makes its
+// weights zero, and so have those behind the last.
 template <typename C>
-__global__ void __launch_bounds__(kRowThreads)
-    prepare_rows_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
-                        const __grid_constant__ Workspace w, const int whole) {
+__device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, int batch, int head,
+                                             int tile, float* table) {
   using T = typename C::Element;
   constexpr int kLanes = C::kWidth <= 64 ? 8 : 16;  // of a row
   constexpr int kStep = kRowThreads / kLanes, kSteps = kQueries / kStep;
-  const int num_tiles = ceil_div(p.num_queries, kQueries);
-  const int tile = static_cast<int>(blockIdx.x) % num_tiles;
-  const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
-  const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
   const int chunk = static_cast<int>(threadIdx.x) % kLanes;
-  const bool columns = 8 * chunk < p.value_dim;
-  char* workspace = static_cast<char*>(p.workspace);
-  auto* sums = reinterpret_cast<float*>(workspace + w.sums) + blockIdx.x * int64_t{2 * kQueries};
   const auto* dout =
       static_cast<const T*>(p.dout) + batch * p.dout_stride_b + head * p.dout_stride_h + 8 * chunk;
   const auto* out = head_of<const T>(const_cast<void*>(p.out), batch, p.num_queries, p.num_heads,
@@ -58,45 +50,68 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int64_t query = tile * kQueries + step * kStep + static_cast<int>(threadIdx.x) / kLanes;
-    const bool there = query < p.num_queries && columns;
+    const bool there = query < p.num_queries && 8 * chunk < p.value_dim;
     x[step] = load_global(dout + query * p.dout_stride_s, there);
     y[step] = load_global(out + query * p.num_heads * p.value_dim, there);
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int in_tile = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
-    const int query = tile * kQueries + in_tile;
+    const int row = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
+    const int query = tile * kQueries + row;
+    const int64_t of_row = (int64_t{batch} * p.num_heads + head) * p.num_queries + query;
     float delta = dot<T>(x[step], y[step]);
 #pragma unroll
     for (int bit = 1; bit < kLanes; bit *= 2) delta += __shfl_xor_sync(kAllLanes, delta, bit);
-    if (chunk != 0) continue;
-    const int at = in_tile / 2 * 4 + in_tile % 2;
-    const int64_t of_row = int64_t{row_of_heads} * p.num_queries + query;
-    const bool there = query < p.num_queries;
-    const float lse = there ? p.lse[of_row] : -INFINITY;
-    sums[at] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
-    sums[at + 2] = there && p.dlse ? delta - p.dlse[of_row] : delta;
+    if (chunk == 0) {
+      const bool there = query < p.num_queries;
+      const float lse = there ? p.lse[of_row] : -INFINITY;
+      float* entry = table + row / 2 * 4 + row % 2;
+      entry[0] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
+      entry[2] = (there && p.dlse ? p.dlse[of_row] : 0) - delta;
+    }
   }
+}
+
+// Of queries that see nothing, which are in no tile's sums.
+template <typename T>
+__device__ __forceinline__ void clear_queries(const VlmkAttentionBwdParams& p, int batch, int head,
+                                              int tile) {
+  const int chunks = p.dim / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < kQueries * chunks; i += kRowThreads) {
+    const int query = tile * kQueries + i / chunks;
+    const int2 seen = attention::cut(p, attention::range_of_query(p, batch, query));
+    if (query >= p.num_queries || seen.x < seen.y) continue;
+    T* dq = head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim) +
+            int64_t{query} * p.num_heads * p.dim;
+    reinterpret_cast<uint4*>(dq)[i % chunks] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// What the kernel that multiplies finds in the workspace. A block has a tile of queries of one
+// head. A table of ranges has two first keys and two numbers of keys for each pair of queries.
+template <typename C>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_rows_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
+                        const __grid_constant__ Schedule s, const __grid_constant__ Workspace w) {
+  const int num_tiles = ceil_div(p.num_queries, kQueries);
+  const int tile = static_cast<int>(blockIdx.x) % num_tiles;
+  const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
+  const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
+  char* workspace = static_cast<char*>(p.workspace);
+  prepare_sums<C>(
+      p, batch, head, tile,
+      reinterpret_cast<float*>(workspace + w.sums) + blockIdx.x * int64_t{2 * kQueries});
   if (head == 0 && threadIdx.x < kQueries && (batch == 0 || p.range_stride_b)) {
-    const int in_tile = static_cast<int>(threadIdx.x);
-    const int2 seen =
-        attention::cut(p, attention::range_of_query(p, batch, tile * kQueries + in_tile));
-    int* ranges = reinterpret_cast<int*>(workspace + w.ranges) +
-                  (int64_t{batch} * num_tiles + tile) * (2 * kQueries) + in_tile / 2 * 4 +
-                  in_tile % 2;
-    ranges[0] = seen.x;
-    ranges[2] = max(seen.y - seen.x, 0);
+    const int row = static_cast<int>(threadIdx.x);
+    const int2 seen = attention::cut(p, attention::range_of_query(p, batch, tile * kQueries + row));
+    int* ranges = reinterpret_cast<int*>(workspace + w.ranges +
+                                         (int64_t{batch} * num_tiles + tile) * C::kTableBytes);
+    ranges[row / 2 * 4 + row % 2] = seen.x;
+    ranges[row / 2 * 4 + row % 2 + 2] = max(seen.y - seen.x, 0);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *reinterpret_cast<int*>(workspace + w.counter) = 0;
-  if (whole) {  // queries that see nothing are in no tile's sums
-    for (int i = static_cast<int>(threadIdx.x); i < kQueries * p.dim / 8; i += kRowThreads) {
-      const int query = tile * kQueries + i / (p.dim / 8);
-      const int2 seen = attention::cut(p, attention::range_of_query(p, batch, query));
-      if (query >= p.num_queries || seen.x < seen.y) continue;
-      T* dq = head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim) +
-              int64_t{query} * p.num_heads * p.dim;
-      reinterpret_cast<uint4*>(dq)[i % (p.dim / 8)] = make_uint4(0, 0, 0, 0);
-    }
+  if (s.whole) {
+    clear_queries<typename C::Element>(p, batch, head, tile);
   } else {
     auto* dq =
         reinterpret_cast<float4*>(workspace + w.dq) + blockIdx.x * int64_t{C::kWidth / 8 * 128};

@@ -148,6 +148,12 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint4& x) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // To another block's shared memory, counted at a barrier there.
 __device__ __forceinline__ void store_to_block(uint32_t destination, float2 x, uint32_t barrier) {
   asm volatile(
@@ -197,6 +203,27 @@ __device__ __forceinline__ void add_to_global(float4* place, float4 x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x.x),
                "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
+}
+
+// 8 bytes from global memory that nobody writes meanwhile, or zeros.
+__device__ __forceinline__ uint2 load_global_8(const void* source, bool there) {
+  uint2 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %3, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "@there ld.global.nc.v2.u32 {%0, %1}, [%2];\n"
+      "}"
+      : "=r"(x.x), "=r"(x.y)
+      : "l"(source), "r"(static_cast<int>(there)));
+  return x;
+}
+
+// The line of 128 bytes there comes to L2.
+__device__ __forceinline__ void prefetch_global(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
 // 16 bytes from global memory, past L1.

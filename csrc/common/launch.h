@@ -83,8 +83,8 @@ int launch(const char* name, void (*kernel)(Params...), const LaunchConfig& laun
               grid.z, block.x, block.y, block.z, config.dynamicSmemBytes, cudaGetErrorString(code));
 }
 
-// How many clusters of so many blocks find room on the current GPU at once: those of a power of 2,
-// up to 16. A kernel's share of shared memory was raised before.
+// How many clusters of so many blocks, up to 16, find room on the current GPU at once; 0 where the
+// kernel can't run. Raises its share of shared memory, too.
 template <auto kKernel, int kThreads, int kSharedBytes>
 int active_clusters(unsigned cluster, int& count) {
   static std::atomic<int> known[kMaxDevices][17];  // one more than there are, as 0 is not yet known
@@ -93,6 +93,8 @@ int active_clusters(unsigned cluster, int& count) {
   if (code) return code;
   count = known[device][cluster].load(std::memory_order_relaxed) - 1;
   if (count >= 0) return 0;
+  VLMK_CUDA(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   VLMK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   const LaunchConfig launch(dim3(cluster), dim3(kThreads), cluster, kSharedBytes, nullptr);
   VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, kKernel, &launch.config));

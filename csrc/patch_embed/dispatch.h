@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 
 #include "common/launch.h"
@@ -19,24 +18,6 @@ struct Plan {
   Schedule schedule{1, 1, 1, 0, 0, Divisor(1), Divisor(1)};
 };
 
-// How many clusters of this size the GPU holds at once; 0 where the kernel can't run.
-template <typename C>
-int most_clusters(int cluster, int& count) {
-  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];  // one more than the count
-  int device = 0;
-  const int code = current_device(device);
-  if (code) return code;
-  std::atomic<int>& cached = known[device][cluster];
-  count = cached.load(std::memory_order_relaxed) - 1;
-  if (count >= 0) return 0;
-  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 C::kSharedBytes));
-  const LaunchConfig launch(dim3(cluster), dim3(C::kThreads), cluster, C::kSharedBytes, nullptr);
-  VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_kernel<C>, &launch.config));
-  cached.store(count + 1, std::memory_order_relaxed);
-  return 0;
-}
-
 // Makes this variant's plan the plan, if it fits and costs less.
 template <typename C>
 int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
@@ -47,7 +28,8 @@ int improve(const VlmkPatchEmbedParams& p, Plan& plan) {
   if (C::kNormed && (p.dim % C::kColumns || blocks > kMaxCluster)) return 0;
   const int cluster = C::kNormed ? blocks : 1;
   int most = 0;
-  const int code = most_clusters<C>(cluster, most);
+  const int code =
+      active_clusters<patch_embed_kernel<C>, C::kThreads, C::kSharedBytes>(cluster, most);
   if (code) return code;
   const int clusters = std::min(most / (blocks / cluster), tiles);
   if (clusters == 0) return 0;
@@ -88,6 +70,9 @@ int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
 
 template <typename Pixel, typename Token>
 int dispatch(const VlmkPatchEmbedParams& p, void* stream) {
+  if constexpr (!std::is_same_v<Pixel, uint8_t>) {
+    if (gemm::takes(p)) return gemm::embed(p, stream);
+  }
   if (p.patch == 14) {
     return p.norm_weight ? dispatch<14, Pixel, Token, true>(p, stream)
                          : dispatch<14, Pixel, Token, false>(p, stream);

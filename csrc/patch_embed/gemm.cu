@@ -1,22 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which variant of the kernel runs, how tiles are dealt out, and where the copy engine finds them.
 #include <algorithm>
+#include <climits>
 
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "patch_embed/gemm.h"
 #include "patch_embed/gemm_kernel.h"
+#include "patch_embed/gemm_weights.h"
 
 namespace vlmk {
 namespace patch_embed {
 namespace gemm {
 
+bool takes(const VlmkPatchEmbedParams& p) {
+  const bool wide = p.dim % 256 == 0 && p.dim / 256 <= kMaxCluster;
+  const bool narrow = p.dim % 192 == 0 && p.dim / 192 <= kMaxCluster;
+  return p.patch == kPatch && (!p.norm_weight || wide || narrow);
+}
+
 int depth_of(const VlmkPatchEmbedParams& p) {
-  return p.patch ? kChannels * kPatch * kPatch : p.depth;
+  return p.patch ? kChannels * p.patch * p.patch : p.depth;
 }
 
 // Rows are images of one patch in a row, whose pixels are copied 64 at a time.
-int encode_maps(Maps& maps, const VlmkPatchEmbedParams& p, int run, int columns) {
+int encode_pixels(Maps& maps, const VlmkPatchEmbedParams& p, int run) {
   const bool half = p.token_type == VLMK_FLOAT16, rows = p.patch == 0;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
   // Where there is one of something, its stride does not matter.
@@ -34,53 +42,98 @@ int encode_maps(Maps& maps, const VlmkPatchEmbedParams& p, int run, int columns)
         run, kPatches / neighbours);
     if (code) return code;
   }
+  return 0;
+}
+
+int encode_weight(Maps& maps, const VlmkPatchEmbedParams& p, const void* weight, int depth,
+                  int columns) {
   // Column 32 g + 8 q + 2 u + e becomes row (columns / 4) u + 8 g + 2 q + e of a tile: of a
   // product's sums, a thread is given two of every eight rows, and so 8 neighbouring columns.
-  const cuuint64_t column = 2 * depth_of(p);
-  return encode_tiles(maps.weight, p.weight, half, {column / 2, 2, size(p.dim / 8), 4},
+  const cuuint64_t column = 2 * depth;
+  return encode_tiles(maps.weight, weight, p.token_type == VLMK_FLOAT16,
+                      {column / 2, 2, static_cast<cuuint64_t>(p.dim / 8), 4},
                       {column, 8 * column, 2 * column},
                       {kStageDepth, 2, static_cast<cuuint32_t>(columns / 8), 4});
 }
 
-template <typename C>
-int run(const VlmkPatchEmbedParams& p, const Schedule& s, int blocks, void* stream) {
-  Maps maps;
-  const int code = encode_maps(maps, p, s.run_bytes / 2, C::kColumns);
-  if (code) return code;
-  return launch("patch_embed_gemm_kernel", patch_embed_gemm_kernel<C>, dim3(blocks), dim3(kThreads),
-                C::kSharedBytes, stream, p, s, maps);
-}
+struct Plan {
+  int64_t cost;  // in columns times tiles of the busiest block
+  int columns, column_tiles, blocks;
+};
 
-// With 192 or 256 columns in a tile, whichever is done first.
-template <typename Token>
-int embed_tokens(const VlmkPatchEmbedParams& p, void* stream) {
-  using Narrow = Config<Token, 192>;
-  using Wide = Config<Token, 256>;
-  int processors = 0;
-  int code = multiprocessors<patch_embed_gemm_kernel<Narrow>, Narrow::kSharedBytes>(processors);
+// Makes this variant's plan the plan, if it fits and costs less.
+template <typename C>
+int improve(const VlmkPatchEmbedParams& p, int run_length, Plan& plan) {
+  const int column_tiles = ceil_div(p.dim, C::kColumns);
+  const int row_tiles = ceil_div(p.batch * p.grid_y * p.grid_x, kPatches);
+  // The statistics of a row come from one cluster, with no column outside the row.
+  if (C::kNormed && (p.dim % C::kColumns || column_tiles > kMaxCluster)) return 0;
+  const int cluster = C::kNormed ? column_tiles : 1;
+  int most = 0;
+  const int code =
+      active_clusters<patch_embed_gemm_kernel<C>, kThreads, C::kSharedBytes>(cluster, most);
   if (code) return code;
-  code = multiprocessors<patch_embed_gemm_kernel<Wide>, Wide::kSharedBytes>(processors);
-  if (code) return code;
-  const int patches = p.batch * p.grid_y * p.grid_x, row_tiles = ceil_div(patches, kPatches);
-  const int run_length = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;
-  const auto tiles = [&](int columns) { return row_tiles * ceil_div(p.dim, columns); };
+  const int clusters = std::min(most, row_tiles * column_tiles / cluster);
+  if (clusters == 0) return 0;
   // A tile costs more than its columns: copies of its pixels, which take twice as long where they
   // are of one patch, and its end. As long as so many more columns (H100):
   const int more = run_length == kPatch ? 160 : 48;
-  const auto cost = [&](int columns) {
-    return int64_t{ceil_div(tiles(columns), processors)} * (columns + more);
-  };
-  const bool wide = cost(Wide::kColumns) <= cost(Narrow::kColumns);
-  const int columns = wide ? Wide::kColumns : Narrow::kColumns;
+  const int64_t cost =
+      int64_t{ceil_div(row_tiles * column_tiles, clusters * cluster)} * (C::kColumns + more);
+  if (cost <= plan.cost) plan = {cost, C::kColumns, column_tiles, clusters * cluster};
+  return 0;
+}
+
+template <typename C>
+int run(const VlmkPatchEmbedParams& p, const Plan& plan, int run_length, void* stream) {
+  const int patches = p.batch * p.grid_y * p.grid_x, depth = depth_of(p);
   const Schedule s{patches,
-                   tiles(columns),
-                   ceil_div(depth_of(p), kStageDepth),
+                   ceil_div(patches, kPatches) * plan.column_tiles,
+                   ceil_div(depth, kStageDepth),
                    2 * run_length,
-                   Divisor(ceil_div(p.dim, columns)),
+                   Divisor(plan.column_tiles),
                    Divisor(p.grid_y * p.grid_x),
                    Divisor(p.grid_x)};
-  const int blocks = std::min(s.tiles, processors);
-  return wide ? run<Wide>(p, s, blocks, stream) : run<Narrow>(p, s, blocks, stream);
+  Maps maps;
+  if constexpr (!C::kGathered) {
+    const int code = encode_pixels(maps, p, run_length);
+    if (code) return code;
+  }
+  const int code = encode_weight(maps, p, C::kGathered ? p.scratch : p.weight,
+                                 C::kGathered ? prepared_depth(p) : depth, C::kColumns);
+  if (code) return code;
+  if constexpr (C::kGathered) {
+    const int blocks = ceil_div(p.dim * (prepared_depth(p) / 4), kPrepareThreads);
+    const int prepared = launch("prepare_weights_kernel", prepare_weights_kernel<typename C::Token>,
+                                dim3(blocks), dim3(kPrepareThreads), 0, stream, p);
+    if (prepared) return prepared;
+  }
+  const LaunchConfig config(dim3(plan.blocks), dim3(kThreads), C::kNormed ? plan.column_tiles : 1,
+                            C::kSharedBytes, stream, C::kGathered);
+  return launch("patch_embed_gemm_kernel", patch_embed_gemm_kernel<C>, config, p, s, maps);
+}
+
+// With 192 or 256 columns in a tile, whichever is done first.
+template <typename Token, bool kGathered, bool kNormed>
+int embed_by(const VlmkPatchEmbedParams& p, void* stream) {
+  using Narrow = Config<Token, 192, kGathered, kNormed>;
+  using Wide = Config<Token, 256, kGathered, kNormed>;
+  const int run_length = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;
+  Plan plan{INT64_MAX, 0, 0, 0};
+  int code = improve<Narrow>(p, run_length, plan);
+  if (code) return code;
+  code = improve<Wide>(p, run_length, plan);
+  if (code) return code;
+  VLMK_CHECK(plan.blocks > 0, "no tile fits dim %d on this GPU", p.dim);
+  return plan.columns == Wide::kColumns ? run<Wide>(p, plan, run_length, stream)
+                                        : run<Narrow>(p, plan, run_length, stream);
+}
+
+template <typename Token>
+int embed_tokens(const VlmkPatchEmbedParams& p, void* stream) {
+  if (p.patch == 0 && p.depth % 8) return embed_by<Token, true, false>(p, stream);
+  return p.norm_weight ? embed_by<Token, false, true>(p, stream)
+                       : embed_by<Token, false, false>(p, stream);
 }
 
 int embed(const VlmkPatchEmbedParams& p, void* stream) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launch of the kernel for 16-bit pixels without a norm: many patches of 16 x 16, and rows.
+// The launch of the kernel that multiplies from shared memory: 16-bit pixels, many patches or rows.
 #pragma once
 
 #include "vlmkernels.h"
@@ -11,6 +11,12 @@ namespace gemm {
 // Rows that it takes: whole lines of memory, and so many that their tiles occupy the GPU. Fewer are
 // done as soon by the tiles of other backends (H100).
 constexpr int kDepthStep = 64, kMinDepth = 576, kMinRows = 1536;
+
+// Rows of others than multiples of 8 pixels are gathered, and of the last 64, no more than so many.
+constexpr int kMaxLeft = 16;
+
+// Whether it takes these images.
+bool takes(const VlmkPatchEmbedParams& p);
 
 int embed(const VlmkPatchEmbedParams& p, void* stream);
 

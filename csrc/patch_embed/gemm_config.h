@@ -23,9 +23,6 @@ constexpr int kPatches = 64 * kGroups;  // of a tile
 constexpr int kStageRows = 4;           // rows of pixels of each patch
 constexpr int kStageDepth = kStageRows * kPatch;
 constexpr int kStepBytes = kPatches * kPatch * 2;  // one row of pixels of each patch
-// Together no more than a block of this size is launched with: more are waited for without end.
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
 
 // Copies of pixels, a map for each channel, and of weights.
 struct Maps {
@@ -48,18 +45,32 @@ struct Schedule {
   __device__ bool in_pairs() const { return run_bytes == 2 * kPatch * 2; }
 };
 
-template <typename Token_, int kColumns_>
+// kGathered: pixels are brought not by the copy engine but by a warpgroup. See gemm_gather.h.
+template <typename Token_, int kColumns_, bool kGathered_, bool kNormed_>
 struct Config : TokenType<Token_> {
-  static constexpr bool kNormed = false;
+  static constexpr bool kGathered = kGathered_;
+  static constexpr bool kNormed = kNormed_;
+  static_assert(!kGathered || !kNormed);
   static constexpr int kColumns = kColumns_;     // of a tile
   static constexpr int kSums = kColumns / 2;     // of each thread
   static constexpr int kEights = kColumns / 32;  // of neighbouring columns, of a thread in each row
+  static constexpr int kTotals = kSums;
+
+  // Together no more than a block of this size is launched with: more are waited for without end.
+  static constexpr int kConsumerRegisters = kGathered ? 192 : kNormed ? 224 : 232;
+  static constexpr int kProducerRegisters = kGathered ? 120 : kNormed ? 56 : 40;
+  static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
 
   static constexpr int kPixelBytes = kStageRows * kStepBytes;
   static constexpr int kStageBytes = kPixelBytes + kColumns * kStageDepth * 2;
-  static constexpr int kStages = (kSharedLimit - 1024) / kStageBytes;
+  static constexpr int kNormBytes =
+      kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 + 2 * kColumns * 2 : 0;
+  static constexpr int kStages = (kSharedLimit - 1024 - kNormBytes) / kStageBytes;
   static constexpr int kBarriers = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
+  static constexpr int kStatisticsThere = kBarriers + 2 * kStages * 8;  // two for each warpgroup
+  static constexpr int kStatistics = (kStatisticsThere + 2 * kGroups * 8 + 127) / 128 * 128;
+  static constexpr int kNorm = kStatistics + (kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 : 0);
+  static constexpr int kSharedBytes = kNorm + (kNormed ? 2 * kColumns * 2 : 0);
   static_assert(kStageBytes % 1024 == 0 && kStages >= 4);
   static_assert(kDepthStep == kStageDepth && kMinDepth > kEights * kStageDepth);  // see embed_tiles
 };

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16-bit pixels as an ordinary product of matrices: many patches of 16 x 16, or rows. A row of a
 // patch is 32 bytes, and the copy engine gathers those of 128 patches one after another, from one
-// image to the next, as if for a convolution.
+// image to the next, as if for a convolution. Rows that it can't bring, a warpgroup gathers.
 //
 // One thread copies pixels and weights to shared memory; two warpgroups multiply them, 64 patches
-// by 256 columns each, and store the tokens of one tile during the products of the next.
+// by 256 columns each, and store the tokens of one tile during the products of the next. With a
+// LayerNorm, the blocks of a cluster hold all columns and add up its statistics.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "common/float16.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
 #include "common/wgmma.h"
 #include "patch_embed/gemm_config.h"
+#include "patch_embed/gemm_gather.h"
+#include "patch_embed/gemm_tokens.h"
 #include "patch_embed/tokens.h"
+#include "patch_embed/weights.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
@@ -52,89 +56,31 @@ __device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, 
   }
 }
 
-// A thread's part of a tile: columns of two tokens.
-struct Part {
-  int row[2] = {-1, -1};  // of the result, -1 where there is no such patch
-  int column = 0;         // the first: there are 8 in every 32
-
-  __device__ __forceinline__ bool there(const VlmkPatchEmbedParams& p, int h, int g) const {
-    return row[h] >= 0 && column + 32 * g < p.dim;
-  }
-};
-
-// What a part comes to. Eights of it are stored one after another while the next tile is
-// multiplied, and give way to the positions of that one. All at once they would hold up its
-// products.
-template <typename C>
-struct Tokens {
-  using Token = typename C::Token;
-  uint4 eights[2][C::kEights];
-  Part part;
-
-  __device__ __forceinline__ void store(const VlmkPatchEmbedParams& p, int g) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      auto* out = static_cast<Token*>(p.out) + int64_t{part.row[h]} * p.dim + part.column;
-      if (part.there(p, h, g)) *reinterpret_cast<uint4*>(out + 32 * g) = eights[h][g];
-    }
-  }
-
-  __device__ __forceinline__ void load_positions(const VlmkPatchEmbedParams& p, const Part& next,
-                                                 const Token* const (&positions)[2], int g) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      eights[h][g] = load_global(positions[h] + 32 * g, p.pos && next.there(p, h, g));
-    }
-  }
-
-  // The part whose positions were loaded.
-  __device__ __forceinline__ void add_up(const VlmkPatchEmbedParams& p, const Part& next_part,
-                                         const float (&sum)[C::kSums]) {
-    part = next_part;
-    const auto* bias = static_cast<const Token*>(p.bias) + part.column;
-    const auto load_bias = [&](int g) {
-      return load_global(bias + 32 * g, p.bias && part.column + 32 * g < p.dim);
-    };
-    uint4 next = load_bias(0);
-#pragma unroll
-    for (int g = 0; g < C::kEights; ++g) {
-      const uint4 added = next;
-      if (g + 1 < C::kEights) next = load_bias(g + 1);
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const float2 b = C::to_floats(C::from_bits((&added.x)[u]));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint32_t& word = (&eights[h][g].x)[u];
-          const float2 position = C::to_floats(C::from_bits(word));
-          const float* x = &sum[4 * (u * C::kEights + g) + 2 * h];
-          word = pack<Token>(x[0] + (b.x + position.x), x[1] + (b.y + position.y));
-        }
-      }
-    }
-  }
-};
-
 // All tiles of one warpgroup.
 template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
-                                            int group, TileRing<C> ring) {
+                                            char* shared, int group, TileRing<C> ring) {
   using Token = typename C::Token;
+  using Whole = std::integral_constant<int, kStageRows>;
   const int lane = lane_index();
   // Of two patches that are copied as one, each warpgroup takes one.
-  const uint64_t pixels = row_descriptor(
-      ring.stages + group * (s.in_pairs() ? kPatch * 2 : 64 * s.run_bytes), s.run_bytes);
+  const int run_bytes = C::kGathered ? kStageDepth * 2 : s.run_bytes;
+  const bool rows = C::kGathered || s.are_rows(), pairs = !C::kGathered && s.in_pairs();
+  const uint64_t pixels =
+      row_descriptor(ring.stages + group * (pairs ? kPatch * 2 : 64 * run_bytes), run_bytes);
   const uint64_t weights = row_descriptor(ring.stages + C::kPixelBytes, kStageDepth * 2);
-  const uint32_t pixels_step = (s.are_rows() ? kPatch * 2 : kStepBytes) >> 4;
+  const uint32_t pixels_step = (rows ? kPatch * 2 : kStepBytes) >> 4;
   float sum[C::kSums];
   Tokens<C> tokens;
   // The products of a stage, and `meanwhile`.
-  const auto multiply = [&](bool first, auto meanwhile) {
+  const auto multiply = [&](bool first, auto steps, auto meanwhile) {
     barrier_wait(ring.full(), ring.parity);
+    // Here and not where they are stored: there it would wait for all loads that are under way.
+    if constexpr (C::kGathered) fence_async_proxy();
     mma_fence();
     const uint32_t slot = ring.slot * C::kStageBytes >> 4;
 #pragma unroll
-    for (int i = 0; i < kStageRows; ++i) {
+    for (int i = 0; i < decltype(steps)::value; ++i) {
       mma<Token, C::kColumns>(sum, pixels + slot + i * pixels_step,
                               weights + slot + (i * kPatch * 2 >> 4), !first || i > 0);
     }
@@ -145,40 +91,71 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     ring.advance();
   };
 #pragma unroll 1
-  for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles; tile += gridDim.x) {
+  for (int done = 0;; ++done) {
+    const int tile = static_cast<int>(blockIdx.x + done * gridDim.x);
+    if (tile >= s.tiles) break;
     const int row_tile = s.column_tiles.divide(tile);
     const int column_tile = tile - row_tile * s.column_tiles.divisor;
     Part part;
     part.column = column_tile * C::kColumns + lane % 4 * 8;
-    const Token* positions[2];
+    int positions[2];  // in 8 channels
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int own = group_thread() / 32 * 16 + 8 * h + lane / 4;
-      const int patch = row_tile * kPatches + (s.in_pairs() ? 2 * own + group : 64 * group + own);
+      const int patch = row_tile * kPatches + (pairs ? 2 * own + group : 64 * group + own);
       const int image = s.grid.divide(patch), n = patch - image * s.grid.divisor;
       if (patch < s.patches) part.row[h] = patch + (image + 1) * p.num_prefix;
-      positions[h] = static_cast<const Token*>(p.pos) + image * p.pos_stride_b +
-                     (n + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n + part.column;
+      const int64_t first =
+          image * p.pos_stride_b + (n + (p.pos_on_prefix ? p.num_prefix : 0)) * p.pos_stride_n;
+      positions[h] = static_cast<int>(first / 8) + part.column / 8;
     }
-#pragma unroll
-    for (int step = 0; step <= C::kEights; ++step) {
-      multiply(step == 0, [&] {
-        if (step < C::kEights) tokens.store(p, step);
-        // One behind: the registers of this step's may still be read.
-        if (step > 0) tokens.load_positions(p, part, positions, step - 1);
-        stay_behind(p.batch < 0);  // ptxas would put the loads of all steps in one place
-      });
-    }
+    if constexpr (C::kGathered) {
+      multiply(true, Whole(), [] {});
 #pragma unroll 1
-    for (int step = C::kEights + 1; step < s.steps; ++step) multiply(false, [] {});
+      for (int step = 1; step < s.steps - 2; ++step) multiply(false, Whole(), [] {});
+      multiply(false, Whole(), [&] {
+#pragma unroll
+        for (int g = 0; g < Tokens<C>::kKept; ++g) tokens.load_positions(p, part, positions, g);
+        stay_behind(p.batch < 0);
+      });
+      multiply(false, std::integral_constant<int, kMaxLeft / 16>(), [] {});
+    } else {
+#pragma unroll
+      for (int step = 0; step <= C::kEights; ++step) {
+        multiply(step == 0, Whole(), [&] {
+          if (step < C::kEights) tokens.store(p, p.out, step);
+          // One behind: the registers of this step's may still be read.
+          if (step > 0) tokens.load_positions(p, part, positions, step - 1);
+          stay_behind(p.batch < 0);  // ptxas would put the loads of all steps in one place
+        });
+      }
+#pragma unroll 1
+      for (int step = C::kEights + 1; step < s.steps; ++step) multiply(false, Whole(), [] {});
+    }
     mma_wait<0>();
     if (group_thread() == 0) barrier_arrive(ring.empty_before());
     // ptxas would unpack the positions, and so wait for them, before the last products.
     stay_behind(p.batch < 0);
-    tokens.add_up(p, part, sum);
+    tokens.add_up(p, part, positions, sum);
+    if constexpr (C::kNormed) {
+      tokens.normalise(p, sum, Sharing<C>{shared, s.column_tiles.divisor, done});
+    }
   }
+  if constexpr (!C::kGathered) {
 #pragma unroll
-  for (int g = 0; g < C::kEights; ++g) tokens.store(p, g);
+    for (int g = 0; g < C::kEights; ++g) tokens.store(p, p.out, g);
+  }
+}
+
+// The prefix tokens, shared out among so many warps of each block.
+template <typename C>
+__device__ __forceinline__ void prefix_tokens(const VlmkPatchEmbedParams& p, const Schedule& s,
+                                              int warp, int warps) {
+  const int blocks = static_cast<int>(gridDim.x);
+  for (int row = static_cast<int>(blockIdx.x) + warp * blocks; row < p.batch * p.num_prefix;
+       row += warps * blocks) {
+    prefix_token<C>(p, row, s.grid.divisor + p.num_prefix);
+  }
 }
 
 template <typename C>
@@ -190,28 +167,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   const TileRing<C> ring(shared_address(shared));
   if (threadIdx.x == 0) {
     for (TileRing<C> each = ring; each.parity == 0; each.advance()) {
-      barrier_init(each.full(), 1);
+      barrier_init(each.full(), C::kGathered ? 1 + kGatherers / 32 : 1);
       barrier_init(each.empty(), kGroups);
+    }
+    if constexpr (C::kNormed) {
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        barrier_init(shared_address(shared + C::kStatisticsThere) + 8 * i, 1);
+      }
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  wait_for_previous_grids();
+  if constexpr (C::kNormed) {
+    load_norm<C, kThreads>(p, static_cast<int>(cluster_rank()) * C::kColumns,
+                           reinterpret_cast<typename C::Token*>(shared + C::kNorm));
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   if (warp >= 4 * kGroups) {
-    shrink_registers<kProducerRegisters>();
+    shrink_registers<C::kProducerRegisters>();
     const int helper = warp - 4 * kGroups;
-    if (helper == 0) {
-      if (lane_index() == 0) copy_tiles<C>(s, maps, ring);
-    } else {
-      const int blocks = static_cast<int>(gridDim.x);
-      for (int row = static_cast<int>(blockIdx.x) + (helper - 1) * blocks;
-           row < p.batch * p.num_prefix; row += 3 * blocks) {
-        prefix_token<C>(p, row, s.grid.divisor + p.num_prefix);
-      }
+    if constexpr (C::kGathered) {
+      gather_tiles<C>(p, s, maps, ring);
+      prefix_tokens<C>(p, s, helper, kGatherers / 32);
+    } else if (helper > 0) {
+      prefix_tokens<C>(p, s, helper - 1, 3);
+    } else if (lane_index() == 0) {
+      copy_tiles<C>(s, maps, ring);
     }
   } else {
-    grow_registers<kConsumerRegisters>();
-    embed_tiles<C>(p, s, warp / 4, ring);
+    grow_registers<C::kConsumerRegisters>();
+    embed_tiles<C>(p, s, shared, warp / 4, ring);
   }
+  // No block leaves while others may still write to it.
+  if constexpr (C::kNormed) cluster_sync();
 }
 
 }  // namespace gemm

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto* scales = reinterpret_cast<float*>(shared + C::kAffine);
   load_weights<C>(p, first_column, shared, scales, scales + C::kColumns);
   if constexpr (C::kNormed)
-    load_norm<C>(p, first_column, reinterpret_cast<typename C::Token*>(shared + C::kNorm));
+    load_norm<C, C::kThreads>(p, first_column,
+                              reinterpret_cast<typename C::Token*>(shared + C::kNorm));
   fence_async_proxy();
   cluster_sync();
 

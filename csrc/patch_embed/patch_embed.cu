@@ -23,8 +23,16 @@ int check_pitch(const VlmkPatchEmbedParams& p) {
 int check_rows(const VlmkPatchEmbedParams& p) {
   using namespace gemm;
   VLMK_CHECK(p.pixel_type != VLMK_UINT8 && !p.norm_weight, "rows: of 16 bits, without a norm");
-  VLMK_CHECK(p.depth % kDepthStep == 0 && p.depth >= kMinDepth,
-             "rows of %d pixels: multiples of %d, at least %d", p.depth, kDepthStep, kMinDepth);
+  const bool gathered = p.depth % 8 == 4 && p.depth % kDepthStep <= kMaxLeft;
+  VLMK_CHECK((gathered || p.depth % kDepthStep == 0) && p.depth >= kMinDepth,
+             "rows of %d pixels: multiples of %d, or 4 or 12 more, at least %d", p.depth,
+             kDepthStep, kMinDepth);
+  VLMK_CHECK(!gathered || (p.pixel_stride_gy % 4 == 0 &&
+                           (p.batch < 2 || p.pixel_stride_b == p.grid_y * p.pixel_stride_gy)),
+             "rows of %d pixels, %lld apart: multiples of 4, from one image to the next too",
+             p.depth, static_cast<long long>(p.pixel_stride_gy));
+  VLMK_CHECK(gathered ? p.frames > 0 && p.frame_run > 0 && p.frame_run % 4 == 0 : p.frames == 1,
+             "%d frames in runs of %d", p.frames, p.frame_run);
   VLMK_CHECK(p.grid_x == 1, "rows: grid_x %d", p.grid_x);
   VLMK_CHECK(p.batch == 0 || p.batch * p.grid_y >= kMinRows, "%d rows: at least %d",
              p.batch * p.grid_y, kMinRows);
@@ -48,13 +56,15 @@ int check(const VlmkPatchEmbedParams& p) {
   const bool narrow = p.dim % 96 == 0 && p.dim / 96 <= kMaxCluster;
   VLMK_CHECK(!p.norm_weight || narrow || wide, "dim %d with a norm: at most 8 times 96%s", p.dim,
              p.patch == 14 ? " or 128" : "");
-  const int per_16 = bytes ? 16 : 8;
+  const int per_16 = p.patch == 0 && p.depth % 8 ? 1 : bytes ? 16 : 8;
   for (int64_t stride : {p.pixel_stride_b, p.pixel_stride_gy, p.pixel_stride_c, p.pixel_stride_y}) {
     VLMK_CHECK(stride % per_16 == 0, "a stride of pixels of %lld elements: multiples of 16 bytes",
                static_cast<long long>(stride));
   }
   VLMK_CHECK(p.pos_stride_b % 8 == 0 && p.pos_stride_n % 8 == 0,
              "the strides of pos: multiples of 8 elements");
+  VLMK_CHECK(p.batch * p.pos_stride_b + tokens * p.pos_stride_n < int64_t{8} * INT_MAX,
+             "positions of 32 GiB or more");
   return p.patch == 0 ? 0 : check_pitch(p);
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/launch.h"
 #include "patch_embed/small.h"
@@ -13,27 +12,6 @@
 namespace vlmk {
 namespace patch_embed {
 namespace small {
-
-// How many clusters of this size the GPU holds at once, a block on each SM; 0 where the kernel
-// can't run.
-template <typename C>
-int most_clusters(int cluster, int& count) {
-  static std::atomic<int> known[kMaxDevices][kMaxColumnGroups + 1];  // one more than the count
-  int device = 0, processors = 0;
-  const int code = current_device(device);
-  if (code) return code;
-  std::atomic<int>& cached = known[device][cluster];
-  count = cached.load(std::memory_order_relaxed) - 1;
-  if (count >= 0) return 0;
-  VLMK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  VLMK_CUDA(cudaFuncSetAttribute(patch_embed_small_kernel<C>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  const LaunchConfig launch(dim3(cluster), dim3(kThreads), cluster, C::kSharedBytes, nullptr);
-  VLMK_CUDA(cudaOccupancyMaxActiveClusters(&count, patch_embed_small_kernel<C>, &launch.config));
-  count = std::min(count, processors / cluster);
-  cached.store(count + 1, std::memory_order_relaxed);
-  return 0;
-}
 
 // Launches this variant if the GPU holds all its blocks at once and rows of pixels have the room.
 template <typename C>
@@ -46,10 +24,12 @@ int embed_at_once(const VlmkPatchEmbedParams& p, void* stream, bool& done) {
   // The statistics of a row come from one cluster, with no column outside the row.
   if (C::kNormed && (p.dim % C::kColumns || groups > kMaxColumnGroups)) return 0;
   const int cluster = C::kNormed ? groups : 1;
-  int most = 0;
-  const int code = most_clusters<C>(cluster, most);
+  int most = 0, processors = 0;
+  int code = active_clusters<patch_embed_small_kernel<C>, kThreads, C::kSharedBytes>(cluster, most);
   if (code) return code;
-  if (int64_t{groups / cluster} * tiles > most) return 0;
+  code = multiprocessors<patch_embed_small_kernel<C>, C::kSharedBytes>(processors);
+  if (code) return code;
+  if (int64_t{groups / cluster} * tiles > std::min(most, processors / cluster)) return 0;
   done = true;
   Schedule s{groups, rows, Divisor(p.grid_x), Divisor(p.grid_y), Divisor(pieces), {}, {}};
   if constexpr (C::kBytes) {

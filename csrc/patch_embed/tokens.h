@@ -82,7 +82,7 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
 // parts, 64 rows in one copy for each other block: 8 bytes at a time would take longer than the
 // products.
 template <typename C>
-__device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, const Schedule& s,
+__device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, int cluster,
                                                  const float2 (&own)[2], float2* parts,
                                                  uint32_t barrier, uint32_t parity,
                                                  float2 (&mean_rstd)[2]) {
@@ -95,14 +95,14 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
   }
   fence_async_proxy();
   named_wait<128>(group + 1);
-  if (thread == 0) barrier_expect(barrier, (s.cluster - 1) * kTile * 8);
-  if (thread < s.cluster && thread != rank) {
+  if (thread == 0) barrier_expect(barrier, (cluster - 1) * kTile * 8);
+  if (thread < cluster && thread != rank) {
     const uint32_t here = shared_address(parts + rank * kTile);
     copy_to_block(in_block(here, thread), here, kTile * 8, in_block(barrier, thread));
   }
   barrier_wait(barrier, parity);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) mean_rstd[h] = combine<C>(parts + slot + 8 * h, s.cluster, p.eps);
+  for (int h = 0; h < 2; ++h) mean_rstd[h] = combine<C>(parts + slot + 8 * h, cluster, p.eps);
 }
 
 // The thread's columns of its two tokens, where there are such patches and columns.
@@ -182,7 +182,7 @@ __device__ __forceinline__ void normalise(const VlmkPatchEmbedParams& p, const S
     store_tokens<C>(p, s, p.total, uncentred, patch, column);
   }
   float2 mean_rstd[2];
-  share_statistics<C>(p, s, own, parts, barrier, parity, mean_rstd);
+  share_statistics<C>(p, s.cluster, own, parts, barrier, parity, mean_rstd);
   const float shift[2] = {(own[0].x - mean_rstd[0].x) * mean_rstd[0].y,
                           (own[1].x - mean_rstd[1].x) * mean_rstd[1].y};
 #pragma unroll
@@ -217,7 +217,7 @@ __device__ void prefix_token(const VlmkPatchEmbedParams& p, int row, int tokens_
                       : nullptr;
   const int64_t out = (b * tokens_per_image + i) * p.dim;
   const auto for_each_8 = [&](auto use) {
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 8 * lane; d < p.dim; d += 256) {
       const uint4 token = load_global(prefix + d, true), position = load_global(pos + d, pos);
       float x[8];

@@ -176,11 +176,11 @@ __device__ __forceinline__ void load_weights(const VlmkPatchEmbedParams& p, int 
 }
 
 // The block's columns of the norm's weight, and behind them those of its bias.
-template <typename C>
+template <typename C, int kThreads>
 __device__ __forceinline__ void load_norm(const VlmkPatchEmbedParams& p, int first_column,
                                           typename C::Token* norm) {
   using Token = typename C::Token;
-  for (int n = static_cast<int>(threadIdx.x); n < C::kColumns; n += C::kThreads) {
+  for (int n = static_cast<int>(threadIdx.x); n < C::kColumns; n += kThreads) {
     norm[n] = static_cast<const Token*>(p.norm_weight)[first_column + n];
     norm[C::kColumns + n] =
         p.norm_bias ? static_cast<const Token*>(p.norm_bias)[first_column + n] : C::to_token(0.0f);

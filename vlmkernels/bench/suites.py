@@ -87,6 +87,7 @@ def _patch_embed() -> list[Workload]:
     for tower in measured:
         add(tower.name, "fwd", tower_patch_embed(tower))
         add(f"{tower.name} uint8", "fwd", tower_patch_embed(tower, uint8=True))
+    add(towers.CLIP_B.name, "fwd", tower_patch_embed(towers.CLIP_B))
     add("Qwen2-VL rows", "fwd", rows_patch_embed(towers.QWEN2))
     add("Qwen2-VL still frames", "fwd", rows_patch_embed(towers.QWEN2, still=True))
     add("Qwen3-VL rows with positions", "fwd", rows_patch_embed(towers.QWEN3, positions=True))

@@ -63,6 +63,9 @@ VIT_B = Tower("ViT-B/16@224", ("vit", "ViTModel"), ("ViTConfig", vit_config(768,
 CLIP_L = Tower(
     "CLIP-L/14@336", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", vit_config(1024, 16, 4096, 336, 14)), (128, 1), photos.CLIP
 )
+CLIP_B = Tower(
+    "CLIP-B/16@224", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", vit_config(768, 12, 3072, 224, 16)), (256, 2), photos.CLIP
+)
 SIGLIP = Tower(
     "SigLIP-So400m/14@384",
     ("siglip", "SiglipVisionModel"),

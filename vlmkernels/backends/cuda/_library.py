@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -42,10 +42,10 @@ class PatchEmbedParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("pixels", "weight", "bias", "prefix", "pos", "norm_weight", "norm_bias")),
-        *((name, ctypes.c_void_p) for name in ("out", "total")),
+        *((name, ctypes.c_void_p) for name in ("out", "total", "scratch")),
         *((f"pixel_stride_{name}", ctypes.c_int64) for name in ("b", "gy", "c", "y")),
         *((f"pos_stride_{name}", ctypes.c_int64) for name in ("b", "n")),
-        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "depth", "dim")),
+        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "depth", "frames", "frame_run", "dim")),
         *((name, ctypes.c_int32) for name in ("num_prefix", "pos_on_prefix", "pixel_type", "token_type")),
         ("pixel_scale", ctypes.c_float * 3),
         ("pixel_shift", ctypes.c_float * 3),

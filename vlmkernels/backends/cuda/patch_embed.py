@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedParams
 
 #: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
-_POINTERS = struct.Struct("9P")
+_POINTERS = struct.Struct("10P")
 
 _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
@@ -29,11 +29,23 @@ def _rows_format(patches: Tensor) -> torch.memory_format | None:
     return next((x for x in formats if row.is_contiguous(memory_format=x)), None)
 
 
+def _uneven(shape: tuple[int, ...]) -> bool:
+    """Whether patches, as rows, are no multiples of 16 bytes: torch's product has no fast kernel for such rows."""
+    return math.prod(shape[4:]) % 8 > 0
+
+
+def _folds(patches: Tensor, weight: Tensor) -> bool:
+    """Whether a still image meets several frames of the weight, which the kernel doesn't add up itself."""
+    own = _rows_format(patches) is not None and _uneven(patches.shape)
+    return patches.shape[5] != weight.shape[2] and not own
+
+
 @functools.lru_cache(maxsize=1024)
 def _prepared(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     rows: bool,
+    weight_frames: int,
     pixel_dtype: torch.dtype,
     dim: int,
     dtype: torch.dtype,
@@ -51,7 +63,7 @@ def _prepared(
     if dtype not in (torch.float16, torch.bfloat16) or pixel_dtype not in (torch.uint8, dtype):
         return f"it takes uint8 or 16-bit pixels and 16-bit weights, these are {pixel_dtype} and {dtype}"
     if rows:
-        if pos_shape is None and not num_prefix:
+        if pos_shape is None and not num_prefix and not _uneven(shape):
             return "of rows with nothing to add it is a plain product, for which torch has better"
         grid_y, stride_gy, grid_x = grid_x, stride_gx, 1
     elif frames != 1 or frames_of_patch != 1 or channels != 3 or height != width:
@@ -71,6 +83,8 @@ def _prepared(
         grid_x=grid_x,
         patch=0 if rows else width,
         depth=math.prod(shape[4:]) if rows else 0,
+        frames=weight_frames // frames_of_patch if rows and _uneven(shape) else 1,
+        frame_run=math.prod(shape[4:] if stride_c == 1 else shape[5:]) if rows else 0,
         dim=dim,
         num_prefix=num_prefix,
         pixel_type=TYPES[pixel_dtype],
@@ -101,6 +115,7 @@ def _prepare(
         patches.shape,
         patches.stride(),
         _rows_format(patches) is not None,
+        weight.shape[2],
         patches.dtype,
         weight.shape[0],
         weight.dtype,
@@ -146,8 +161,8 @@ def patch_embed_fwd(
     std: list[float] | None,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor]:
-    if patches.shape[5] != weight.shape[2]:
-        # A still image meets all frames of the weight. torch sums in fp32 and rounds once.
+    if _folds(patches, weight):
+        # torch sums in fp32 and rounds once.
         weight = weight.sum(2, keepdim=True)
     # Kept in names until the launch: a copy's memory must not be given away before.
     weight = weight.contiguous(memory_format=_rows_format(patches) or torch.contiguous_format)
@@ -172,7 +187,7 @@ def plan_patch_embed_fwd(
         return None
     if not all(x is None or x.is_contiguous() for x in (bias, prefix_tokens, norm_weight, norm_bias)):
         return None
-    if patches.shape[5] != weight.shape[2]:
+    if _folds(patches, weight):
         return None
     params = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
     if isinstance(params, str):
@@ -180,11 +195,14 @@ def plan_patch_embed_fwd(
     shape, device = (params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim), weight.device
     apart, empty = keep_total and norm_weight is not None, 0 in shape
     behind = bytes(params)[_POINTERS.size :]
+    # The weight in rows that the copy engine can bring, where those of the pixels are not.
+    columns = -(-params.depth // 64) * 64 if params.depth % 8 else 0
 
     def plan(pixels: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out = weight.new_empty(*shape)
         total = weight.new_empty(*shape) if apart else None
-        tensors = (pixels, weight, *others, out, total)
+        scratch = weight.new_empty(shape[2], columns) if columns else None
+        tensors = (pixels, weight, *others, out, total, scratch)
         pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
         if not empty:
             _patch_embed(pointers + behind, device)

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two warpgroups of wide heads. What keys.h does for 64 keys of each takes all registers but
+// those of the scores, and these are free once dS is worked out: then the two meet, and each
+// multiplies the dS of both with half of the columns of K.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_bwd/config.h"
+#include "attention_bwd/keys.h"
+#include "attention_bwd/store.h"
+#include "common/hopper.h"
+#include "common/wgmma.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+constexpr int kPairBarrier = 1;
+
+template <typename C>
+struct PairGroup : KeyGroup<C> {
+  using Base = KeyGroup<C>;
+  using T = typename C::Element;
+  using Base::at, Base::barriers, Base::buffer, Base::dk, Base::dp, Base::ds, Base::dv, Base::group;
+  using Base::keys, Base::p, Base::queries, Base::scores, Base::shared, Base::weights;
+
+  const Schedule& schedule;
+  const Workspace& workspace;
+
+  static constexpr int kRest = C::kWidth - kPanel;  // columns of the second panel
+  float dq[kPanel / 2];
+
+  __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
+
+  // See QueryGroup: keys that nobody sees become zero.
+  __device__ __forceinline__ void clear_unseen(const Item& item) {
+    const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
+    if (lo <= 0 && (hi >= kKeys || item.hi >= p.num_keys)) return;
+    char* tile = shared + C::keys_at(keys.stage);
+    constexpr int kWords = kRowBytes / 16;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < C::kKeysBytes / 16; i += 128 * kKeyGroups) {
+      const int key = i / kWords % kKeys;
+      if (key < lo || key >= hi) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy();
+    meet();
+  }
+
+  // dq = dS K, of this warpgroup's panel of K, whose last columns may be zeros.
+  __device__ __forceinline__ void start_own_columns() {
+    const uint64_t a = swizzled_descriptor(at(C::scores_at(buffer.stage)), 16);
+    const uint64_t b = swizzled_descriptor(at(C::keys_at(keys.stage)) + group * kKeys * kRowBytes,
+                                           kKeys * kRowBytes);
+    keep(dq);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      mma<T, kPanel, false, true>(dq, a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
+                                  b + (step * 16 * kRowBytes >> 4), step > 0);
+    }
+    mma_commit();
+  }
+
+  // Of a tile of queries, as QueryGroup::add_up.
+  template <int kColumns>
+  __device__ __forceinline__ void add_up(const QueryTile& tile) {
+    float4* place =
+        sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq) +
+        group * (kPanel / 8) * 128;
+    const bool first = schedule.whole && tile.flags & kFirst;
+    const bool last = schedule.whole && tile.flags & kLast;
+    if (last && !first) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        const float4 x = __ldcg(place + i * 128);
+        dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
+      }
+    }
+    if (last) {
+      T* rows = head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim);
+      store_rows<T, kPanel>(rows + group * kPanel, int64_t{p.num_heads} * p.dim, tile.first_query,
+                            p.num_queries, p.dim - group * kPanel, dq, p.scale);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      const float4 x = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+      if (first) {
+        __stcg(place + i * 128, x);
+      } else {
+        add_to_global(place + i * 128, x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void attend(int first_key) {
+    const int stage = queries.stage;
+    barrier_wait(barriers.queries_full(stage), queries.parity);
+    this->template start_product<false>(scores, at(C::keys_at(keys.stage)),
+                                        at(C::queries_at(stage)));
+    const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
+    this->start_dp(stage);
+    float2 lse[kQueries / 8];
+#pragma unroll
+    for (int i = 0; i < kQueries / 8; ++i) lse[i] = this->load_pair(C::sums_at(stage), i);
+    mma_wait<1>();
+    keep(scores);
+    if (tile.flags & kMasked) {
+      this->template weigh<true>(first_key, lse);
+    } else {
+      this->template weigh<false>(first_key, lse);
+    }
+    this->start_gradient(dv, weights, at(C::dout_at(stage)));
+    mma_wait<1>();
+    keep(dp);
+    if (tile.flags & kMasked) {
+      this->template differentiate<true>();
+    } else {
+      this->template differentiate<false>();
+    }
+    this->store_scores();
+    meet();
+    start_own_columns();
+    this->start_gradient(dk, ds, at(C::queries_at(stage)));
+    mma_wait<1>();
+    keep(dv);
+    keep(weights);
+    keep(dq);
+    if (group == 0) {
+      add_up<kPanel>(tile);
+    } else {
+      add_up<kRest>(tile);
+    }
+    buffer.advance();
+    mma_wait<0>();
+    this->end_tile(stage);
+    queries.advance();
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int items = 0;; ++items) {
+      barrier_wait(barriers.keys_full(keys.stage), keys.parity);
+      const Item& item = this->item_at(keys.stage);
+      const int count = item.count, first_key = item.first_key;
+      if (count == kNoMore) break;
+#pragma unroll
+      for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
+      if (count > 0) clear_unseen(item);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        attend(first_key);
+        if (i == 0 && items > 0) this->end_item(keys.stage ^ 1);
+      }
+      if (count == 0 && items > 0) this->end_item(keys.stage ^ 1);
+      meet();  // nobody multiplies the keys any more
+      this->store(dv, 1, at(C::values_at(keys.stage)), this->maps.dv, keys.stage);
+      this->store(dk, p.scale, at(C::keys_at(keys.stage)), this->maps.dk, keys.stage);
+      keys.advance();
+    }
+    if (lane_index() == 0) store_wait_read();
+  }
+};
+
+}  // namespace attention_bwd
+}  // namespace vlmk
