@@ -26,12 +26,17 @@ WHOLE = {
     "siglip-S300-D72": (33, 4, 4, 300, 300, 72, 72),
     "gqa-S130x290-D80": (33, 8, 4, 130, 290, 80, 80),
     "one-tile-S130x100-D40": (132, 1, 1, 130, 100, 40, 40),
+    "eva-S257-D88": (33, 4, 4, 257, 257, 88, 88),
+    "gqa-S200x290-D128": (33, 8, 4, 200, 290, 128, 128),
 }
 SHARED = {
     "clip-S577-D64": (2, 4, 4, 577, 577, 64, 64),
     "siglip-S729-D72": (2, 4, 4, 729, 729, 72, 72),
     "qwen-S1000-D80": (1, 4, 4, 1000, 1000, 80, 80),
     "gqa-S515x1030-D64": (1, 8, 2, 515, 1030, 64, 64),
+    "perceiver-S515x577-D96": (2, 3, 3, 515, 577, 96, 96),
+    "llama-S600-D128": (1, 8, 2, 600, 600, 128, 128),
+    "wide-values-S300-D64-Dv128": (2, 2, 2, 300, 300, 64, 128),
     "mqa-S300x70-D16-Dv8": (1, 3, 1, 300, 70, 16, 8),
     "odd-S300-D40-Dv64": (2, 2, 2, 300, 300, 40, 64),
     "more-queries-than-keys": (2, 2, 2, 500, 30, 80, 80),
@@ -56,7 +61,7 @@ def test_lengths(queries, keys, device):
         check(make_qkv((batch, 2, 2, queries, keys, 64, 64), torch.bfloat16, device), terms=terms)
 
 
-@pytest.mark.parametrize("dim", range(8, 88, 8))
+@pytest.mark.parametrize("dim", range(8, 136, 8))
 def test_every_head_dim(dim, device):
     for dtype in DTYPES.values():
         for batch in (2, 66):
@@ -103,7 +108,7 @@ def test_views(view, device):
 
 
 @pytest.mark.parametrize("batch", [2, 66])
-@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("dim", [64, 80, 128])
 def test_padding_of_nan(batch, dim, device):
     inputs = [x.detach() for x in make_qkv((batch, 4, 2, 150, 300, dim, dim), torch.bfloat16, device)]
     ranges = KeyRanges(*(torch.full((batch, 150), x, device=device, dtype=torch.int32) for x in (70, 210)))
@@ -149,7 +154,7 @@ def test_cuda_graph(batch, device):
 @pytest.mark.parametrize(
     "shape, softcap, reason",
     [
-        ((1, 2, 2, 200, 40, 136, 136), 0.0, "takes head dims of 8 to 80 in steps of 8, this is 136"),
+        ((1, 2, 2, 200, 40, 136, 136), 0.0, "takes head dims of 8 to 128 in steps of 8, this is 136"),
         ((1, 2, 2, 200, 40, 64, 64), 5.0, "takes no softcap"),
     ],
 )
