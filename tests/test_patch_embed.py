@@ -94,6 +94,7 @@ def stock(flavour: Flavour, tensors: dict[str, Tensor]) -> Tensor:
     dims = len(flavour.patch)
     if flavour.options.get("columns") == "yxc":
         tokens = F.linear(normalise(flavour, pixels), weight, bias)
+        tokens = tokens[None] if pixels.dim() == 2 else tokens
     else:
         rows = flavour.options.get("layout") == "rows"
         images = pixels.view(-1, flavour.channels, *flavour.patch) if rows else pixels

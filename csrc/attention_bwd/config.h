@@ -105,11 +105,13 @@ struct Config {
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 
-  // The warpgroup of dQ has its sums and 32 others, those of keys what is left of 65,536.
-  static constexpr int kProducerRegisters = 32;
+  // The warpgroup of dQ has its sums and 32 others, those of keys what is left of what a block is
+  // launched with: whoever asks for more than that waits for ever.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kProducerRegisters = kWide ? 24 : 32;
   static constexpr int kQueryRegisters = kWide ? 0 : kWidth <= 72 ? 64 : 72;
   static constexpr int kKeyRegisters =
-      (512 - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
+      (kRegisters - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
 
   // Keys as left operands are, values where they find room.
   static constexpr bool kKeysInRegisters = kWidth < 80;
