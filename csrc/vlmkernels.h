@@ -236,8 +236,7 @@ typedef struct {
                         bfloat16 */
   void* low_a;       /* the same: panel_rows * dim bytes */
   void* low_b;       /* the same: columns * dim / 2 bytes, none with wide_b */
-  int32_t* counters; /* the same: zeros, 2 for each panel, and (2 panel_rows + columns) / 64 for
-                        each 256 channels begun */
+  int32_t* counters; /* the same: zeros, of each panel 2, and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
   void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
   float* sums;       /* [panels of clip_fwd or 1, 3, slots], zeros; a result is the sum over panels
@@ -246,7 +245,7 @@ typedef struct {
   int64_t b_stride;
   int32_t rows;
   int32_t columns;
-  int32_t dim; /* a multiple of 128, at least 256 */
+  int32_t dim; /* a multiple of 192 or 256 */
   int32_t panel_rows;
   int32_t panel_columns;
   int32_t slots; /* twice the multiprocessors of the GPU */

@@ -28,6 +28,12 @@ __device__ __forceinline__ void sum_rows(float (&sum)[8], int eight, const AddUp
   }
 }
 
+// The same number, but not so that the compiler knew: it would keep all products with it for later.
+__device__ __forceinline__ float again(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // Exponentials of less than 2^-126 are 0, and sums of more than 2^128 infinite. A sum between these
 // has lost nothing that counts.
 __device__ __forceinline__ bool is_exact(float sum) { return sum > 0x1p-90f && sum < 0x1p120f; }
@@ -202,40 +208,20 @@ struct ClipForward {
   }
 };
 
-// A logarithm of a sum, both to the base 2, that grows.
-struct RunningSum {
-  float top = -INFINITY, sum = 0;
-
-  __device__ __forceinline__ void add(float other_top, float other_sum) {
-    const float next = fmaxf(top, other_top);
-    sum = sum * exp2_approximate(top - next) + other_sum * exp2_approximate(other_top - next);
-    top = next;
-  }
-};
-
-constexpr int kMergeColumns = 32, kMergeWarps = 4;
-
 // Log-sum-exp over the first dimension of shares [tiles, size], which are to the base 2, to that of
 // the logits; in a fixed order. With `add`, together with what is there already.
-__global__ void __launch_bounds__(kMergeColumns* kMergeWarps)
+__global__ void __launch_bounds__(128)
     contrastive_merge_kernel(const float* shares, float* lse, int tiles, int size, bool add) {
-  __shared__ RunningSum parts[kMergeWarps][kMergeColumns];
-  const int lane = lane_index(), warp = warp_index();
-  const int at = static_cast<int>(blockIdx.x) * kMergeColumns + lane;
-  RunningSum all;
+  const int at = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
+  if (at >= size) return;
+  float top = add ? lse[at] * kLog2E : -INFINITY, sum = add ? 1 : 0;
 #pragma unroll 8
-  for (int tile = warp; tile < tiles; tile += kMergeWarps) {
-    all.add(shares[int64_t{tile} * size + at], 1);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const float share = shares[int64_t{tile} * size + at], next = fmaxf(top, share);
+    sum = sum * exp2_approximate(top - next) + exp2_approximate(share - next);
+    top = next;
   }
-  parts[warp][lane] = all;
-  __syncthreads();
-  if (warp > 0) return;
-#pragma unroll
-  for (int other = 1; other < kMergeWarps; ++other) {
-    all.add(parts[other][lane].top, parts[other][lane].sum);
-  }
-  if (add) all.add(lse[at] * kLog2E, 1);
-  lse[at] = (all.top + log2_approximate(all.sum)) * kLn2;
+  lse[at] = (top + log2_approximate(sum)) * kLn2;
 }
 
 }  // namespace contrastive

@@ -77,17 +77,6 @@ __device__ __forceinline__ int cluster_index() { return static_cast<int>(blockId
 __device__ __forceinline__ int clusters() { return static_cast<int>(gridDim.x) / kBlocks; }
 __device__ __forceinline__ int block_in_cluster() { return static_cast<int>(cluster_rank()); }
 
-// The same number, but not so that the compiler knew: what follows from it is worked out where it
-// is needed, and takes no registers from the products.
-__device__ __forceinline__ int again(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-__device__ __forceinline__ float again(float x) {
-  asm volatile("" : "+f"(x));
-  return x;
-}
-
 // The frame of every kernel: a thread copies, two warpgroups work, and a warp beside each of those
 // may help it.
 template <typename Copy, typename Work, typename Help>

@@ -19,8 +19,8 @@ int check(const VlmkContrastiveParams& p) {
   VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
              "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
              p.columns);
-  VLMK_CHECK(p.dim >= kTile && p.dim % (kTile / 2) == 0,
-             "it takes multiples of %d channels from %d on, these are %d", kTile / 2, kTile, p.dim);
+  VLMK_CHECK(p.dim > 0 && (p.dim % 192 == 0 || p.dim % 256 == 0),
+             "it takes multiples of 192 or 256 channels, these are %d", p.dim);
   VLMK_CHECK(tiled(p.panel_rows) && tiled(p.panel_columns), "panels of %d rows, %d columns",
              p.panel_rows, p.panel_columns);
   VLMK_CHECK(
@@ -77,9 +77,16 @@ int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps
       panel, maps);
 }
 
+template <typename Work, int kColumns>
+int launch_gradients(const Job& p, const Maps& maps, void* stream) {
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns>>(
+      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), true,
+      stream, maps);
+}
+
 int launch_merge(const float* shares, float* lse, int tiles, int size, bool add, void* stream) {
-  return launch("contrastive_merge_kernel", contrastive_merge_kernel, dim3(size / kMergeColumns),
-                dim3(kMergeColumns * kMergeWarps), 0, stream, shares, lse, tiles, size, add);
+  return launch("contrastive_merge_kernel", contrastive_merge_kernel, dim3(ceil_div(size, 128)),
+                dim3(128), 0, stream, shares, lse, tiles, size, add);
 }
 
 template <typename Work>
@@ -89,11 +96,9 @@ int gradients(const VlmkContrastiveParams& p, void* stream) {
   if (code) return code;
   code = encode_maps(p, true, maps);
   if (code) return code;
-  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
-                Divisor(ceil_div(p.dim, kTile))};
-  return launch_for_tiles<contrastive_gradients_kernel<Work>>(
-      "contrastive_gradients_kernel", job, int64_t{p.rows / kTile} * (p.columns / kTile), true,
-      stream, maps);
+  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
+  return p.dim % 256 == 0 ? launch_gradients<Work, 256>(job, maps, stream)
+                          : launch_gradients<Work, 192>(job, maps, stream);
 }
 
 int clip_forward(const VlmkContrastiveParams& p, void* stream) {

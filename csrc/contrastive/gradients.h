@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "contrastive/logits.h"
 #include "contrastive/products.h"
@@ -27,13 +26,14 @@ __device__ __forceinline__ void see_what_was_counted() {
 }
 
 // The thread that copies.
+template <int kColumns>
 __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, StageRing ring) {
-  for_tiles(
+  for_tiles<kColumns>(
       p,
       [&](int number, const Visit& visit, int tile) {
         if (number >= kPanels) {
           const Panel before = visit_of(p, number - kPanels).panel;
-          const int wanted = kMembers * tiles_of_products(p, before);
+          const int wanted = kMembers * tiles_of_products<kColumns>(p, before);
           while (load_counter(counters_of_products(p) + number - kPanels) < wanted) {
           }
           see_what_was_counted();
@@ -41,7 +41,7 @@ __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, StageRi
         copy_logits(p, maps, visit.panel, tile, ring);
       },
       [&](int number, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile(p, visit, tile);
+        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
         const int wanted = kMembers * tiles_of_logits(visit.panel);
         bool ready;
         do {
@@ -50,16 +50,13 @@ __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, StageRi
           ready = logits >= wanted && min(first, second) >= t.turns_before;
         } while (!ready);
         see_what_was_counted();
-        if (t.half) {
-          copy_products<kTile / 2>(p, maps, visit, t, ring);
-        } else {
-          copy_products<kTile>(p, maps, visit, t, ring);
-        }
+        copy_products<kColumns>(p, maps, visit, t, ring);
       });
 }
 
 // The warp that tells the others what a warpgroup has stored. That takes until all of it has
 // arrived, which the warpgroup does not wait for.
+template <int kColumns>
 __device__ __forceinline__ void publish_all(const Job& p, int group) {
   const auto publish = [&](int32_t* counter, int32_t* turns) {
     named_wait<160>(kStoredBarrier + group);
@@ -71,16 +68,16 @@ __device__ __forceinline__ void publish_all(const Job& p, int group) {
     __syncwarp();
     named_arrive<160>(kPublishedBarrier + group);
   };
-  for_tiles(
+  for_tiles<kColumns>(
       p, [&](int number, const Visit&, int) { publish(counters_of_logits(p) + number, nullptr); },
       [&](int number, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile(p, visit, tile);
+        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
         publish(counters_of_products(p) + number, t.turns + group);
       });
 }
 
 // A warpgroup that multiplies.
-template <typename Work>
+template <int kColumns, typename Work>
 __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing ring, int group) {
   bool first_tile = true;
   float products[kSums];  // of every tile: those of two kinds would not fit in registers together
@@ -92,24 +89,18 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing 
     named_arrive<160>(kStoredBarrier + group);
     first_tile = false;
   };
-  for_tiles(
+  for_tiles<kColumns>(
       p,
       [&](int, const Visit& visit, int tile) {
         work_on_logits(work, visit.panel, tile, products, ring, group, first_tile, before);
         stored();
       },
       [&](int, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile(p, visit, tile);
-        const auto add = [&](auto columns, auto of_b) {
-          add_products<decltype(columns)::value, decltype(of_b)::value>(p, t, products, ring, group,
-                                                                        first_tile, before);
-        };
-        using Whole = std::integral_constant<int, kTile>;
-        using Half = std::integral_constant<int, kTile / 2>;
+        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
         if (t.of_b) {
-          t.half ? add(Half(), std::true_type()) : add(Whole(), std::true_type());
+          add_products<kColumns, true>(p, visit, t, products, ring, group, first_tile, before);
         } else {
-          t.half ? add(Half(), std::false_type()) : add(Whole(), std::false_type());
+          add_products<kColumns, false>(p, visit, t, products, ring, group, first_tile, before);
         }
         stored();
       });
@@ -117,18 +108,18 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing 
   work.end(p.sums);
 }
 
-template <typename Work>
+template <typename Work, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     contrastive_gradients_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
   run(
-      shared, [&](StageRing ring) { copy_all(p, maps, ring); },
+      shared, [&](StageRing ring) { copy_all<kColumns>(p, maps, ring); },
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);
-        work_on_all(p, work, ring, group);
+        work_on_all<kColumns>(p, work, ring, group);
       },
-      [&](int group) { publish_all(p, group); });
+      [&](int group) { publish_all<kColumns>(p, group); });
 }
 
 }  // namespace contrastive

@@ -11,11 +11,9 @@
 namespace vlmk {
 namespace contrastive {
 
-// The tile of a number, of those that a panel adds to: 256 rows, and 256 columns or the last 128.
-// First come a's, then b's.
+// The tile of a number, of those that a panel adds to. First come a's, then b's.
 struct GradientTile {
   bool of_b;
-  bool half;
   int first_row;  // in the panel
   int first_column;
   int row;       // in the gradient
@@ -23,19 +21,20 @@ struct GradientTile {
   int turn, last_turn;
   int32_t* turns;    // how often both warpgroups of this block have added to it
   int turns_before;  // how often they have when it is this one's turn
-  int steps;         // stages that its products take
+
+  __device__ __forceinline__ int steps(const Panel& panel) const {
+    return (of_b ? panel.row_tiles : panel.column_tiles) * (kTile / kDepth);
+  }
 };
 
+template <int kColumns>
 __device__ __forceinline__ GradientTile gradient_tile(const Job& p, const Visit& visit, int tile) {
-  const int across = p.across.divisor, of_a = visit.panel.row_tiles * across;
+  const int across = p.dim / kColumns, of_a = visit.panel.row_tiles * across;
   GradientTile t;
   t.of_b = tile >= of_a;
   if (t.of_b) tile -= of_a;
-  const int row_tile = p.across.divide(tile);
-  t.first_row = row_tile * kTile;
-  t.first_column = (tile - row_tile * across) * kTile;
-  t.half = p.dim - t.first_column < kTile;
-  t.steps = (t.of_b ? visit.panel.row_tiles : visit.panel.column_tiles) * (kTile / kDepth);
+  t.first_row = tile / across * kTile;
+  t.first_column = tile % across * kColumns;
   if (t.of_b) {
     t.row = t.kept_row = visit.panel.first_column + t.first_row;
     t.turn = t.turns_before = visit.turn_b;
@@ -49,7 +48,7 @@ __device__ __forceinline__ GradientTile gradient_tile(const Job& p, const Visit&
   }
   const int block = t.kept_row / kRows + block_in_cluster();
   t.turns = (t.of_b ? counters_of_b(p) : counters_of_a(p)) +
-            (int64_t{block} * across + t.first_column / kTile) * kGroups;
+            (int64_t{block} * (p.dim / 64) + t.first_column / kColumns) * kGroups;
   return t;
 }
 
@@ -62,7 +61,7 @@ __device__ __forceinline__ void copy_products(const Job& p, const Maps& maps, co
   const CUtensorMap& factor = t.of_b ? maps.factor_a : maps.factor_b;
   const int first_k = t.of_b ? panel.first_row : panel.first_column;
   constexpr int kBytes = kLeftBytes + kColumns * kRowBytes;
-  copy_stages<kBytes>(ring, t.steps, [&](uint32_t stage, uint32_t barrier, int step) {
+  copy_stages<kBytes>(ring, t.steps(panel), [&](uint32_t stage, uint32_t barrier, int step) {
     const int k = step * kDepth;
     if (t.of_b) {
 #pragma unroll
@@ -83,6 +82,14 @@ __device__ __forceinline__ void copy_products(const Job& p, const Maps& maps, co
   });
 }
 
+// lane_index() for what is worked out anew for each tile: nvcc would rather keep all that depends
+// on it in registers.
+__device__ __forceinline__ int lane_again() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Sums of 20 bits: 16 where the result will be, and 4 beside it. A warp keeps those of its 16 rows
 // in an order of its own, a thread's 8 neighbours in 16 bytes.
 template <int kColumns>
@@ -93,14 +100,14 @@ struct NarrowSums {
   int dim, lane;
 
   __device__ __forceinline__ NarrowSums(const Job& p, const GradientTile& t, int group)
-      // Where a warp has more than a row at a time, nvcc would keep its places in registers.
-      : dim(p.dim), lane(kColumns < kTile ? again(lane_index()) : lane_index()) {
+      : dim(p.dim), lane(kColumns % 256 ? lane_again() : lane_index()) {
     const int row = block_in_cluster() * kRows + group * 64, warp = group_thread() / 32;
     out = static_cast<uint16_t*>(t.of_b ? p.db : p.da) + int64_t{t.row + row + warp * 16} * dim +
           t.first_column;
-    // Rows come in blocks of 64 that are 2 dim of these words, a tile's behind those to its left.
-    low = static_cast<uint4*>(t.of_b ? p.low_b : p.low_a) +
-          int64_t{(t.kept_row + row) / 64} * 2 * dim + 2 * t.first_column + group_thread();
+    const int64_t tile =
+        int64_t{(t.kept_row + row) / 64} * (dim / kColumns) + t.first_column / kColumns;
+    low = static_cast<uint4*>(t.of_b ? p.low_b : p.low_a) + tile * (kChunks / 4) * 128 +
+          group_thread();
   }
 
   __device__ __forceinline__ uint4* high(int chunk) const {
@@ -175,7 +182,7 @@ struct WideSums {
   int dim, lane;
 
   __device__ __forceinline__ WideSums(const Job& p, const GradientTile& t, int group)
-      : dim(p.dim), lane(lane_index()) {
+      : dim(p.dim), lane(lane_again()) {
     const int row = block_in_cluster() * kRows + group * 64 + group_thread() / 32 * 16;
     out = static_cast<float*>(p.db) + int64_t{t.row + row} * dim + t.first_column;
   }
@@ -232,11 +239,12 @@ __device__ __forceinline__ void finish_products(const Job& p, const GradientTile
 }
 
 template <int kColumns, bool kOfB, typename Before>
-__device__ __forceinline__ void add_products(const Job& p, const GradientTile& t,
-                                             float (&products)[kSums], StageRing& ring, int group,
-                                             bool first_tile, Before before) {
+__device__ __forceinline__ void add_products(const Job& p, const Visit& visit,
+                                             const GradientTile& t, float (&products)[kSums],
+                                             StageRing& ring, int group, bool first_tile,
+                                             Before before) {
   auto& sum = reinterpret_cast<float (&)[kColumns / 2]>(products);
-  multiply<kColumns, kOfB, true>(sum, ring, group, t.steps, first_tile);
+  multiply<kColumns, kOfB, true>(sum, ring, group, t.steps(visit.panel), first_tile);
   before();
   if (kOfB && p.wide_b) {
     finish_products(p, t, WideSums<kColumns>(p, t, group), sum);

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "common/divisor.h"
 #include "contrastive/config.h"
 
 namespace vlmk {
@@ -23,7 +22,6 @@ constexpr int kShift = 2;
 // What a launch works on, with what would have to be divided for.
 struct Job : VlmkContrastiveParams {
   int32_t row_panels, column_panels;
-  Divisor across;  // tiles beside each other in a gradient
 
   __device__ __forceinline__ int panels() const { return row_panels * column_panels; }
 };
@@ -65,50 +63,38 @@ __device__ __forceinline__ int32_t* counters_of_a(const Job& p) {
   return p.counters + 2 * p.panels();
 }
 __device__ __forceinline__ int32_t* counters_of_b(const Job& p) {
-  return counters_of_a(p) + int64_t{2 * p.panel_rows / kRows} * p.across.divisor * kGroups;
+  return counters_of_a(p) + int64_t{2 * p.panel_rows / kRows} * (p.dim / 64) * kGroups;
 }
 
 __device__ __forceinline__ int tiles_of_logits(const Panel& panel) {
   return panel.row_tiles * panel.column_tiles;
 }
+template <int kColumns>
 __device__ __forceinline__ int tiles_of_products(const Job& p, const Panel& panel) {
-  return (panel.row_tiles + panel.column_tiles) * p.across.divisor;
-}
-
-// This cluster's tiles of a panel: `run(visit, tile)`. `tile` counts from its first one to the
-// first behind it.
-template <typename Count, typename Run>
-__device__ __forceinline__ void for_tiles_of(const Job& p, int number, int& tile, Count count,
-                                             Run run) {
-#pragma unroll 1
-  while (true) {
-    const Visit visit = visit_of(p, again(number));
-    const int tiles = count(visit.panel);
-    if (tile >= tiles) {
-      tile -= tiles;
-      return;
-    }
-    run(visit, tile);
-    tile += clusters();
-  }
+  return (panel.row_tiles + panel.column_tiles) * (p.dim / kColumns);
 }
 
 // All tiles of this block's cluster, one after another: `logits(number, visit, tile)` and
 // `products(number, visit, tile)`, with the number of the panel.
-template <typename Logits, typename Products>
+template <int kColumns, typename Logits, typename Products>
 __device__ __forceinline__ void for_tiles(const Job& p, Logits logits, Products products) {
-  int tile = cluster_index();
+  const int panels = p.panels();
+  int tile = cluster_index();  // behind the first of this panel's logits
 #pragma unroll 1
-  for (int number = 0; number <= p.panels(); ++number) {
-    if (number < p.panels()) {
-      for_tiles_of(
-          p, number, tile, [](const Panel& panel) { return tiles_of_logits(panel); },
-          [&](const Visit& visit, int tile) { logits(number, visit, tile); });
+  for (int number = 0; number <= panels; ++number) {
+    if (number < panels) {
+      const Visit visit = visit_of(p, number);
+      const int tiles = tiles_of_logits(visit.panel);
+#pragma unroll 1
+      for (; tile < tiles; tile += clusters()) logits(number, visit, tile);
+      tile -= tiles;
     }
     if (number > 0) {
-      for_tiles_of(
-          p, number - 1, tile, [&](const Panel& panel) { return tiles_of_products(p, panel); },
-          [&](const Visit& visit, int tile) { products(number - 1, visit, tile); });
+      const Visit visit = visit_of(p, number - 1);
+      const int tiles = tiles_of_products<kColumns>(p, visit.panel);
+#pragma unroll 1
+      for (; tile < tiles; tile += clusters()) products(number - 1, visit, tile);
+      tile -= tiles;
     }
   }
 }

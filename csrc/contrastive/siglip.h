@@ -73,6 +73,7 @@ struct SigLip {
           if (kGradients) {
             const float inverse = reciprocal_approximate(one);
             g[i] = wrong >= 0 ? inverse : e * inverse;
+            if (wrong != wrong) g[i] = wrong;
             if (belongs) g[i] = -g[i];
             dbias += g[i];
             dscale += g[i] * similarity;

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/divisor.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/launch.h"
@@ -28,6 +27,25 @@ constexpr int kBarrierBytes = (4 * kMaxSlots + 4) * 8;  // of each warpgroup, wh
 constexpr int kPadding = 112;  // bytes of a row in a stage that segments may leave unused
 
 __host__ __device__ __forceinline__ int round_up_16(int bytes) { return (bytes + 15) & ~15; }
+
+// Division by a number that the host knows, for 0 <= n < 2^31: a tenth of a division's cycles.
+struct Divisor {
+  int32_t divisor;
+  uint32_t multiplier;
+  int32_t shift;
+
+  explicit Divisor(int d) : divisor(d), multiplier(0), shift(0) {
+    if (d <= 1) return;
+    int bits = 0;
+    while ((int64_t{1} << bits) < d) ++bits;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + d - 1) / d);
+    shift = bits - 1;
+  }
+
+  __device__ __forceinline__ int divide(int n) const {
+    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift);
+  }
+};
 
 // How tiles are dealt out: column group g of cluster i takes the tiles i, i + clusters, ...
 struct Schedule {

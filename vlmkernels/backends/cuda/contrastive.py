@@ -102,7 +102,7 @@ def _gradients(
         "panel": a.new_empty(min(PANELS, panels), *size),
         "low_a": a.new_empty(size[0] * dim, dtype=torch.uint8),
         "low_b": a.new_empty(0 if wide_b else columns * dim // 2, dtype=torch.uint8),
-        "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 64 * -(-dim // TILE), dtype=torch.int32),
+        "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
     }
     return da, db, _run(function, a, b, size, wide_b, **workspace, da=da, db=db, **tensors)
 
