@@ -22,6 +22,7 @@ using attention::kRowBytes;
 using attention::Ring;
 
 constexpr int kQueries = 64;  // of a tile
+constexpr int kTail = 16;     // of a head's last tile, if it has no more: 197 and 577 leave 5 and 1
 constexpr int kKeys = 128;    // of a tile: 64 of each of two warpgroups
 constexpr int kKeyGroups = 2;
 constexpr int kMaxWidth = 128;
@@ -36,7 +37,8 @@ struct Maps {
 // by the producer for the others, as is what they need to know of a tile of queries.
 struct alignas(16) Item {
   int32_t batch, head, first_key;
-  int32_t count;   // tiles of queries; kNoMore behind the last item
+  int32_t count;   // tiles of queries of one head; kNoMore behind the last item
+  int32_t tail;    // whether the last of them is short, which those of wide heads never are
   int32_t lo, hi;  // the hull of the keys that are seen
 };
 

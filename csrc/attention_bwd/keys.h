@@ -24,6 +24,13 @@ namespace attention_bwd {
 using attention::lane_index;
 using attention::release;
 
+// Of 64 keys of a warpgroup and so many queries, what a thread has.
+template <int kRows>
+struct Scores {
+  float scores[kRows / 2], dp[kRows / 2];
+  uint32_t weights[kRows / 4], ds[kRows / 4];
+};
+
 template <typename C>
 struct KeyGroup {
   using T = typename C::Element;
@@ -36,11 +43,7 @@ struct KeyGroup {
   Ring<2> keys{0};
   Ring<C::kStages> queries{0};
   Ring<C::kScoreStages> buffer{1};  // of dS; its first turn waits for nobody
-  int open_stage = -1;              // of queries whose last product may be under way
-  int stored_stage = -1;            // of keys whose results are yet to be stored
 
-  float scores[kQueries / 2], dp[kQueries / 2];
-  uint32_t weights[kQueries / 4], ds[kQueries / 4];
   float dk[C::kWidth / 2], dv[C::kWidth / 2];
   uint32_t own_keys[C::kDepth / 16][4], own_values[C::kDepth / 16][4];
 
@@ -63,8 +66,8 @@ struct KeyGroup {
 
   // sums = the warpgroup's own rows times `rows`, both with their columns along the product; or
   // sums += ...
-  template <bool kAdd>
-  __device__ __forceinline__ void start_product(float (&sums)[kQueries / 2],
+  template <bool kAdd, int kHalf>
+  __device__ __forceinline__ void start_product(float (&sums)[kHalf],
                                                 uint32_t (&own)[C::kDepth / 16][4], uint32_t rows) {
     const uint64_t b = swizzled_descriptor(rows, 16);
     keep(sums);
@@ -74,15 +77,15 @@ struct KeyGroup {
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, kQueries>(sums, own[step], b + ((panel * kQueries * kRowBytes + inside) >> 4),
-                       kAdd || step > 0);
+      mma<T, 2 * kHalf>(sums, own[step], b + ((panel * kQueries * kRowBytes + inside) >> 4),
+                        kAdd || step > 0);
     }
     mma_commit();
   }
 
   // The same with the own rows in shared memory.
-  template <bool kAdd>
-  __device__ __forceinline__ void start_product(float (&sums)[kQueries / 2], uint32_t tile,
+  template <bool kAdd, int kHalf>
+  __device__ __forceinline__ void start_product(float (&sums)[kHalf], uint32_t tile,
                                                 uint32_t rows) {
     const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
     const uint64_t b = swizzled_descriptor(rows, 16);
@@ -91,8 +94,8 @@ struct KeyGroup {
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, kQueries>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4),
-                       b + ((panel * kQueries * kRowBytes + inside) >> 4), kAdd || step > 0);
+      mma<T, 2 * kHalf>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4),
+                        b + ((panel * kQueries * kRowBytes + inside) >> 4), kAdd || step > 0);
     }
     mma_commit();
   }
@@ -104,30 +107,41 @@ struct KeyGroup {
     return make_float2(__uint_as_float(x.x), __uint_as_float(x.y));
   }
 
+  template <int kRows>
+  __device__ __forceinline__ void start_scores(Scores<kRows>& x, int stage) {
+    if constexpr (C::kKeysInRegisters) {
+      start_product<false>(x.scores, own_keys, at(C::queries_at(stage)));
+    } else {
+      start_product<false>(x.scores, at(C::keys_at(keys.stage)), at(C::queries_at(stage)));
+    }
+  }
+
   // dP less what each query subtracts from it.
-  __device__ __forceinline__ void start_dp(int stage) {
+  template <int kRows>
+  __device__ __forceinline__ void start_dp(Scores<kRows>& x, int stage) {
 #pragma unroll
-    for (int i = 0; i < kQueries / 8; ++i) {
+    for (int i = 0; i < kRows / 8; ++i) {
       const float2 delta = load_pair(C::sums_at(stage) + 8, i);
-      dp[4 * i] = dp[4 * i + 2] = delta.x;
-      dp[4 * i + 1] = dp[4 * i + 3] = delta.y;
+      x.dp[4 * i] = x.dp[4 * i + 2] = delta.x;
+      x.dp[4 * i + 1] = x.dp[4 * i + 3] = delta.y;
     }
     if constexpr (C::kValuesInRegisters) {
-      start_product<true>(dp, own_values, at(C::dout_at(stage)));
+      start_product<true>(x.dp, own_values, at(C::dout_at(stage)));
     } else {
-      start_product<true>(dp, at(C::values_at(keys.stage)), at(C::dout_at(stage)));
+      start_product<true>(x.dp, at(C::values_at(keys.stage)), at(C::dout_at(stage)));
     }
   }
 
   // sums += left times rows: dV or dK.
+  template <int kQuarter>
   __device__ __forceinline__ void start_gradient(float (&sums)[C::kWidth / 2],
-                                                 uint32_t (&left)[kQueries / 4], uint32_t rows) {
+                                                 uint32_t (&left)[kQuarter], uint32_t rows) {
     const uint64_t b = swizzled_descriptor(rows, kQueries * kRowBytes);
     keep(sums);
     keep(left);
     mma_fence();
 #pragma unroll
-    for (int step = 0; step < kQueries / 16; ++step) {
+    for (int step = 0; step < kQuarter / 4; ++step) {
       const uint32_t a[4] = {left[4 * step], left[4 * step + 1], left[4 * step + 2],
                              left[4 * step + 3]};
       mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), true);
@@ -136,21 +150,22 @@ struct KeyGroup {
   }
 
   // Scores become weights; of what a query does not see 0, whatever they were.
-  template <bool kMasked>
-  __device__ __forceinline__ void weigh(int first_key, const float2 (&lse)[kQueries / 8]) {
+  template <bool kMasked, int kRows>
+  __device__ __forceinline__ void weigh(Scores<kRows>& x, int first_key,
+                                        const float2 (&lse)[kRows / 8]) {
     const float scale = p.scale * attention::kLog2E;
     const uint32_t table = at(C::ranges_at(queries.stage)) + lane_index() % 4 * 16;
     const int key =
         first_key + group * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_index() / 4;
 #pragma unroll
-    for (int i = 0; i < kQueries / 8; ++i) {
+    for (int i = 0; i < kRows / 8; ++i) {
       uint4 ranges;
       if (kMasked) load_shared(table + i * 64, ranges);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          float& score = scores[4 * i + 2 * half + j];
+          float& score = x.scores[4 * i + 2 * half + j];
           score = attention::exp2_approximate(fmaf(score, scale, j ? lse[i].y : lse[i].x));
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
@@ -160,42 +175,49 @@ struct KeyGroup {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kQueries / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
-  }
-
-  // dP becomes dS. A weight of 0 stands for what is not seen, where dP may be anything.
-  template <bool kMasked>
-  __device__ __forceinline__ void differentiate() {
-#pragma unroll
-    for (int i = 0; i < kQueries / 2; i += 2) {
-      float gradient[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        gradient[j] = scores[i + j] * dp[i + j];
-        if (kMasked) gradient[j] = scores[i + j] == 0 ? 0 : gradient[j];
-      }
-      ds[i / 2] = pack<T>(gradient[0], gradient[1]);
+    for (int i = 0; i < kRows / 4; ++i) {
+      x.weights[i] = pack<T>(x.scores[2 * i], x.scores[2 * i + 1]);
     }
   }
 
-  // dS as [queries, keys], for the product with K.
-  __device__ __forceinline__ void store_scores() {
+  // dP becomes dS. A weight of 0 stands for what is not seen, where dP may be anything.
+  template <bool kMasked, int kRows>
+  __device__ __forceinline__ void differentiate(Scores<kRows>& x) {
+#pragma unroll
+    for (int i = 0; i < kRows / 2; i += 2) {
+      float gradient[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        gradient[j] = x.scores[i + j] * x.dp[i + j];
+        if (kMasked) gradient[j] = x.scores[i + j] == 0 ? 0 : gradient[j];
+      }
+      x.ds[i / 2] = pack<T>(gradient[0], gradient[1]);
+    }
+  }
+
+  // dS as [queries, keys], for the product with K. Behind the rows of a short tile are those of
+  // another: what they give to dQ is nobody's.
+  template <int kRows>
+  __device__ __forceinline__ void store_scores(const Scores<kRows>& x) {
     const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const uint32_t panel = at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
     const uint32_t row = panel + (lane / 16 * 8 + lane % 8) * kRowBytes +
                          ((2 * warp + lane / 8 % 2 ^ lane % 8) << 4);
 #pragma unroll
-    for (int step = 0; step < kQueries / 16; ++step) {
-      store_transposed(row + step * 16 * kRowBytes,
-                       {ds[4 * step], ds[4 * step + 1], ds[4 * step + 2], ds[4 * step + 3]});
+    for (int step = 0; step < kRows / 16; ++step) {
+      store_transposed(row + step * 16 * kRowBytes, {x.ds[4 * step], x.ds[4 * step + 1],
+                                                     x.ds[4 * step + 2], x.ds[4 * step + 3]});
     }
-    fence_async_proxy();
   }
 
-  // To the warpgroup of dQ.
-  __device__ __forceinline__ void hand_over_scores() {
+  // dS to the warpgroup of dQ, and into dK: the fence, at which a warp stood for a seventh of its
+  // time (D 64, H200), has that product beside it.
+  template <int kRows>
+  __device__ __forceinline__ void give_scores(Scores<kRows>& x, int stage) {
     barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
-    store_scores();
+    store_scores(x);
+    start_gradient(dk, x.ds, at(C::queries_at(stage)));
+    fence_async_proxy();
     release(barriers.scores_full(buffer.stage));
     buffer.advance();
   }
@@ -248,63 +270,95 @@ struct KeyGroup {
     release(barriers.keys_empty(stage));
   }
 
-  // What the tile of queries before gave to dK is there: nobody here reads its stage any more.
-  __device__ __forceinline__ void end_tile(int stage) {
+  // What a tile of queries gave to dK is there: nobody here reads its stage any more.
+  template <int kRows>
+  __device__ __forceinline__ void end_tile(Scores<kRows>& x, int stage) {
     keep(dk);
-    keep(ds);
+    keep(x.ds);
     release(barriers.queries_empty(stage));
   }
 
   // A tile of queries. Its scores begin before the last product of the tile before is done, and its
   // own last one is under way at the end; dP waits for that one, whose left operand is where dP
   // was. What is read from shared memory comes late, and is asked for long before it is needed.
-  __device__ __forceinline__ void attend(int first_key, int stage_before, bool first) {
+  template <int kRows>
+  __device__ __forceinline__ void attend(Scores<kRows>& x, int first_key, int stage_before,
+                                         bool first) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
-    if constexpr (C::kKeysInRegisters) {
-      start_product<false>(scores, own_keys, at(C::queries_at(stage)));
-    } else {
-      start_product<false>(scores, at(C::keys_at(keys.stage)), at(C::queries_at(stage)));
-    }
+    start_scores(x, stage);
     const uint32_t flags =
         reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags;
-    float2 lse[kQueries / 8];
+    float2 lse[kRows / 8];
 #pragma unroll
-    for (int i = 0; i < kQueries / 8; ++i) lse[i] = load_pair(C::sums_at(stage), i);
+    for (int i = 0; i < kRows / 8; ++i) lse[i] = load_pair(C::sums_at(stage), i);
     mma_wait<1>();
-    if (!first) end_tile(stage_before);
-    start_dp(stage);
+    if (!first) end_tile(x, stage_before);
+    start_dp(x, stage);
     mma_wait<1>();
-    keep(scores);
+    keep(x.scores);
     if (flags & kMasked) {
-      weigh<true>(first_key, lse);
+      weigh<true>(x, first_key, lse);
     } else {
-      weigh<false>(first_key, lse);
+      weigh<false>(x, first_key, lse);
     }
-    start_gradient(dv, weights, at(C::dout_at(stage)));
+    start_gradient(dv, x.weights, at(C::dout_at(stage)));
     mma_wait<1>();
-    keep(dp);
+    keep(x.dp);
     if (flags & kMasked) {
-      differentiate<true>();
+      differentiate<true>(x);
     } else {
-      differentiate<false>();
+      differentiate<false>(x);
     }
-    hand_over_scores();
-    start_gradient(dk, ds, at(C::queries_at(stage)));
+    give_scores(x, stage);
     mma_wait<1>();
     keep(dv);
-    keep(weights);
+    keep(x.weights);
     queries.advance();
+  }
+
+  // The few queries of a short tile. Nothing else is under way before it or after it.
+  __device__ __forceinline__ void attend_tail(int first_key) {
+    Scores<kTail> x;
+    const int stage = queries.stage;
+    attend(x, first_key, stage, true);
+    mma_wait<0>();
+    end_tile(x, stage);
   }
 
   __device__ __forceinline__ const Item& item_at(int stage) const {
     return reinterpret_cast<const Item*>(shared + C::kItemsAt)[stage];
   }
 
+  // All tiles of queries of an item, and in between the end of the item before.
+  __device__ __forceinline__ void attend_all(int count, bool tail, int first_key,
+                                             bool after_other) {
+    const int heads = p.num_heads / p.num_kv_heads;
+    const int runs = tail ? heads : 1, whole = tail ? count - 1 : count * heads;
+    bool ended = !after_other;
+    for (int run = 0; run < runs; ++run) {
+      Scores<kQueries> x;
+      int stage = queries.stage;
+#pragma unroll 1
+      for (int i = 0; i < whole; ++i) {
+        const int before = stage;
+        stage = queries.stage;
+        attend(x, first_key, before, i == 0);
+        if (!ended) end_item(keys.stage ^ 1);
+        ended = true;
+      }
+      mma_wait<0>();
+      if (whole > 0) end_tile(x, stage);
+      if (tail) attend_tail(first_key);
+    }
+    if (!ended) end_item(keys.stage ^ 1);
+  }
+
   __device__ __forceinline__ void run() {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-      const int count = item_at(keys.stage).count, first_key = item_at(keys.stage).first_key;
+      const Item& item = item_at(keys.stage);
+      const int count = item.count;
       if (count == kNoMore) break;
 #pragma unroll
       for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
@@ -312,20 +366,7 @@ struct KeyGroup {
         if (C::kKeysInRegisters) load_own(own_keys, at(C::keys_at(keys.stage)));
         if (C::kValuesInRegisters) load_own(own_values, at(C::values_at(keys.stage)));
       }
-      int stage = 0;
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        const int before = stage;
-        stage = queries.stage;
-        attend(first_key, before, i == 0);
-        if (i == 0 && items > 0) end_item(keys.stage ^ 1);
-      }
-      mma_wait<0>();
-      if (count > 0) {
-        end_tile(stage);
-      } else if (items > 0) {
-        end_item(keys.stage ^ 1);
-      }
+      attend_all(count, item.tail, item.first_key, items > 0);
       store(dv, 1, at(C::values_at(keys.stage)), maps.dv, keys.stage);
       if (!C::kStaged) wait_for_queries();
       store(dk, p.scale, at(C::kStaged ? C::kStagingAt : C::keys_at(keys.stage)), maps.dk,

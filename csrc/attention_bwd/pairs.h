@@ -22,13 +22,14 @@ template <typename C>
 struct PairGroup : KeyGroup<C> {
   using Base = KeyGroup<C>;
   using T = typename C::Element;
-  using Base::at, Base::barriers, Base::buffer, Base::dk, Base::dp, Base::ds, Base::dv, Base::group;
-  using Base::keys, Base::p, Base::queries, Base::scores, Base::shared, Base::weights;
+  using Base::at, Base::barriers, Base::buffer, Base::dk, Base::dv, Base::group, Base::keys;
+  using Base::p, Base::queries, Base::shared;
 
   const Schedule& schedule;
   const Workspace& workspace;
 
   static constexpr int kRest = C::kWidth - kPanel;  // columns of the second panel
+  Scores<kQueries> x;
   float dq[kPanel / 2];
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
@@ -98,35 +99,35 @@ struct PairGroup : KeyGroup<C> {
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
-    this->template start_product<false>(scores, at(C::keys_at(keys.stage)),
-                                        at(C::queries_at(stage)));
+    this->start_scores(x, stage);
     const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
-    this->start_dp(stage);
+    this->start_dp(x, stage);
     float2 lse[kQueries / 8];
 #pragma unroll
     for (int i = 0; i < kQueries / 8; ++i) lse[i] = this->load_pair(C::sums_at(stage), i);
     mma_wait<1>();
-    keep(scores);
+    keep(x.scores);
     if (tile.flags & kMasked) {
-      this->template weigh<true>(first_key, lse);
+      this->template weigh<true>(x, first_key, lse);
     } else {
-      this->template weigh<false>(first_key, lse);
+      this->template weigh<false>(x, first_key, lse);
     }
-    this->start_gradient(dv, weights, at(C::dout_at(stage)));
+    this->start_gradient(dv, x.weights, at(C::dout_at(stage)));
     mma_wait<1>();
-    keep(dp);
+    keep(x.dp);
     if (tile.flags & kMasked) {
-      this->template differentiate<true>();
+      this->template differentiate<true>(x);
     } else {
-      this->template differentiate<false>();
+      this->template differentiate<false>(x);
     }
-    this->store_scores();
+    this->store_scores(x);
+    fence_async_proxy();
     meet();
     start_own_columns();
-    this->start_gradient(dk, ds, at(C::queries_at(stage)));
+    this->start_gradient(dk, x.ds, at(C::queries_at(stage)));
     mma_wait<1>();
     keep(dv);
-    keep(weights);
+    keep(x.weights);
     keep(dq);
     if (group == 0) {
       add_up<kPanel>(tile);
@@ -135,7 +136,7 @@ struct PairGroup : KeyGroup<C> {
     }
     buffer.advance();
     mma_wait<0>();
-    this->end_tile(stage);
+    this->end_tile(x, stage);
     queries.advance();
   }
 
@@ -143,8 +144,8 @@ struct PairGroup : KeyGroup<C> {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = this->item_at(keys.stage);
-      const int count = item.count, first_key = item.first_key;
-      if (count == kNoMore) break;
+      if (item.count == kNoMore) break;
+      const int count = item.count * (p.num_heads / p.num_kv_heads), first_key = item.first_key;
 #pragma unroll
       for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
       if (count > 0) clear_unseen(item);

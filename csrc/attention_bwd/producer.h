@@ -89,12 +89,18 @@ struct Producer {
     return seen;
   }
 
-  // How many tiles of queries there are of a head, and what they see of the item's keys.
-  __device__ __forceinline__ int count(Item& item, int2 span) const {
+  // How many tiles of queries there are of a head, the last of them, and what they see of the
+  // item's keys.
+  __device__ __forceinline__ void count(Item& item, int2 span) const {
+    const int last = num_tiles - 1;
     int tiles = 0, lo = p.num_keys, hi = 0;
+    item.tail = 0;
     for (int base = span.x; base < span.y; base += 32) {
       const Seen seen = look(item, base + lane_index(), span.y);
       tiles += __popc(seen.any);
+      if (last - base < 32 && seen.any >> (last - base) & 1) {
+        item.tail = !C::kWide && p.num_queries - last * kQueries <= kTail;
+      }
       if (seen.any >> lane_index() & 1) {
         lo = min(lo, seen.bounds.x);
         hi = max(hi, seen.bounds.y);
@@ -102,7 +108,7 @@ struct Producer {
     }
     item.lo = __reduce_min_sync(kAllLanes, lo);
     item.hi = __reduce_max_sync(kAllLanes, hi);
-    return tiles;
+    item.count = tiles;
   }
 
   __device__ __forceinline__ void copy_keys(const Item& item) {
@@ -189,7 +195,7 @@ struct Producer {
     item.head = head - item.batch * p.num_kv_heads;
     item.first_key = tile * kKeys;
     const int2 span = span_of_keys(item.batch, tile);
-    item.count = count(item, span) * (p.num_heads / p.num_kv_heads);
+    count(item, span);
     copy_keys(item);
     copy_all_queries(item, span);
   }

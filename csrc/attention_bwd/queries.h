@@ -119,8 +119,8 @@ struct QueryGroup {
     while (true) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys.stage];
-      const int count = item.count;
-      if (count == kNoMore) return;
+      if (item.count == kNoMore) return;
+      const int count = item.count * (p.num_heads / p.num_kv_heads);
       if (count > 0) clear_unseen(item);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
