@@ -115,7 +115,7 @@ def test_contrastive(family: str, real: torch.Tensor) -> None:
     settings = {"text_config": TEXT_TOWER, "vision_config": IMAGE}
     model = tiny(f"{family}Model", f"{family}Config", **settings)
     text = {"input_ids": marked([[7], [7]]), "attention_mask": real}  # CLIP takes its feature where the text ends
-    check(model, {**text, "pixel_values": PIXELS}, "logits_per_image")
+    check(model, {**text, "pixel_values": PIXELS}, "image_embeds", "text_embeds")
     check(model.text_model, text, "last_hidden_state", rows=real)
 
 

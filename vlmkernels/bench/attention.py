@@ -56,6 +56,7 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
         flops=flops,
         bytes=moved,
         dtype=q.dtype,
+        clock="replay" if backward else "device",
     )
 
 
@@ -161,6 +162,7 @@ def packed_case(inputs: PackedInputs, backward: bool = False) -> Case:
         flops=flops,
         bytes=moved,
         dtype=q.dtype,
+        clock="replay" if backward else "device",
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vlmkernels import use_backend
 from vlmkernels.bench import photos, towers
 from vlmkernels.bench.embeddings import Embedding, Form, Peer, embedding, fused_model, patch_embed_peers, providers
-from vlmkernels.bench.peers import Provider
+from vlmkernels.bench.peers import Provider, backward_alone
 from vlmkernels.bench.workloads import OURS, Case, num_bytes, work_dtype
 from vlmkernels.nn import NaFlexPatchEmbed, PackedPatchEmbed3d
 from vlmkernels.ops.patch_embed import patch_embed
@@ -30,9 +30,7 @@ def timed(function: Callable[[], torch.Tensor], direction: str, leaves: Leaves, 
     for leaf in leaves:
         leaf.requires_grad_(True)
     if direction == "bwd":
-        with torch.enable_grad():
-            out = function()
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        return backward_alone(function, leaves, dout)
 
     def step() -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():

@@ -3,7 +3,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,23 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def backward_alone(function: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], dout: torch.Tensor) -> Callable[[], Any]:
+    """The gradients of ``function`` by ``leaves``, without its forward pass: that is done once on each stream.
+
+    A backward pass runs on the stream of the forward pass, so a CUDA graph can capture it where that was called before.
+    """
+    outs: dict[torch.cuda.Stream | None, torch.Tensor] = {}
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        stream = torch.cuda.current_stream(dout.device) if dout.is_cuda else None
+        if stream not in outs:
+            with torch.enable_grad():
+                outs[stream] = function()
+        return torch.autograd.grad(outs[stream], leaves, dout, retain_graph=True)
+
+    return backward
+
+
 def provider(
     name: str,
     inputs: AttentionInputs | PackedInputs,
@@ -99,9 +116,7 @@ def provider(
         if dout is None:
             return lambda: forward(inputs.q, inputs.k, inputs.v)
         leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-        with torch.enable_grad():
-            out = forward(*leaves)
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        return backward_alone(lambda: forward(*leaves), leaves, dout)
 
     return Provider(name, prepare, compiled)
 
