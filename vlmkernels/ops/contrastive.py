@@ -109,7 +109,7 @@ def siglip_loss(
         options = (p.start, p.stop, p.images, normalize, shared, gather_with_grad, name)
         loss: torch.Tensor = _SigLipLoss.apply(p.a, _another(p.b, p.a), scale, bias, *options)
         return loss
-    return _siglip_forward(p, scale, bias, normalize, shared, gather_with_grad, name, grads=False)[0]
+    return _siglip_forward(p, scale, bias, normalize, shared, name, grads=False)[0]
 
 
 def _needs_grad(*tensors: torch.Tensor) -> bool:
@@ -174,20 +174,16 @@ class _ClipLoss(torch.autograd.Function):
         shared: Group | None = ctx.shared
         a = ctx.saved_tensors[0]
         dtype = a.dtype if shared is None else compute_dtype(a)
-        da, db, dscale = _clip_bwd(dloss, *ctx.saved_tensors, *ctx.smooth, dtype, ctx.backend)
+        times = _times(shared, ctx.gather_with_grad)
+        da, db, dscale = _clip_bwd(dloss * times, *ctx.saved_tensors, *ctx.smooth, dtype, ctx.backend)
         if shared is not None:
-            da, db, dscale = _shared_gradients(shared, da, db, dscale, ctx.gather_with_grad)
+            db, dscale = shared.scatter_sum(db), shared.sum(dscale / times)
         return da, db.to(a.dtype), dscale.to(ctx.saved_tensors[2].dtype), *[None] * 8
 
 
-def _shared_gradients(
-    shared: Group, da: torch.Tensor, db: torch.Tensor, dscale: torch.Tensor, gather_with_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's share of the features' gradients, and the whole of those of scale and bias."""
-    db = shared.scatter_sum(db)
-    if gather_with_grad:
-        da, db = da * shared.size, db * shared.size
-    return da, db, shared.sum(dscale)
+def _times(shared: Group | None, gather_with_grad: bool) -> int:
+    """What the gradients of a rank's features are multiplied by."""
+    return shared.size if shared is not None and gather_with_grad else 1
 
 
 def _siglip_forward(
@@ -196,7 +192,6 @@ def _siglip_forward(
     bias: torch.Tensor,
     normalize: bool,
     shared: Group | None,
-    gather_with_grad: bool,
     backend: str,
     grads: bool = True,
 ) -> tuple[torch.Tensor, ...]:
@@ -210,7 +205,7 @@ def _siglip_forward(
     if shared is not None:
         loss = shared.sum(loss)
         if grads:
-            da, db, dnumbers = _shared_gradients(shared, da, db, dnumbers, gather_with_grad)
+            db, dnumbers = shared.scatter_sum(db), shared.sum(dnumbers)
     return loss, da, db, dnumbers
 
 
@@ -236,7 +231,7 @@ class _SigLipLoss(torch.autograd.Function):
         gather_with_grad: bool,
         backend: str,
     ) -> torch.Tensor:
-        ctx.images, ctx.options = images, (normalize, shared, gather_with_grad, backend)
+        ctx.images, ctx.options, ctx.times = images, (normalize, shared, backend), _times(shared, gather_with_grad)
         ctx.dtypes = a.dtype, scale.dtype, bias.dtype
         loss, *gradients = _siglip_forward(Pairs(a, b, start, stop, images), scale, bias, *ctx.options)
         if torch.compiler.is_compiling():  # which plans the memory itself
@@ -258,7 +253,7 @@ class _SigLipLoss(torch.autograd.Function):
         da, db, dnumbers = gradients
         dtype, *number_dtypes = ctx.dtypes
         # A tensor without dimensions would be rounded to the dtype of the other before the product.
-        factor = dloss.reshape(1, 1)
+        factor = dloss.reshape(1, 1) * ctx.times
         dscale, dbias = (dloss * dnumbers).unbind()
         if torch.compiler.is_compiling():
             features = [(x * factor).to(dtype) for x in (da, db)]
