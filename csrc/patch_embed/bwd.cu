@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradients of patch embedding, the host's side: what the kernel takes, and how its work is
+// cut.
+#include <algorithm>
+#include <climits>
+
+#include "common/error.h"
+#include "common/launch.h"
+#include "common/tensor_map.h"
+#include "patch_embed/bwd_config.h"
+#include "patch_embed/bwd_finish.h"
+#include "patch_embed/bwd_kernel.h"
+
+namespace vlmk {
+namespace patch_embed {
+namespace bwd {
+
+using Params = VlmkPatchEmbedBwdParams;
+
+int check(const Params& p) {
+  VLMK_CHECK(p.patch == 14 || p.patch == 16, "patch %d: 14 or 16", p.patch);
+  VLMK_CHECK(p.type == VLMK_FLOAT16 || p.type == VLMK_BFLOAT16, "type %d", p.type);
+  VLMK_CHECK(p.batch >= 0 && p.grid_y > 0 && p.grid_x > 0 && p.num_prefix >= 0,
+             "batch %d, grid %d x %d, %d prefix tokens", p.batch, p.grid_y, p.grid_x, p.num_prefix);
+  VLMK_CHECK(p.pos_prefix == 0 || p.pos_prefix == p.num_prefix, "%d of %d prefix tokens in pos",
+             p.pos_prefix, p.num_prefix);
+  VLMK_CHECK(int64_t{p.grid_y} * p.grid_x + p.num_prefix < INT_MAX / 2, "more than 2^30 tokens");
+  VLMK_CHECK(p.dim > 0 && p.dim % 8 == 0, "dim %d: a multiple of 8", p.dim);
+  for (int64_t stride : {p.pixel_stride_b, p.pixel_stride_c, p.pixel_stride_y}) {
+    VLMK_CHECK(stride > 0 && stride % 8 == 0,
+               "a stride of pixels of %lld elements: positive multiples of 16 bytes",
+               static_cast<long long>(stride));
+  }
+  // Images go through the tensor cores in so many at a time, with zeros for those that are missing.
+  const int images = p.patch == 16 ? Config<__half, 16, 256, 2, 1>::kImages
+                                   : Config<__half, 14, 256, 2, 1>::kImages;
+  const int copied = ceil_div(p.batch, images) * images;
+  VLMK_CHECK(copied - p.batch <= copied / 5, "%d images: multiples of %d, or few less", p.batch,
+             images);
+  return 0;
+}
+
+// How a variant cuts the work.
+struct Cut {
+  int column_tiles, tiles, groups, splits;
+};
+
+template <typename C>
+Cut cut(const Params& p, int multiprocessors) {
+  Cut c;
+  c.column_tiles = ceil_div(p.dim, C::kColumns);
+  c.tiles = C::kRowTiles * c.column_tiles;
+  c.groups = p.grid_y * ceil_div(p.grid_x, C::kPositions);
+  c.splits = std::min(std::max(1, multiprocessors / c.tiles), c.groups);
+  return c;
+}
+
+template <typename C>
+int64_t parts_bytes(const Cut& c) {
+  return int64_t{c.splits} * c.tiles * C::kPartFloats * 4;
+}
+
+template <typename C>
+int encode_maps(const Params& p, Maps& maps) {
+  const bool half = p.type == VLMK_FLOAT16;
+  const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
+  const int code = encode_tiles(
+      maps.pixels, p.pixels, half,
+      {size(p.grid_x * C::kPatch), size(p.batch), size(p.grid_y * C::kPatch), kChannels},
+      {size(2 * p.pixel_stride_b), size(2 * p.pixel_stride_y), size(2 * p.pixel_stride_c)},
+      {C::kRunBytes / 2, C::kImages, C::kBoxRows, 1},
+      C::kPatch == 16 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+  if (code) return code;
+  const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
+  return encode_tiles(
+      maps.grad, static_cast<const uint16_t*>(p.grad) + int64_t{p.num_prefix} * p.dim, half,
+      {size(p.dim), size(p.batch), size(p.grid_x), size(p.grid_y)},
+      {size(2 * tokens * p.dim), size(2 * p.dim), size(int64_t{2} * p.grid_x * p.dim)},
+      {kPanel, C::kImages, C::kPositions, 1});
+}
+
+template <typename C>
+int run(const Params& p, const Cut& c, void* stream) {
+  Maps maps;
+  int code = encode_maps<C>(p, maps);
+  if (code) return code;
+  auto* parts = static_cast<float*>(p.workspace);
+  const Job job{p,
+                c.splits,
+                c.groups,
+                ceil_div(p.batch, C::kImages),
+                kChannels * C::kPatch * C::kPatch,
+                Divisor(c.column_tiles),
+                Divisor(c.tiles),
+                Divisor(c.groups / p.grid_y),
+                parts,
+                parts + parts_bytes<C>(c) / 4};
+  code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, dim3(c.tiles * c.splits),
+                dim3(C::kThreads), C::kSharedBytes, stream, job, maps);
+  if (code) return code;
+  const FinishBlocks blocks = FinishBlocks::of<C>(job);
+  const LaunchConfig config(dim3(blocks.all()), dim3(C::kConsumers), 1, 0, stream, true);
+  return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, config, job,
+                blocks);
+}
+
+struct Choice {
+  int64_t cost = INT64_MAX;  // products of the busiest block
+  int64_t workspace_bytes = 0;
+  Cut cut = {};
+  int (*run)(const Params& p, const Cut& c, void* stream) = nullptr;
+};
+
+// Makes this variant the choice, if it costs less.
+template <typename C>
+int improve(const Params& p, Choice& choice) {
+  int count = 0;
+  const int code = multiprocessors<patch_embed_bwd_kernel<C>, C::kSharedBytes>(count);
+  if (code) return code;
+  const Cut c = cut<C>(p, count);
+  const int64_t rounds = ceil_div(c.tiles * c.splits, count);
+  const int64_t cost = rounds * ceil_div(c.groups, c.splits) * C::kConsumers * C::kEights;
+  if (cost >= choice.cost) return 0;
+  choice = {cost, parts_bytes<C>(c) + int64_t{c.splits} * kAdders * p.dim * 4, c, run<C>};
+  return 0;
+}
+
+template <typename Token>
+int choose(const Params& p, Choice& choice) {
+  const int code = p.patch == 16 ? improve<Config<Token, 16, 192, 2, 2>>(p, choice)
+                                 : improve<Config<Token, 14, 192, 2, 1>>(p, choice);
+  if (code) return code;
+  return p.patch == 16 ? improve<Config<Token, 16, 256, 2, 1>>(p, choice)
+                       : improve<Config<Token, 14, 256, 2, 1>>(p, choice);
+}
+
+int choose(const Params& p, Choice& choice) {
+  const int code = check(p);
+  if (code) return code;
+  return p.type == VLMK_FLOAT16 ? choose<__half>(p, choice) : choose<__nv_bfloat16>(p, choice);
+}
+
+}  // namespace bwd
+}  // namespace patch_embed
+}  // namespace vlmk
+
+int vlmk_patch_embed_bwd_check(VlmkPatchEmbedBwdParams* params) {
+  vlmk::patch_embed::bwd::Choice choice;
+  const int code = vlmk::patch_embed::bwd::choose(*params, choice);
+  params->workspace_bytes = choice.workspace_bytes;
+  return code;
+}
+
+int vlmk_patch_embed_bwd(const VlmkPatchEmbedBwdParams* params, void* stream) {
+  vlmk::patch_embed::bwd::Choice choice;
+  const int code = vlmk::patch_embed::bwd::choose(*params, choice);
+  if (code) return code;
+  VLMK_CHECK(params->batch > 0, "no images: nothing to launch, the gradients are zeros");
+  VLMK_CHECK(params->workspace_bytes >= choice.workspace_bytes,
+             "workspace of %lld bytes: %lld are needed",
+             static_cast<long long>(params->workspace_bytes),
+             static_cast<long long>(choice.workspace_bytes));
+  return choice.run(*params, choice.cut, stream);
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernel of the gradients of weight, bias and positions is made of: its tiles, and how
+// they are dealt out.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "common/divisor.h"
+#include "common/hopper.h"
+#include "common/launch.h"
+#include "common/ring.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace patch_embed {
+namespace bwd {
+
+constexpr int kChannels = 3;
+constexpr int kDepth = 64;  // tokens of a stage
+constexpr int kPanel = 64;  // channels that lie side by side
+constexpr int kTokenBytes = kPanel * 2;
+constexpr int kPanelBytes = kDepth * kTokenBytes;
+constexpr int kAdders = 2;  // warps that add up positions, half of a stage each
+
+struct Maps {
+  CUtensorMap pixels, grad;
+};
+
+// A split of the tokens is some positions in all images, so that what a position's gradient sums
+// over comes to one block. Block i has tile i % tiles: those of a split, which read the same, run
+// side by side and find it in L2.
+struct Job : VlmkPatchEmbedBwdParams {
+  int32_t splits;
+  int32_t groups;  // of positions that are copied together
+  int32_t image_steps;
+  int32_t k;  // columns of the weight
+  Divisor column_tiles;
+  Divisor tiles;
+  Divisor groups_of_row;
+  float* parts;        // [splits, tiles, kColumns / 8, kConsumers, 4]: of the weight's gradient
+  float* bias_shares;  // [splits, kAdders, dim]
+};
+
+template <typename Token_, int kPatch_, int kColumns_, int kGroups_, int kBlocks_>
+struct Config {
+  using Token = Token_;
+  static constexpr int kPatch = kPatch_;
+  static constexpr int kColumns = kColumns_;  // channels of a tile
+  static_assert(kPatch == 14 || kPatch == 16);
+
+  // Warpgroups that multiply, each so many times 64 pixels of a patch. Rows of 14 pixels come in
+  // nines, 126 of 588 in a tile.
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kConsumers = 128 * kGroups;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kBlocks == 2 ? 240 : 224;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kBlocks == 2 ? 24 : 56;
+  static constexpr int kTileRows = kPatch == 16 ? 4 * kGroups * kBlocks : 9;
+  static constexpr int kTilePixels = kTileRows * kPatch;
+  static constexpr int kPartPixels = kTilePixels / kBlocks;
+  static constexpr int kRowTiles = ceil_div(kChannels * kPatch, kTileRows);
+  // What a thread has of a tile's sums, by fours, and what the parts of a tile consist of.
+  static constexpr int kEights = kColumns / 8 * kBlocks;
+  static constexpr int kPartFloats = kEights * kConsumers * 4;
+
+  // A run of the copy engine is one row of so many neighbouring patches: whole 16 bytes, and as
+  // long as it may be, as the engine takes as long for a short one.
+  static constexpr int kPositions = kPatch == 16 ? 2 : 4;
+  static constexpr int kRunBytes = kPositions * kPatch * 2;
+  static constexpr int kImages = kDepth / kPositions;
+  static constexpr int kRowBytes = kImages * kRunBytes;
+  static constexpr int kBoxRows = kPatch == 16 ? 4 : 1;  // that one copy brings
+  static_assert(kTileRows % kBoxRows == 0 && kPatch % kBoxRows == 0);
+
+  static constexpr int kPanels = kColumns / kPanel;
+  static_assert(kPanels <= kRowTiles);  // each is added up by one row of tiles
+  static constexpr int kPixelBytes = ceil_div(kTileRows * kRowBytes, 1024) * 1024;
+  static constexpr int kStageBytes = kPixelBytes + kPanels * kPanelBytes;
+  static constexpr int kCopiedBytes = kTileRows * kRowBytes + kPanels * kPanelBytes;
+  static constexpr int kStages = (kSharedLimit - 256) / kStageBytes;
+  static constexpr int kBarriers = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
+  static_assert(kStages >= 4 && kSharedBytes <= kSharedLimit);
+
+  // The pixel of a tile whose sums a lane i / 4 = row of a warp has, the first or the second.
+  __device__ static int pixel_of(int warp, int row, int second) {
+    return kPatch == 16 ? 16 * warp + 8 * second + row : 2 * (8 * warp + row) + second;
+  }
+};
+
+}  // namespace bwd
+}  // namespace patch_embed
+}  // namespace vlmk
