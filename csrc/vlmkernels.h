@@ -111,20 +111,27 @@ VLMK_API int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream);
  * Reads no pointer. */
 VLMK_API int vlmk_patch_embed_check(const VlmkPatchEmbedParams* params);
 
-/* The gradients of vlmk_patch_embed without a norm for images of 16 bits, given that of out. With x
- * the pixels of a patch, and sums over images b and patches n:
- *   d_weight = sum_bn grad[b, n] x[b, n]^T,  d_pos[n] = sum_b grad[b, n],  d_bias = sum_n d_pos[n]
- * d_prefix is like d_pos. All but d_weight may be null. Pointers and the strides of pixels are
+/* The gradients of vlmk_patch_embed for images of 16 bits, given that of out. With x the pixels of
+ * a patch, d_total the gradient of total (grad itself without a norm), and sums over images b and
+ * patches n:
+ *   d_weight = sum_bn d_total[b, n] x[b, n]^T,  d_pos[n] = sum_b d_total[b, n],
+ *   d_bias = sum_n d_pos[n]
+ * d_prefix is like d_pos. Those but d_weight may be null. Pointers and the strides of pixels are
  * multiples of 16 bytes. Images come in multiples of 32 (patch 16) or 16 (14), or few less. The
  * same bits in every run. */
 typedef struct {
-  const void* grad;   /* [batch, num_prefix + grid_y * grid_x, dim] contiguous */
-  const void* pixels; /* patch (b, gy, gx) begins at row gy * patch, column gx * patch */
-  void* d_weight;     /* [dim, 3 * patch * patch] contiguous */
-  void* d_bias;       /* [dim] */
-  void* d_prefix;     /* [num_prefix, dim] */
-  void* d_pos;        /* [pos_prefix + grid_y * grid_x, dim] contiguous */
-  void* workspace;    /* of workspace_bytes; need not be set */
+  const void* grad;        /* [batch, num_prefix + grid_y * grid_x, dim] contiguous */
+  const void* pixels;      /* patch (b, gy, gx) begins at row gy * patch, column gx * patch */
+  const void* total;       /* like grad; with a norm only, as are the next four */
+  const void* norm_weight; /* [dim], or null without a norm */
+  void* d_total;           /* like grad; may be grad */
+  void* d_norm_weight;     /* [dim], or null */
+  void* d_norm_bias;       /* likewise */
+  void* d_weight;          /* [dim, 3 * patch * patch] contiguous */
+  void* d_bias;            /* [dim] */
+  void* d_prefix;          /* [num_prefix, dim] */
+  void* d_pos;             /* [pos_prefix + grid_y * grid_x, dim] contiguous */
+  void* workspace;         /* of workspace_bytes; need not be set */
   int64_t pixel_stride_b;
   int64_t pixel_stride_c;
   int64_t pixel_stride_y;
@@ -137,6 +144,7 @@ typedef struct {
   int32_t num_prefix;
   int32_t pos_prefix; /* prefix tokens that pos was added to: all or none */
   int32_t type;       /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all of them */
+  float eps;
 } VlmkPatchEmbedBwdParams;
 
 VLMK_API int vlmk_patch_embed_bwd(const VlmkPatchEmbedBwdParams* params, void* stream);

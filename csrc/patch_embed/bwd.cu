@@ -10,6 +10,7 @@
 #include "patch_embed/bwd_config.h"
 #include "patch_embed/bwd_finish.h"
 #include "patch_embed/bwd_kernel.h"
+#include "patch_embed/bwd_norm.h"
 
 namespace vlmk {
 namespace patch_embed {
@@ -26,6 +27,8 @@ int check(const Params& p) {
              p.pos_prefix, p.num_prefix);
   VLMK_CHECK(int64_t{p.grid_y} * p.grid_x + p.num_prefix < INT_MAX / 2, "more than 2^30 tokens");
   VLMK_CHECK(p.dim > 0 && p.dim % 8 == 0, "dim %d: a multiple of 8", p.dim);
+  VLMK_CHECK(!p.norm_weight || p.dim <= kNormColumns, "dim %d with a norm: at most %d", p.dim,
+             kNormColumns);
   for (int64_t stride : {p.pixel_stride_b, p.pixel_stride_c, p.pixel_stride_y}) {
     VLMK_CHECK(stride > 0 && stride % 8 == 0,
                "a stride of pixels of %lld elements: positive multiples of 16 bytes",
@@ -42,7 +45,7 @@ int check(const Params& p) {
 
 // How a variant cuts the work.
 struct Cut {
-  int column_tiles, tiles, groups, splits;
+  int column_tiles, tiles, groups, splits, norm_blocks;
 };
 
 template <typename C>
@@ -52,13 +55,21 @@ Cut cut(const Params& p, int multiprocessors) {
   c.tiles = C::kRowTiles * c.column_tiles;
   c.groups = p.grid_y * ceil_div(p.grid_x, C::kPositions);
   c.splits = std::min(std::max(1, multiprocessors / c.tiles), c.groups);
+  c.norm_blocks = p.norm_weight ? multiprocessors * kNormBlocks : 0;
   return c;
 }
 
+// What lies in the workspace, in floats: parts of the weight's gradient, shares of the bias's, and
+// of those of the norm's two parameters.
 template <typename C>
-int64_t parts_bytes(const Cut& c) {
-  return int64_t{c.splits} * c.tiles * C::kPartFloats * 4;
-}
+struct Workspace {
+  int64_t bias, norm, size;
+
+  Workspace(const Params& p, const Cut& c)
+      : bias(int64_t{c.splits} * c.tiles * C::kPartFloats),
+        norm(bias + int64_t{c.splits} * kAdders * p.dim),
+        size(norm + int64_t{c.norm_blocks} * 2 * p.dim) {}
+};
 
 template <typename C>
 int encode_maps(const Params& p, Maps& maps) {
@@ -80,29 +91,63 @@ int encode_maps(const Params& p, Maps& maps) {
       {kPanel, C::kImages, C::kPositions, 1});
 }
 
+template <typename Token>
+int take_norm_back(const Params& p, int blocks, float* shares, void* stream) {
+  const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
+  const NormJob job{p.grad, p.total,          p.norm_weight, p.d_total,
+                    shares, p.batch * tokens, p.dim,         p.eps};
+  const auto kernel = p.dim <= 768 ? patch_embed_bwd_norm_kernel<Token, 3>
+                                   : patch_embed_bwd_norm_kernel<Token, kNormVectors>;
+  return launch("patch_embed_bwd_norm_kernel", kernel, dim3(blocks), dim3(32 * kNormWarps), 0,
+                stream, job);
+}
+
 template <typename C>
-int run(const Params& p, const Cut& c, void* stream) {
+Job job_of(const Params& p, const Cut& c) {
+  const Workspace<C> w(p, c);
+  auto* floats = static_cast<float*>(p.workspace);
+  Job job{p,
+          c.splits,
+          c.groups,
+          ceil_div(p.batch, C::kImages),
+          kChannels * C::kPatch * C::kPatch,
+          Divisor(c.column_tiles),
+          Divisor(c.tiles),
+          Divisor(c.groups / p.grid_y),
+          floats,
+          floats + w.bias,
+          p.d_prefix || (p.d_pos && p.pos_prefix) ? p.num_prefix : 0,
+          0,
+          {}};
+  const auto add = [&](const float* first, int count, int stride, void* result) {
+    if (result) job.vectors[job.num_vectors++] = {first, count, stride, result};
+  };
+  add(job.bias_shares, c.splits * kAdders, p.dim, p.d_bias);
+  add(floats + w.norm, c.norm_blocks, 2 * p.dim, p.d_norm_weight);
+  add(floats + w.norm + p.dim, c.norm_blocks, 2 * p.dim, p.d_norm_bias);
+  return job;
+}
+
+template <typename C>
+int run(const Params& params, const Cut& c, void* stream) {
+  Params p = params;
+  if (p.norm_weight) {
+    float* shares = static_cast<float*>(p.workspace) + Workspace<C>(p, c).norm;
+    const int code = take_norm_back<typename C::Token>(p, c.norm_blocks, shares, stream);
+    if (code) return code;
+    p.grad = p.d_total;
+  }
   Maps maps;
   int code = encode_maps<C>(p, maps);
   if (code) return code;
-  auto* parts = static_cast<float*>(p.workspace);
-  const Job job{p,
-                c.splits,
-                c.groups,
-                ceil_div(p.batch, C::kImages),
-                kChannels * C::kPatch * C::kPatch,
-                Divisor(c.column_tiles),
-                Divisor(c.tiles),
-                Divisor(c.groups / p.grid_y),
-                parts,
-                parts + parts_bytes<C>(c) / 4};
+  const Job job = job_of<C>(p, c);
   code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, dim3(c.tiles * c.splits),
                 dim3(C::kThreads), C::kSharedBytes, stream, job, maps);
   if (code) return code;
-  const FinishBlocks blocks = FinishBlocks::of<C>(job);
-  const LaunchConfig config(dim3(blocks.all()), dim3(C::kConsumers), 1, 0, stream, true);
-  return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, config, job,
-                blocks);
+  const int blocks =
+      c.tiles * C::kEights + (job.prefix_sums + job.num_vectors) * ceil_div(p.dim, kPanel);
+  const LaunchConfig config(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, true);
+  return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, config, job);
 }
 
 struct Choice {
@@ -122,7 +167,7 @@ int improve(const Params& p, Choice& choice) {
   const int64_t rounds = ceil_div(c.tiles * c.splits, count);
   const int64_t cost = rounds * ceil_div(c.groups, c.splits) * C::kConsumers * C::kEights;
   if (cost >= choice.cost) return 0;
-  choice = {cost, parts_bytes<C>(c) + int64_t{c.splits} * kAdders * p.dim * 4, c, run<C>};
+  choice = {cost, 4 * Workspace<C>(p, c).size, c, run<C>};
   return 0;
 }
 

@@ -28,9 +28,17 @@ struct Maps {
   CUtensorMap pixels, grad;
 };
 
+// Parts of a vector of dim channels: `count` rows of fp32, to be added up.
+struct Shares {
+  const float* first;
+  int32_t count;
+  int32_t stride;
+  void* result;
+};
+
 // A split of the tokens is some positions in all images, so that what a position's gradient sums
 // over comes to one block. Block i has tile i % tiles: those of a split, which read the same, run
-// side by side and find it in L2.
+// side by side and find it in L2. With a norm, `grad` is what it has become behind that.
 struct Job : VlmkPatchEmbedBwdParams {
   int32_t splits;
   int32_t groups;  // of positions that are copied together
@@ -39,8 +47,11 @@ struct Job : VlmkPatchEmbedBwdParams {
   Divisor column_tiles;
   Divisor tiles;
   Divisor groups_of_row;
-  float* parts;        // [splits, tiles, kColumns / 8, kConsumers, 4]: of the weight's gradient
-  float* bias_shares;  // [splits, kAdders, dim]
+  float* parts;         // [splits, tiles, kEights, kConsumers, 4]: of the weight's gradient
+  float* bias_shares;   // [splits, kAdders, dim]
+  int32_t prefix_sums;  // prefix tokens whose gradient is asked for: all or none
+  int32_t num_vectors;
+  Shares vectors[3];
 };
 
 template <typename Token_, int kPatch_, int kColumns_, int kGroups_, int kBlocks_>

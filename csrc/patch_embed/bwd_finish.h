@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the blocks of the products have left, added up in a fixed order: the gradients of weight and
-// bias. And that of the prefix tokens, which the products have nothing to do with.
+// What the blocks of the other kernels have left, added up in a fixed order: the gradients of
+// weight, bias and norm. And that of the prefix tokens, which no other kernel sums up.
 #pragma once
 
 #include <cstdint>
@@ -58,36 +58,61 @@ __device__ __forceinline__ void finish_weight(const Job& p, int block, char* sha
   }
 }
 
-template <typename C>
-__device__ __forceinline__ void finish_bias(const Job& p, int block) {
-  const int pair = block * C::kConsumers + static_cast<int>(threadIdx.x);
-  if (2 * pair >= p.dim) return;
-  float2 sum = make_float2(0, 0);
-#pragma unroll 4
-  for (int i = 0; i < p.splits * kAdders; ++i) {
-    const float2 share =
-        __ldcg(reinterpret_cast<const float2*>(p.bias_shares + int64_t{i} * p.dim) + pair);
-    sum.x += share.x;
-    sum.y += share.y;
+// 64 channels of a sum over rows: threads that have the same of them have added up some of the rows
+// each, `kOwn` channels from the one of `lane` on. Returns two of them to the first 32 threads.
+template <typename C, int kOwn>
+__device__ __forceinline__ float2 add_up_threads(const float (&own)[kOwn], char* shared) {
+  constexpr int kLanes = kPanel / kOwn, kRows = C::kConsumers / kLanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  float* sums = reinterpret_cast<float*>(shared);  // [kRows, 64]
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sums[thread * kOwn + i] = own[i];
+  __syncthreads();
+  float2 total = make_float2(0, 0);
+  if (thread >= kPanel / 2) return total;
+  for (int row = 0; row < kRows; ++row) {
+    total.x += sums[row * kPanel + 2 * thread];
+    total.y += sums[row * kPanel + 2 * thread + 1];
   }
-  static_cast<uint32_t*>(p.d_bias)[pair] = pack<typename C::Token>(sum.x, sum.y);
+  return total;
+}
+
+// 64 channels of what comes in shares of fp32, rows of dim.
+template <typename C>
+__device__ __forceinline__ void finish_vector(const Job& p, const Shares& shares, int panel,
+                                              char* shared) {
+  constexpr int kLanes = kPanel / 4;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int column = panel * kPanel + thread % kLanes * 4;
+  float sum[4] = {};
+  if (column < p.dim) {
+#pragma unroll 4
+    for (int i = thread / kLanes; i < shares.count; i += C::kConsumers / kLanes) {
+      const float4 share = __ldcg(
+          reinterpret_cast<const float4*>(shares.first + i * int64_t{shares.stride} + column));
+      sum[0] += share.x;
+      sum[1] += share.y;
+      sum[2] += share.z;
+      sum[3] += share.w;
+    }
+  }
+  const float2 total = add_up_threads<C>(sum, shared);
+  const int channel = panel * kPanel + 2 * thread;
+  if (thread >= kPanel / 2 || channel >= p.dim) return;
+  static_cast<uint32_t*>(shares.result)[channel / 2] = pack<typename C::Token>(total.x, total.y);
 }
 
 // 64 channels of a prefix token, summed over the images.
 template <typename C>
-__device__ __forceinline__ void finish_prefix(const Job& p, int block, char* shared) {
+__device__ __forceinline__ void finish_prefix(const Job& p, int token, int panel, char* shared) {
   using Token = typename C::Token;
-  constexpr int kRows = C::kConsumers / 8;
-  const int blocks = ceil_div(p.dim, kPanel), token = block / blocks;
-  const int column = block % blocks * kPanel + threadIdx.x % 8 * 8;
-  const int row = threadIdx.x / 8, tokens = p.num_prefix + p.grid_y * p.grid_x;
-  const bool there = column < p.dim;
+  const int thread = static_cast<int>(threadIdx.x), tokens = p.num_prefix + p.grid_y * p.grid_x;
+  const int column = panel * kPanel + thread % 8 * 8;
+  const auto* grad = static_cast<const Token*>(p.grad) + int64_t{token} * p.dim + column;
   float sum[8] = {};
 #pragma unroll 4
-  for (int image = row; image < p.batch; image += kRows) {
-    const auto* grad =
-        static_cast<const Token*>(p.grad) + (int64_t{image} * tokens + token) * p.dim + column;
-    const uint4 x = load_global(grad, there);
+  for (int image = thread / 8; image < p.batch; image += C::kConsumers / 8) {
+    const uint4 x = load_global(grad + int64_t{image} * tokens * p.dim, column < p.dim);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = to_floats<Token>((&x.x)[i]);
@@ -95,51 +120,32 @@ __device__ __forceinline__ void finish_prefix(const Job& p, int block, char* sha
       sum[2 * i + 1] += pair.y;
     }
   }
-  float* sums = reinterpret_cast<float*>(shared);  // [kRows, 64]
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sums[row * kPanel + threadIdx.x % 8 * 8 + i] = sum[i];
-  __syncthreads();
-  const int pair = static_cast<int>(threadIdx.x), channel = block % blocks * kPanel + 2 * pair;
-  if (pair >= kPanel / 2 || channel >= p.dim) return;
-  float2 total = make_float2(0, 0);
-  for (int i = 0; i < kRows; ++i) {
-    total.x += sums[i * kPanel + 2 * pair];
-    total.y += sums[i * kPanel + 2 * pair + 1];
-  }
+  const float2 total = add_up_threads<C>(sum, shared);
+  const int channel = panel * kPanel + 2 * thread;
+  if (thread >= kPanel / 2 || channel >= p.dim) return;
   const int64_t place = (int64_t{token} * p.dim + channel) / 2;
   const uint32_t rounded = pack<Token>(total.x, total.y);
   if (p.d_prefix) static_cast<uint32_t*>(p.d_prefix)[place] = rounded;
   if (p.d_pos && p.pos_prefix) static_cast<uint32_t*>(p.d_pos)[place] = rounded;
 }
 
-// How many blocks each of the three takes.
-struct FinishBlocks {
-  int weight, bias, prefix;
-
-  template <typename C>
-  static FinishBlocks of(const Job& p) {
-    const bool prefix = p.num_prefix && (p.d_prefix || (p.d_pos && p.pos_prefix));
-    return {p.tiles.divisor * C::kEights, p.d_bias ? ceil_div(p.dim / 2, C::kConsumers) : 0,
-            prefix ? p.num_prefix * ceil_div(p.dim, kPanel) : 0};
-  }
-  int all() const { return weight + bias + prefix; }
-};
-
 template <typename C>
-__global__ void __launch_bounds__(C::kConsumers)
-    patch_embed_bwd_finish_kernel(const __grid_constant__ Job p, FinishBlocks blocks) {
+__global__ void __launch_bounds__(C::kConsumers, 4)
+    patch_embed_bwd_finish_kernel(const __grid_constant__ Job p) {
   __shared__ __align__(16) char shared[C::kConsumers / 8 * kPanel * 4];
-  const int block = static_cast<int>(blockIdx.x);
+  const int panels = ceil_div(p.dim, kPanel);
+  int block = static_cast<int>(blockIdx.x);
   // The prefix tokens need nothing of the products.
-  if (block < blocks.prefix) {
-    finish_prefix<C>(p, block, shared);
+  if (block < p.prefix_sums * panels) {
+    finish_prefix<C>(p, block / panels, block % panels, shared);
     return;
   }
+  block -= p.prefix_sums * panels;
   wait_for_previous_grids();
-  if (block < blocks.prefix + blocks.bias) {
-    finish_bias<C>(p, block - blocks.prefix);
+  if (block < p.num_vectors * panels) {
+    finish_vector<C>(p, p.vectors[block / panels], block % panels, shared);
   } else {
-    finish_weight<C>(p, block - blocks.prefix - blocks.bias, shared);
+    finish_weight<C>(p, block - p.num_vectors * panels, shared);
   }
 }
 

@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  let_next_grid_start();
   if (warp >= 4 * C::kGroups) {
     shrink_registers<C::kProducerRegisters>();
     const int helper = warp - 4 * C::kGroups;

@@ -57,11 +57,14 @@ class PatchEmbedBwdParams(ctypes.Structure):
     """``VlmkPatchEmbedBwdParams``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("grad", "pixels", "d_weight", "d_bias", "d_prefix", "d_pos", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("grad", "pixels", "total", "norm_weight", "d_total")),
+        *((name, ctypes.c_void_p) for name in ("d_norm_weight", "d_norm_bias", "d_weight", "d_bias", "d_prefix", "d_pos")),
+        ("workspace", ctypes.c_void_p),
         *((f"pixel_stride_{name}", ctypes.c_int64) for name in "bcy"),
         ("workspace_bytes", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "dim")),
         *((name, ctypes.c_int32) for name in ("num_prefix", "pos_prefix", "type")),
+        ("eps", ctypes.c_float),
     ]
 
 

@@ -14,8 +14,8 @@ from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedBwdPa
 
 #: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
 _POINTERS = struct.Struct("10P")
-#: So does ``PatchEmbedBwdParams``: grad, pixels, d_weight, d_bias, d_prefix, d_pos, workspace.
-_BWD_POINTERS = struct.Struct("7P")
+#: So does ``PatchEmbedBwdParams``: grad, pixels, total, norm_weight, d_total, then the gradients, and the workspace.
+_BWD_POINTERS = struct.Struct("12P")
 
 _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
@@ -229,6 +229,8 @@ def _prepared_bwd(
     dtype: torch.dtype,
     num_prefix: int,
     pos_prefix: int,
+    norm: bool,
+    eps: float,
 ) -> PatchEmbedBwdParams | str:
     """All but the pointers, or why the kernel doesn't take them."""
     batch, frames, grid_y, grid_x, channels, frames_of_patch, height, width = shape
@@ -240,6 +242,7 @@ def _prepared_bwd(
     if stride_x != 1 or (grid_x > 1 and stride_gx != width) or (grid_y > 1 and stride_gy != height * stride_y):
         return "it takes patches of images whose rows of pixels are contiguous"
     params = PatchEmbedBwdParams(
+        norm_weight=1 if norm else None,  # for the check: whether there is one
         # That of one image does not matter.
         pixel_stride_b=stride_b if batch > 1 else 8,
         pixel_stride_c=stride_c,
@@ -252,14 +255,18 @@ def _prepared_bwd(
         num_prefix=num_prefix,
         pos_prefix=pos_prefix,
         type=TYPES[dtype],
+        eps=eps,
     )
     return _check_bwd.why_not(params) or params
 
 
-def _prepare_bwd(grad: Tensor, patches: Tensor, weight: Tensor, pos_shape: list[int]) -> PatchEmbedBwdParams | str:
+def _prepare_bwd(
+    grad: Tensor, patches: Tensor, weight: Tensor, norm: bool, eps: float, pos_shape: list[int]
+) -> PatchEmbedBwdParams | str:
     n_prefix = grad.shape[1] - patches.shape[1:4].numel()
     pos_prefix = n_prefix if pos_shape and pos_shape[-2] == grad.shape[1] else 0
-    return _prepared_bwd(patches.shape, patches.stride(), weight.shape, patches.dtype, weight.dtype, n_prefix, pos_prefix)
+    layout = patches.shape, patches.stride(), weight.shape, patches.dtype, weight.dtype
+    return _prepared_bwd(*layout, n_prefix, pos_prefix, norm, eps)
 
 
 def why_not_patch_embed_bwd(
@@ -274,13 +281,11 @@ def why_not_patch_embed_bwd(
     pos_shape: list[int],
     needs: list[bool],
 ) -> str | None:
-    if norm_weight is not None:
-        return "it takes no norm back"
     if needs[0] or not needs[1]:
         return "it computes the weight's gradient, with those of the other parameters, and not that of pixels"
     if patches.data_ptr() % 16:
         return "pixels must begin at multiples of 16 bytes"
-    prepared = _prepare_bwd(grad, patches, weight, pos_shape)
+    prepared = _prepare_bwd(grad, patches, weight, norm_weight is not None, eps, pos_shape)
     return prepared if isinstance(prepared, str) else None
 
 
@@ -296,22 +301,25 @@ def patch_embed_bwd(
     pos_shape: list[int],
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    params = _prepare_bwd(grad, patches, weight, pos_shape)
+    norm = norm_weight is not None
+    params = _prepare_bwd(grad, patches, weight, norm, eps, pos_shape)
     assert not isinstance(params, str)  # why_not_patch_embed_bwd was asked
     dim, own_pos = weight.shape[0], needs[4] and len(pos_shape) == 3
-    shapes = ((0,), weight.shape, (dim,), (params.num_prefix, dim), pos_shape, (0,), (0,))
+    shapes = ((0,), weight.shape, (dim,), (params.num_prefix, dim), pos_shape, (dim,), (dim,))
     grads = [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
-    if own_pos:  # every image has positions of its own: their gradient is that of the tokens
-        grads[4].copy_(grad[:, params.num_prefix - params.pos_prefix :])
     if params.batch == 0:
         return tuple(x.zero_() for x in grads)
-    # Kept in a name until the launch: a copy's memory must not be given away before.
+    # Kept in names until the launch: a copy's memory must not be given away before.
     grad = grad.contiguous()
     grad = grad.clone() if grad.data_ptr() % 16 else grad
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    d_total = torch.empty_like(grad) if norm else grad
     workspace = weight.new_empty(params.workspace_bytes, dtype=torch.uint8)
-    wanted = (True, needs[2], needs[3], needs[4] and not own_pos)
-    outs = [x if want else None for x, want in zip(grads[1:5], wanted, strict=True)]
-    tensors = (grad, patches, *outs, workspace)
+    wanted = (norm and needs[5], norm and needs[6], True, needs[2], needs[3], needs[4] and not own_pos)
+    outs = [x if want else None for x, want in zip((*grads[5:], *grads[1:5]), wanted, strict=True)]
+    tensors = (grad, patches, total if norm else None, norm_weight, d_total if norm else None, *outs, workspace)
     pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
     _patch_embed_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], weight.device)
+    if own_pos:  # every image has positions of its own: their gradient is that of the tokens
+        grads[4].copy_(d_total[:, params.num_prefix - params.pos_prefix :])
     return tuple(grads)
