@@ -7,17 +7,16 @@
 
 #include <cstdint>
 
-#include "common/divisor.h"
 #include "common/hopper.h"
 #include "common/launch.h"
 #include "common/ring.h"
+#include "patch_embed/config.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace patch_embed {
 namespace bwd {
 
-constexpr int kChannels = 3;
 constexpr int kDepth = 64;  // tokens of a stage
 constexpr int kPanel = 64;  // channels that lie side by side
 constexpr int kTokenBytes = kPanel * 2;
