@@ -12,6 +12,7 @@ from test_patch_embed_cuda import DTYPES, aligned_layouts, of_images
 from torch import Tensor
 
 from vlmkernels import BackendError
+from vlmkernels.ops.patch_embed import _bwd
 from vlmkernels.testing.compare import compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
@@ -23,7 +24,7 @@ FLAVOURS = {
     "clip-l": CLIP,
     "clip-b": Flavour((61, 3, 64, 96), (16, 16), 24, dim=768, bias=False, prefix=1, norm=True),
     "14, norm, a table for each image": Flavour((16, 3, 70, 128), (14, 14), 45, dim=128, pos="batch", norm=True),
-    "16, norm, positions of patches": Flavour((32, 3, 64, 80), (16, 16), 20, dim=864, prefix=2, pos="patches", norm=True),
+    "16, norm, positions of patches": Flavour((32, 3, 64, 80), (16, 16), 20, dim=672, prefix=2, pos="patches", norm=True),
     "vit-b": VIT,
     "vit-b, several steps of images": replace(VIT, pixels=(156, 3, 64, 96), grid=24),
     "vit-l, rows of 21": Flavour((30, 3, 336, 336), (16, 16), 441, dim=1024, prefix=1),
@@ -85,7 +86,7 @@ def test_what_is_not_asked_for_is_left_out(name: str, device: torch.device) -> N
         got = cuda_gradients(flavour, tensors, grad, {"weight", other})
         assert all(torch.equal(x, everything[what]) for what, x in got.items())
     with pytest.raises(BackendError, match="it computes the weight's gradient"):
-        cuda_gradients(flavour, tensors, grad, {"bias"})
+        cuda_gradients(flavour, tensors, grad, {"pos_embed"})
     with pytest.raises(BackendError, match="it computes the weight's gradient"):
         cuda_gradients(flavour, tensors, grad, {"pixels", "weight"})
 
@@ -180,7 +181,6 @@ def test_graph_follows_its_inputs(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"norm": True, "dim": 1152}, "dim 1152 with a norm: at most 1024"),
         ({"pixels": (3, 3, 64, 128)}, "3 images: multiples of 32, or few less"),
         ({"pixels": (12, 3, 56, 128), "patch": (14, 14), "grid": 36}, "12 images: multiples of 16, or few less"),
     ],
@@ -191,6 +191,17 @@ def test_refusals(change: dict, reason: str, device: torch.device) -> None:
     with pytest.raises(BackendError, match=reason):
         cuda_gradients(flavour, tensors, grad)
     gradients(lambda t: embed(flavour, t), tensors, grad)  # another backend takes it
+
+
+def test_a_norm_of_more_channels_goes_to_others(device: torch.device) -> None:
+    patches = torch.zeros(32, 3, 4, 16, 8, 16, device=device, dtype=torch.bfloat16).permute(0, 2, 4, 1, 3, 5)[
+        :, None, :, :, :, None
+    ]
+    tokens, weight = (torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in ((32, 32, 1152), (1152, 3, 1, 16, 16)))
+    needs = [False, True, *[False] * 5]
+    arguments = (tokens, patches, weight, weight.new_zeros(1152), tokens, 1e-5, None, None, [32, 1152], needs)
+    assert _bwd.why_not("cuda", device, *arguments) == "dim 1152 with a norm: at most 1024"
+    assert _bwd.why_not("triton", device, *arguments) is None
 
 
 def test_pixels_of_bytes_go_to_others(device: torch.device) -> None:

@@ -35,8 +35,8 @@ int check(const Params& p) {
                static_cast<long long>(stride));
   }
   // Images go through the tensor cores in so many at a time, with zeros for those that are missing.
-  const int images = p.patch == 16 ? Config<__half, 16, 256, 2, 1>::kImages
-                                   : Config<__half, 14, 256, 2, 1>::kImages;
+  const int images =
+      p.patch == 16 ? Config<__half, 16, 256, 2>::kImages : Config<__half, 14, 256, 2>::kImages;
   const int copied = ceil_div(p.batch, images) * images;
   VLMK_CHECK(copied - p.batch <= copied / 5, "%d images: multiples of %d, or few less", p.batch,
              images);
@@ -75,14 +75,19 @@ template <typename C>
 int encode_maps(const Params& p, Maps& maps) {
   const bool half = p.type == VLMK_FLOAT16;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
-  const int code = encode_tiles(
-      maps.pixels, p.pixels, half,
-      {size(p.grid_x * C::kPatch), size(p.batch), size(p.grid_y * C::kPatch), kChannels},
-      {size(2 * p.pixel_stride_b), size(2 * p.pixel_stride_y), size(2 * p.pixel_stride_c)},
-      {C::kRunBytes / 2, C::kImages, C::kBoxRows, 1},
-      C::kPatch == 16 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
-  if (code) return code;
+  for (int row_tile = 0; row_tile < C::kRowTiles; ++row_tile) {
+    const TileRows<C> rows(row_tile);
+    for (int i = 0; i < 2 && rows.count[i] > 0; ++i) {
+      const int code = encode_tiles(
+          maps.pixels[row_tile][i], p.pixels, half,
+          {size(p.grid_x * C::kPatch), size(p.batch), size(p.grid_y * C::kPatch), kChannels},
+          {size(2 * p.pixel_stride_b), size(2 * p.pixel_stride_y), size(2 * p.pixel_stride_c)},
+          {C::kRunBytes / 2, C::kImages, static_cast<cuuint32_t>(rows.count[i]), 1},
+          C::kPatch == 16 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE,
+          CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+      if (code) return code;
+    }
+  }
   const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
   return encode_tiles(
       maps.grad, static_cast<const uint16_t*>(p.grad) + int64_t{p.num_prefix} * p.dim, half,
@@ -108,7 +113,8 @@ Job job_of(const Params& p, const Cut& c) {
   auto* floats = static_cast<float*>(p.workspace);
   Job job{p,
           c.splits,
-          c.groups,
+          c.groups / c.splits,
+          c.groups % c.splits,
           ceil_div(p.batch, C::kImages),
           kChannels * C::kPatch * C::kPatch,
           Divisor(c.column_tiles),
@@ -173,11 +179,11 @@ int improve(const Params& p, Choice& choice) {
 
 template <typename Token>
 int choose(const Params& p, Choice& choice) {
-  const int code = p.patch == 16 ? improve<Config<Token, 16, 192, 2, 2>>(p, choice)
-                                 : improve<Config<Token, 14, 192, 2, 1>>(p, choice);
+  const int code = p.patch == 16 ? improve<Config<Token, 16, 192, 3>>(p, choice)
+                                 : improve<Config<Token, 14, 192, 2>>(p, choice);
   if (code) return code;
-  return p.patch == 16 ? improve<Config<Token, 16, 256, 2, 1>>(p, choice)
-                       : improve<Config<Token, 14, 256, 2, 1>>(p, choice);
+  return p.patch == 16 ? improve<Config<Token, 16, 256, 2>>(p, choice)
+                       : improve<Config<Token, 14, 256, 2>>(p, choice);
 }
 
 int choose(const Params& p, Choice& choice) {

@@ -18,7 +18,7 @@ namespace bwd {
 template <typename C>
 __device__ __forceinline__ void finish_weight(const Job& p, int block, char* shared) {
   using Token = typename C::Token;
-  constexpr int kPitch = C::kPartPixels + 2;
+  constexpr int kPitch = C::kTilePixels + 2;
   const int tile = block / C::kEights, eight = block % C::kEights;
   const int row_tile = p.column_tiles.divide(tile);
   const int column_tile = tile - row_tile * p.column_tiles.divisor;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void finish_weight(const Job& p, int block, char* sha
   Token* tokens = reinterpret_cast<Token*>(shared) + lane_index() % 4 * 2 * kPitch;
   const auto put = [&](int second, float x, float y) {
     const int pixel = C::pixel_of(warp_index(), lane_index() / 4, second);
-    if (pixel >= C::kPartPixels) return;
+    if (pixel >= C::kTilePixels) return;
     const uint32_t pair = pack<Token>(x, y);
     reinterpret_cast<uint16_t*>(tokens)[pixel] = static_cast<uint16_t>(pair);
     reinterpret_cast<uint16_t*>(tokens)[kPitch + pixel] = static_cast<uint16_t>(pair >> 16);
@@ -46,9 +46,9 @@ __device__ __forceinline__ void finish_weight(const Job& p, int block, char* sha
   put(0, sum.x, sum.y);
   put(1, sum.z, sum.w);
   __syncthreads();
-  constexpr int kPairs = C::kPartPixels / 2;
-  const int first_channel = column_tile * C::kColumns + eight % (C::kColumns / 8) * 8;
-  const int first_pixel = row_tile * C::kTilePixels + eight / (C::kColumns / 8) * C::kPartPixels;
+  constexpr int kPairs = C::kTilePixels / 2;
+  const int first_channel = column_tile * C::kColumns + eight * 8;
+  const int first_pixel = row_tile * C::kTilePixels;
   for (int i = threadIdx.x; i < 8 * kPairs; i += C::kConsumers) {
     const int channel = first_channel + i / kPairs;
     const int pixel = first_pixel + i % kPairs * 2;

@@ -31,8 +31,8 @@ struct Work {
     const int tile = block - split * p.tiles.divisor;
     row_tile = p.column_tiles.divide(tile);
     column_tile = tile - row_tile * p.column_tiles.divisor;
-    first_group = static_cast<int>(int64_t{split} * p.groups / p.splits);
-    last_group = static_cast<int>(int64_t{split + 1} * p.groups / p.splits);
+    first_group = split * p.groups + min(split, p.longer);
+    last_group = first_group + p.groups + (split < p.longer);
   }
 
   template <typename C>
@@ -41,10 +41,14 @@ struct Work {
   }
 };
 
-// The thread that copies.
+// The thread that copies. Each copy takes it some 100 cycles, whatever its size.
 template <typename C>
 __device__ __forceinline__ void copy_stages(const Job& p, const Work& work, const Maps& maps,
                                             TileRing<C> ring) {
+  const TileRows<C> rows(work.row_tile);
+  const CUtensorMap* pixels = maps.pixels[work.row_tile];
+  const uint32_t bytes = (rows.count[0] + rows.count[1]) * C::kRowBytes + C::kPanels * kPanelBytes;
+#pragma unroll 1
   for (int group = work.first_group; group < work.last_group; ++group) {
     const int y = p.groups_of_row.divide(group);
     const int x = (group - y * p.groups_of_row.divisor) * C::kPositions;
@@ -52,15 +56,14 @@ __device__ __forceinline__ void copy_stages(const Job& p, const Work& work, cons
     for (int step = 0; step < p.image_steps; ++step) {
       const int image = step * C::kImages;
       barrier_wait(ring.empty(), ring.parity ^ 1);
-      barrier_expect(ring.full(), C::kCopiedBytes);
-      int row = work.row_tile * C::kTileRows;
-#pragma unroll 1
-      for (int i = 0; i < C::kTileRows; i += C::kBoxRows, row += C::kBoxRows) {
-        const int channel = row / C::kPatch;  // behind the last one is nothing but zeros
-        copy_tile(ring.stage() + i * C::kRowBytes, maps.pixels, x * C::kPatch, image,
-                  y * C::kPatch + row % C::kPatch, channel, ring.full());
+      barrier_expect(ring.full(), bytes);
+      copy_tile(ring.stage(), pixels[0], x * C::kPatch, image, y * C::kPatch + rows.first,
+                rows.channel, ring.full());
+      if (rows.count[1] > 0) {
+        copy_tile(ring.stage() + rows.count[0] * C::kRowBytes, pixels[1], x * C::kPatch, image,
+                  y * C::kPatch, rows.channel + 1, ring.full());
       }
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < C::kPanels; ++i) {
         copy_tile(ring.stage() + C::kPixelBytes + i * kPanelBytes, maps.grad,
                   work.column_tile * C::kColumns + i * kPanel, image, x, y, ring.full());
@@ -110,26 +113,18 @@ __device__ __forceinline__ void multiply(const Job& p, const Work& work, TileRin
   const uint32_t first = first_pixels<C>(warp_index());
   const uint64_t grads = swizzled_descriptor(ring.stages + C::kPixelBytes, kPanelBytes);
   const int steps = (work.last_group - work.first_group) * p.image_steps;
-  float sum[C::kBlocks][C::kColumns / 2];
-  uint32_t pixels[2][C::kBlocks][4];  // of products that are under way, and of the next
+  float sum[C::kColumns / 2];
+  uint32_t pixels[2][4];  // of products that are under way, and of the next
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     barrier_wait(ring.full(), ring.parity);
     const uint32_t slot = ring.slot * C::kStageBytes >> 4;
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        load_pixels<C>(pixels[i % 2][j], ring.stage() + j * 4 * C::kGroups * C::kRowBytes, first,
-                       i);
-      }
+      load_pixels<C>(pixels[i % 2], ring.stage(), first, i);
       mma_fence();
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        mma<typename C::Token, C::kColumns, true>(sum[j], pixels[i % 2][j],
-                                                  grads + slot + (i * 16 * kTokenBytes >> 4),
-                                                  step > 0 || i > 0);
-      }
+      mma<typename C::Token, C::kColumns, true>(
+          sum, pixels[i % 2], grads + slot + (i * 16 * kTokenBytes >> 4), step > 0 || i > 0);
       mma_commit();
       mma_wait<1>();
       // Each warp by itself, as each has read pixels.
@@ -138,16 +133,13 @@ __device__ __forceinline__ void multiply(const Job& p, const Work& work, TileRin
     ring.advance();
   }
   mma_wait<0>();
+  keep(sum);
   float4* parts =
       reinterpret_cast<float4*>(p.parts) + int64_t{blockIdx.x} * C::kPartFloats / 4 + threadIdx.x;
 #pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) {
-    keep(sum[j]);
-#pragma unroll
-    for (int i = 0; i < C::kColumns / 8; ++i) {
-      const float* x = &sum[j][4 * i];
-      parts[(j * (C::kColumns / 8) + i) * C::kConsumers] = make_float4(x[0], x[1], x[2], x[3]);
-    }
+  for (int i = 0; i < C::kEights; ++i) {
+    const float* x = &sum[4 * i];
+    parts[i * C::kConsumers] = make_float4(x[0], x[1], x[2], x[3]);
   }
 }
 
@@ -173,11 +165,13 @@ __device__ __forceinline__ void add_up(const Job& p, const Work& work, int adder
 #pragma unroll 1
         for (int eight = 0; eight < C::kImages; eight += 8) {
           const uint32_t place = ring.stage() + rows + (own * C::kImages + eight) * kTokenBytes;
+          uint32_t x[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            load_shared(place + i * kTokenBytes + (4 * lane ^ 16 * i), x[i]);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            uint32_t x;
-            load_shared(place + i * kTokenBytes + (4 * lane ^ 16 * i), x);
-            const float2 pair = to_floats<Token>(x);
+            const float2 pair = to_floats<Token>(x[i]);
             sum[own].x += pair.x;
             sum[own].y += pair.y;
           }
