@@ -147,13 +147,14 @@ int run(const Params& params, const Cut& c, void* stream) {
   int code = encode_maps<C>(p, maps);
   if (code) return code;
   const Job job = job_of<C>(p, c);
-  code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, dim3(c.tiles * c.splits),
-                dim3(C::kThreads), C::kSharedBytes, stream, job, maps);
+  const LaunchConfig products(dim3(c.tiles * c.splits), dim3(C::kThreads), 1, C::kSharedBytes,
+                              stream, true);
+  code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, products, job, maps);
   if (code) return code;
   const int blocks =
       c.tiles * C::kEights + (job.prefix_sums + job.num_vectors) * ceil_div(p.dim, kPanel);
-  const LaunchConfig config(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, true);
-  return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, config, job);
+  const LaunchConfig finish(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, true);
+  return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, finish, job);
 }
 
 struct Choice {

@@ -115,7 +115,7 @@ __device__ __forceinline__ void finish_prefix(const Job& p, int token, int panel
     const uint4 x = load_global(grad + int64_t{image} * tokens * p.dim, column < p.dim);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = to_floats<Token>((&x.x)[i]);
+      const float2 pair = widened<Token>((&x.x)[i]);
       sum[2 * i] += pair.x;
       sum[2 * i + 1] += pair.y;
     }
@@ -135,13 +135,12 @@ __global__ void __launch_bounds__(C::kConsumers, 4)
   __shared__ __align__(16) char shared[C::kConsumers / 8 * kPanel * 4];
   const int panels = ceil_div(p.dim, kPanel);
   int block = static_cast<int>(blockIdx.x);
-  // The prefix tokens need nothing of the products.
+  wait_for_previous_grids();
   if (block < p.prefix_sums * panels) {
     finish_prefix<C>(p, block / panels, block % panels, shared);
     return;
   }
   block -= p.prefix_sums * panels;
-  wait_for_previous_grids();
   if (block < p.num_vectors * panels) {
     finish_vector<C>(p, p.vectors[block / panels], block % panels, shared);
   } else {

@@ -143,38 +143,56 @@ __device__ __forceinline__ void multiply(const Job& p, const Work& work, TileRin
   }
 }
 
-// A warp that adds up half of the tokens of every stage, in 64 channels, two to a lane.
+// The sums of 8 channels in each lane over the lanes that are 8 apart: two channels for each.
+__device__ __forceinline__ float2 share_out(const float (&sum)[8], int lane) {
+  float four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool upper = lane & 16;
+    four[i] =
+        (upper ? sum[i + 4] : sum[i]) + __shfl_xor_sync(kAllLanes, upper ? sum[i] : sum[i + 4], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool upper = lane & 8;
+    two[i] = (upper ? four[i + 2] : four[i]) +
+             __shfl_xor_sync(kAllLanes, upper ? four[i] : four[i + 2], 8);
+  }
+  return make_float2(two[0], two[1]);
+}
+
+// A warp that adds up half of the tokens of every stage, in 64 channels: 8 to a lane, of every
+// fourth token.
 template <typename C>
 __device__ __forceinline__ void add_up(const Job& p, const Work& work, int adder,
                                        TileRing<C> ring) {
   using Token = typename C::Token;
   constexpr int kOwn = C::kPositions / kAdders;
   const int lane = lane_index();
-  const int column = work.column_tile * C::kColumns + work.row_tile * kPanel + 2 * lane;
-  const uint32_t rows =
-      C::kPixelBytes + work.row_tile * kPanelBytes + adder * (kDepth / kAdders) * kTokenBytes;
+  const int column = work.column_tile * C::kColumns + work.row_tile * kPanel + lane % 8 * 8 +
+                     lane / 16 * 4 + lane / 8 % 2 * 2;
+  const uint32_t first = C::kPixelBytes + work.row_tile * kPanelBytes +
+                         (adder * (kDepth / kAdders) + lane / 8) * kTokenBytes +
+                         (lane % 8 ^ lane / 8) * 16;
   float2 all = make_float2(0, 0);
 #pragma unroll 1
   for (int group = work.first_group; group < work.last_group; ++group) {
-    float2 sum[kOwn] = {};
+    float sum[kOwn][8] = {};
 #pragma unroll 1
     for (int step = 0; step < p.image_steps; ++step) {
       barrier_wait(ring.full(), ring.parity);
+      const uint32_t place = ring.stage() + first;
 #pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-#pragma unroll 1
-        for (int eight = 0; eight < C::kImages; eight += 8) {
-          const uint32_t place = ring.stage() + rows + (own * C::kImages + eight) * kTokenBytes;
-          uint32_t x[8];
+      for (int i = 0; i < kDepth / kAdders / 4; i += 2) {
+        uint4 x[2];
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
-            load_shared(place + i * kTokenBytes + (4 * lane ^ 16 * i), x[i]);
+        for (int j = 0; j < 2; ++j) load_shared((place ^ j * 64) + (i + j) * 4 * kTokenBytes, x[j]);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float2 pair = to_floats<Token>(x[i]);
-            sum[own].x += pair.x;
-            sum[own].y += pair.y;
-          }
+        for (int j = 0; j < 8; ++j) {
+          const float2 pair = widened<Token>((&x[j / 4].x)[j % 4]);
+          float* own = sum[i * 4 / C::kImages] + j % 4 * 2;
+          own[0] += pair.x;
+          own[1] += pair.y;
         }
       }
       __syncwarp();
@@ -185,12 +203,13 @@ __device__ __forceinline__ void add_up(const Job& p, const Work& work, int adder
     const int x = (group - y * p.groups_of_row.divisor) * C::kPositions + adder * kOwn;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      all.x += sum[own].x;
-      all.y += sum[own].y;
+      const float2 total = share_out(sum[own], lane);
+      all.x += total.x;
+      all.y += total.y;
       if (p.d_pos && x + own < p.grid_x && column < p.dim) {
         auto* pos = static_cast<Token*>(p.d_pos) +
                     (int64_t{y} * p.grid_x + x + own + p.pos_prefix) * p.dim + column;
-        *reinterpret_cast<uint32_t*>(pos) = pack<Token>(sum[own].x, sum[own].y);
+        *reinterpret_cast<uint32_t*>(pos) = pack<Token>(total.x, total.y);
       }
     }
   }
@@ -216,6 +235,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_previous_grids();
   let_next_grid_start();
   if (warp >= 4 * C::kGroups) {
     shrink_registers<C::kProducerRegisters>();
