@@ -11,6 +11,7 @@
 #include "patch_embed/bwd_finish.h"
 #include "patch_embed/bwd_kernel.h"
 #include "patch_embed/bwd_norm.h"
+#include "patch_embed/bwd_schedule.h"
 
 namespace vlmk {
 namespace patch_embed {
@@ -43,18 +44,32 @@ int check(const Params& p) {
   return 0;
 }
 
-// How a variant cuts the work.
+// How a variant cuts the work: `groups` of positions come in splits, `rest` of them are left.
 struct Cut {
-  int column_tiles, tiles, groups, splits, norm_blocks;
+  int column_tiles, tiles, splits, groups, rest, rest_of_block, blocks, slots;
+  int busiest;  // groups of the block that has most of them
+  int norm_blocks;
 };
 
 template <typename C>
 Cut cut(const Params& p, int multiprocessors) {
-  Cut c;
+  Cut c = {};
   c.column_tiles = ceil_div(p.dim, C::kColumns);
   c.tiles = C::kRowTiles * c.column_tiles;
-  c.groups = p.grid_y * ceil_div(p.grid_x, C::kPositions);
-  c.splits = std::min(std::max(1, multiprocessors / c.tiles), c.groups);
+  const int groups = p.grid_y * ceil_div(p.grid_x, C::kPositions);
+  // Where there are more tiles than multiprocessors, nothing is left over.
+  c.splits = std::min(std::max(1, multiprocessors / c.tiles), groups);
+  const int left = std::max(0, multiprocessors - c.splits * c.tiles);
+  const int even =
+      static_cast<int>(ceil_div(int64_t{c.tiles} * groups, int64_t{c.splits} * c.tiles + left));
+  c.groups = std::min(groups, c.splits * even);
+  c.rest = groups - c.groups;
+  c.rest_of_block = c.rest ? ceil_div(c.tiles * c.rest, left) : 0;
+  const int rest_blocks = c.rest ? ceil_div(c.tiles * c.rest, c.rest_of_block) : 0;
+  c.blocks = c.splits * c.tiles + rest_blocks;
+  c.slots = c.blocks + (c.rest ? c.tiles : 0);
+  c.busiest =
+      std::max(ceil_div(c.groups, c.splits), c.rest_of_block) * ceil_div(c.blocks, multiprocessors);
   c.norm_blocks = p.norm_weight ? multiprocessors * kNormBlocks : 0;
   return c;
 }
@@ -66,8 +81,8 @@ struct Workspace {
   int64_t bias, norm, size;
 
   Workspace(const Params& p, const Cut& c)
-      : bias(int64_t{c.splits} * c.tiles * C::kPartFloats),
-        norm(bias + int64_t{c.splits} * kAdders * p.dim),
+      : bias(int64_t{c.slots} * C::kPartFloats),
+        norm(bias + int64_t{c.slots} * kAdders * kPanel),
         size(norm + int64_t{c.norm_blocks} * 2 * p.dim) {}
 };
 
@@ -115,11 +130,13 @@ Job job_of(const Params& p, const Cut& c) {
           c.splits,
           c.groups / c.splits,
           c.groups % c.splits,
+          c.rest,
+          c.rest_of_block,
           ceil_div(p.batch, C::kImages),
           kChannels * C::kPatch * C::kPatch,
           Divisor(c.column_tiles),
           Divisor(c.tiles),
-          Divisor(c.groups / p.grid_y),
+          Divisor(ceil_div(p.grid_x, C::kPositions)),
           floats,
           floats + w.bias,
           p.d_prefix || (p.d_pos && p.pos_prefix) ? p.num_prefix : 0,
@@ -128,7 +145,6 @@ Job job_of(const Params& p, const Cut& c) {
   const auto add = [&](const float* first, int count, int stride, void* result) {
     if (result) job.vectors[job.num_vectors++] = {first, count, stride, result};
   };
-  add(job.bias_shares, c.splits * kAdders, p.dim, p.d_bias);
   add(floats + w.norm, c.norm_blocks, 2 * p.dim, p.d_norm_weight);
   add(floats + w.norm + p.dim, c.norm_blocks, 2 * p.dim, p.d_norm_bias);
   return job;
@@ -147,12 +163,11 @@ int run(const Params& params, const Cut& c, void* stream) {
   int code = encode_maps<C>(p, maps);
   if (code) return code;
   const Job job = job_of<C>(p, c);
-  const LaunchConfig products(dim3(c.tiles * c.splits), dim3(C::kThreads), 1, C::kSharedBytes,
-                              stream, true);
+  const LaunchConfig products(dim3(c.blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream, true);
   code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, products, job, maps);
   if (code) return code;
-  const int blocks =
-      c.tiles * C::kEights + (job.prefix_sums + job.num_vectors) * ceil_div(p.dim, kPanel);
+  const int vectors = job.prefix_sums + (p.d_bias ? 1 : 0) + job.num_vectors;
+  const int blocks = c.tiles * C::kEights + vectors * ceil_div(p.dim, kPanel);
   const LaunchConfig finish(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, true);
   return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, finish, job);
 }
@@ -171,8 +186,7 @@ int improve(const Params& p, Choice& choice) {
   const int code = multiprocessors<patch_embed_bwd_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   const Cut c = cut<C>(p, count);
-  const int64_t rounds = ceil_div(c.tiles * c.splits, count);
-  const int64_t cost = rounds * ceil_div(c.groups, c.splits) * C::kConsumers * C::kEights;
+  const int64_t cost = int64_t{c.busiest} * C::kPartFloats;
   if (cost >= choice.cost) return 0;
   choice = {cost, 4 * Workspace<C>(p, c).size, c, run<C>};
   return 0;
@@ -180,11 +194,11 @@ int improve(const Params& p, Choice& choice) {
 
 template <typename Token>
 int choose(const Params& p, Choice& choice) {
-  const int code = p.patch == 16 ? improve<Config<Token, 16, 192, 3>>(p, choice)
-                                 : improve<Config<Token, 14, 192, 2>>(p, choice);
+  const int code = p.patch == 16 ? improve<Config<Token, 16, 256, 2>>(p, choice)
+                                 : improve<Config<Token, 14, 256, 2>>(p, choice);
   if (code) return code;
-  return p.patch == 16 ? improve<Config<Token, 16, 256, 2>>(p, choice)
-                       : improve<Config<Token, 14, 256, 2>>(p, choice);
+  return p.patch == 16 ? improve<Config<Token, 16, 192, 3>>(p, choice)
+                       : improve<Config<Token, 14, 192, 2>>(p, choice);
 }
 
 int choose(const Params& p, Choice& choice) {

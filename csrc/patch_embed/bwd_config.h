@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernel of the gradients of weight, bias and positions is made of: its tiles, and how
-// they are dealt out.
+// What the kernel of the gradients of weight, bias and positions is made of: its tiles and stages.
 #pragma once
 
 #include <cuda.h>
@@ -43,33 +42,6 @@ struct Maps {
   CUtensorMap grad;
 };
 
-// Parts of a vector of dim channels: `count` rows of fp32, to be added up.
-struct Shares {
-  const float* first;
-  int32_t count;
-  int32_t stride;
-  void* result;
-};
-
-// A split of the tokens is some positions in all images, so that what a position's gradient sums
-// over comes to one block. Block i has tile i % tiles: those of a split, which read the same, run
-// side by side and find it in L2. With a norm, `grad` is what it has become behind that.
-struct Job : VlmkPatchEmbedBwdParams {
-  int32_t splits;
-  int32_t groups;  // of positions that are copied together, of a split
-  int32_t longer;  // splits that have one more: the first
-  int32_t image_steps;
-  int32_t k;  // columns of the weight
-  Divisor column_tiles;
-  Divisor tiles;
-  Divisor groups_of_row;
-  float* parts;         // [splits, tiles, kEights, kConsumers, 4]: of the weight's gradient
-  float* bias_shares;   // [splits, kAdders, dim]
-  int32_t prefix_sums;  // prefix tokens whose gradient is asked for: all or none
-  int32_t num_vectors;
-  Shares vectors[3];
-};
-
 template <typename Token_, int kPatch_, int kColumns_, int kGroups_>
 struct Config {
   using Token = Token_;
@@ -82,8 +54,8 @@ struct Config {
   static constexpr int kGroups = kGroups_;
   static constexpr int kConsumers = 128 * kGroups;
   static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 224;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
+  static constexpr int kProducerRegisters = 56;
   static constexpr int kTileRows = kPatch == 16 ? 4 * kGroups : 9;
   static constexpr int kTilePixels = kTileRows * kPatch;
   static constexpr int kRowTiles = ceil_div(kChannels * kPatch, kTileRows);

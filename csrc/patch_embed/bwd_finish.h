@@ -8,7 +8,7 @@
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/threads.h"
-#include "patch_embed/bwd_config.h"
+#include "patch_embed/bwd_schedule.h"
 
 namespace vlmk {
 namespace patch_embed {
@@ -22,18 +22,16 @@ __device__ __forceinline__ void finish_weight(const Job& p, int block, char* sha
   const int tile = block / C::kEights, eight = block % C::kEights;
   const int row_tile = p.column_tiles.divide(tile);
   const int column_tile = tile - row_tile * p.column_tiles.divisor;
-  const int64_t split_parts = int64_t{p.tiles.divisor} * C::kPartFloats / 4;
   const float4* parts =
-      reinterpret_cast<const float4*>(p.parts) + int64_t{block} * C::kConsumers + threadIdx.x;
+      reinterpret_cast<const float4*>(p.parts) + int64_t{eight} * C::kConsumers + threadIdx.x;
   float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-  for (int split = 0; split < p.splits; ++split) {
-    const float4 part = __ldcg(parts + split * split_parts);
+  for_slots(p, tile, [&](int slot) {
+    const float4 part = __ldcg(parts + int64_t{slot} * C::kPartFloats / 4);
     sum.x += part.x;
     sum.y += part.y;
     sum.z += part.z;
     sum.w += part.w;
-  }
+  });
   // [8, kPitch]
   Token* tokens = reinterpret_cast<Token*>(shared) + lane_index() % 4 * 2 * kPitch;
   const auto put = [&](int second, float x, float y) {
@@ -75,6 +73,25 @@ __device__ __forceinline__ float2 add_up_threads(const float (&own)[kOwn], char*
     total.y += sums[row * kPanel + 2 * thread + 1];
   }
   return total;
+}
+
+// 64 channels of the bias's gradient.
+template <typename C>
+__device__ __forceinline__ void finish_bias(const Job& p, int panel) {
+  const int thread = static_cast<int>(threadIdx.x), channel = panel * kPanel + 2 * thread;
+  if (thread >= kPanel / 2 || channel >= p.dim) return;
+  const int tile = panel % C::kPanels * p.column_tiles.divisor + panel / C::kPanels;
+  float2 total = make_float2(0, 0);
+  for_slots(p, tile, [&](int slot) {
+#pragma unroll
+    for (int adder = 0; adder < kAdders; ++adder) {
+      const float* share = p.bias_shares + (int64_t{slot} * kAdders + adder) * kPanel;
+      const float2 pair = __ldcg(reinterpret_cast<const float2*>(share) + thread);
+      total.x += pair.x;
+      total.y += pair.y;
+    }
+  });
+  static_cast<uint32_t*>(p.d_bias)[channel / 2] = pack<typename C::Token>(total.x, total.y);
 }
 
 // 64 channels of what comes in shares of fp32, rows of dim.
@@ -141,6 +158,11 @@ __global__ void __launch_bounds__(C::kConsumers, 4)
     return;
   }
   block -= p.prefix_sums * panels;
+  if (p.d_bias && block < panels) {
+    finish_bias<C>(p, block);
+    return;
+  }
+  if (p.d_bias) block -= panels;
   if (block < p.num_vectors * panels) {
     finish_vector<C>(p, p.vectors[block / panels], block % panels, shared);
   } else {

@@ -15,41 +15,21 @@
 #include "common/threads.h"
 #include "common/wgmma.h"
 #include "patch_embed/bwd_config.h"
+#include "patch_embed/bwd_schedule.h"
 
 namespace vlmk {
 namespace patch_embed {
 namespace bwd {
 
-// What a block works on.
-struct Work {
-  int split, row_tile, column_tile;
-  int first_group, last_group;  // the last one is not its
-
-  __device__ __forceinline__ explicit Work(const Job& p) {
-    const int block = static_cast<int>(blockIdx.x);
-    split = p.tiles.divide(block);
-    const int tile = block - split * p.tiles.divisor;
-    row_tile = p.column_tiles.divide(tile);
-    column_tile = tile - row_tile * p.column_tiles.divisor;
-    first_group = split * p.groups + min(split, p.longer);
-    last_group = first_group + p.groups + (split < p.longer);
-  }
-
-  template <typename C>
-  __device__ __forceinline__ bool adds_up(const Job& p) const {
-    return row_tile < C::kPanels && (p.d_pos || p.d_bias);
-  }
-};
-
 // The thread that copies. Each copy takes it some 100 cycles, whatever its size.
 template <typename C>
-__device__ __forceinline__ void copy_stages(const Job& p, const Work& work, const Maps& maps,
-                                            TileRing<C> ring) {
-  const TileRows<C> rows(work.row_tile);
-  const CUtensorMap* pixels = maps.pixels[work.row_tile];
+__device__ __forceinline__ void copy_stages(const Job& p, const Maps& maps, TileRing<C>& ring,
+                                            const Segment& s) {
+  const TileRows<C> rows(s.row_tile);
+  const CUtensorMap* pixels = maps.pixels[s.row_tile];
   const uint32_t bytes = (rows.count[0] + rows.count[1]) * C::kRowBytes + C::kPanels * kPanelBytes;
 #pragma unroll 1
-  for (int group = work.first_group; group < work.last_group; ++group) {
+  for (int group = s.first_group; group < s.last_group; ++group) {
     const int y = p.groups_of_row.divide(group);
     const int x = (group - y * p.groups_of_row.divisor) * C::kPositions;
 #pragma unroll 1
@@ -66,7 +46,7 @@ __device__ __forceinline__ void copy_stages(const Job& p, const Work& work, cons
 #pragma unroll
       for (int i = 0; i < C::kPanels; ++i) {
         copy_tile(ring.stage() + C::kPixelBytes + i * kPanelBytes, maps.grad,
-                  work.column_tile * C::kColumns + i * kPanel, image, x, y, ring.full());
+                  s.column_tile * C::kColumns + i * kPanel, image, x, y, ring.full());
       }
       ring.advance();
     }
@@ -107,12 +87,12 @@ __device__ __forceinline__ void load_pixels(uint32_t (&a)[4], uint32_t stage, ui
   }
 }
 
-// All products of one warpgroup, and its part of the gradient of the weight.
+// The products of one warpgroup, and its part of the gradient of the weight.
 template <typename C>
-__device__ __forceinline__ void multiply(const Job& p, const Work& work, TileRing<C> ring) {
+__device__ __forceinline__ void multiply(const Job& p, TileRing<C>& ring, const Segment& s) {
   const uint32_t first = first_pixels<C>(warp_index());
   const uint64_t grads = swizzled_descriptor(ring.stages + C::kPixelBytes, kPanelBytes);
-  const int steps = (work.last_group - work.first_group) * p.image_steps;
+  const int steps = (s.last_group - s.first_group) * p.image_steps;
   float sum[C::kColumns / 2];
   uint32_t pixels[2][4];  // of products that are under way, and of the next
 #pragma unroll 1
@@ -133,9 +113,10 @@ __device__ __forceinline__ void multiply(const Job& p, const Work& work, TileRin
     ring.advance();
   }
   mma_wait<0>();
+  if (lane_index() == 0) barrier_arrive(ring.empty_before());
   keep(sum);
   float4* parts =
-      reinterpret_cast<float4*>(p.parts) + int64_t{blockIdx.x} * C::kPartFloats / 4 + threadIdx.x;
+      reinterpret_cast<float4*>(p.parts) + int64_t{s.slot} * C::kPartFloats / 4 + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < C::kEights; ++i) {
     const float* x = &sum[4 * i];
@@ -162,37 +143,42 @@ __device__ __forceinline__ float2 share_out(const float (&sum)[8], int lane) {
 }
 
 // A warp that adds up half of the tokens of every stage, in 64 channels: 8 to a lane, of every
-// fourth token.
+// fourth token. Of the tiles that read the same gradient, each has 64 channels to add up, or none.
 template <typename C>
-__device__ __forceinline__ void add_up(const Job& p, const Work& work, int adder,
-                                       TileRing<C> ring) {
+__device__ __forceinline__ void add_up(const Job& p, TileRing<C>& ring, const Segment& s,
+                                       int adder) {
   using Token = typename C::Token;
   constexpr int kOwn = C::kPositions / kAdders;
   const int lane = lane_index();
-  const int column = work.column_tile * C::kColumns + work.row_tile * kPanel + lane % 8 * 8 +
-                     lane / 16 * 4 + lane / 8 % 2 * 2;
-  const uint32_t first = C::kPixelBytes + work.row_tile * kPanelBytes +
+  const bool adds = s.row_tile < C::kPanels && (p.d_pos || p.d_bias);
+  const int own_channels = lane % 8 * 8 + lane / 16 * 4 + lane / 8 % 2 * 2;
+  const int column = s.column_tile * C::kColumns + s.row_tile * kPanel + own_channels;
+  const uint32_t first = C::kPixelBytes + s.row_tile * kPanelBytes +
                          (adder * (kDepth / kAdders) + lane / 8) * kTokenBytes +
                          (lane % 8 ^ lane / 8) * 16;
   float2 all = make_float2(0, 0);
 #pragma unroll 1
-  for (int group = work.first_group; group < work.last_group; ++group) {
+  for (int group = s.first_group; group < s.last_group; ++group) {
     float sum[kOwn][8] = {};
 #pragma unroll 1
     for (int step = 0; step < p.image_steps; ++step) {
       barrier_wait(ring.full(), ring.parity);
       const uint32_t place = ring.stage() + first;
+      if (adds) {
 #pragma unroll
-      for (int i = 0; i < kDepth / kAdders / 4; i += 2) {
-        uint4 x[2];
+        for (int i = 0; i < kDepth / kAdders / 4; i += 2) {
+          uint4 x[2];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) load_shared((place ^ j * 64) + (i + j) * 4 * kTokenBytes, x[j]);
+          for (int j = 0; j < 2; ++j) {
+            load_shared((place ^ j * 64) + (i + j) * 4 * kTokenBytes, x[j]);
+          }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float2 pair = widened<Token>((&x[j / 4].x)[j % 4]);
-          float* own = sum[i * 4 / C::kImages] + j % 4 * 2;
-          own[0] += pair.x;
-          own[1] += pair.y;
+          for (int j = 0; j < 8; ++j) {
+            const float2 pair = widened<Token>((&x[j / 4].x)[j % 4]);
+            float* own = sum[i * 4 / C::kImages] + j % 4 * 2;
+            own[0] += pair.x;
+            own[1] += pair.y;
+          }
         }
       }
       __syncwarp();
@@ -206,15 +192,15 @@ __device__ __forceinline__ void add_up(const Job& p, const Work& work, int adder
       const float2 total = share_out(sum[own], lane);
       all.x += total.x;
       all.y += total.y;
-      if (p.d_pos && x + own < p.grid_x && column < p.dim) {
+      if (adds && p.d_pos && x + own < p.grid_x && column < p.dim) {
         auto* pos = static_cast<Token*>(p.d_pos) +
                     (int64_t{y} * p.grid_x + x + own + p.pos_prefix) * p.dim + column;
         *reinterpret_cast<uint32_t*>(pos) = pack<Token>(total.x, total.y);
       }
     }
   }
-  if (p.d_bias && column < p.dim) {
-    float* share = p.bias_shares + int64_t{work.split * kAdders + adder} * p.dim + column;
+  if (adds && p.d_bias) {
+    float* share = p.bias_shares + (int64_t{s.slot} * kAdders + adder) * kPanel + own_channels;
     *reinterpret_cast<float2*>(share) = all;
   }
 }
@@ -224,30 +210,30 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     patch_embed_bwd_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = warp_index();
-  const Work work(p);
-  const bool adds_up = work.adds_up<C>(p);
   TileRing<C> ring(shared_address(shared));
   if (threadIdx.x == 0) {
     for (TileRing<C> each = ring; each.parity == 0; each.advance()) {
       barrier_init(each.full(), 1);
-      barrier_init(each.empty(), 4 * C::kGroups + (adds_up ? kAdders : 0));
+      barrier_init(each.empty(), 4 * C::kGroups + kAdders);
     }
     fence_barrier_init();
   }
   __syncthreads();
   wait_for_previous_grids();
   let_next_grid_start();
+  Segments segments(p);
+  Segment s;
   if (warp >= 4 * C::kGroups) {
     shrink_registers<C::kProducerRegisters>();
     const int helper = warp - 4 * C::kGroups;
-    if (helper == 0) {
-      if (lane_index() == 0) copy_stages<C>(p, work, maps, ring);
-    } else if (adds_up && helper <= kAdders) {
-      add_up<C>(p, work, helper - 1, ring);
+    if (helper == 0 && lane_index() == 0) {
+      while (segments.next(s)) copy_stages<C>(p, maps, ring, s);
+    } else if (helper > 0 && helper <= kAdders) {
+      while (segments.next(s)) add_up<C>(p, ring, s, helper - 1);
     }
   } else {
     grow_registers<C::kConsumerRegisters>();
-    multiply<C>(p, work, ring);
+    while (segments.next(s)) multiply<C>(p, ring, s);
   }
 }
 
