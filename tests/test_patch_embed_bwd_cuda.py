@@ -28,6 +28,7 @@ FLAVOURS = {
     "vit-b": VIT,
     "vit-b, several steps of images": replace(VIT, pixels=(156, 3, 64, 96), grid=24),
     "vit-l, rows of 21": Flavour((30, 3, 336, 336), (16, 16), 441, dim=1024, prefix=1),
+    "siglip2 of 16 pixels": Flavour((32, 3, 384, 384), (16, 16), 576, dim=1152),
     "eva": EVA,
     "siglip, 27 patches in 384 pixels": Flavour((16, 3, 384, 384), (14, 14), 729, dim=1152),
     "dinov2-reg": Flavour((31, 3, 112, 112), (14, 14), 64, dim=200, prefix=5, pos="patches"),

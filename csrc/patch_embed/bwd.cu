@@ -179,7 +179,8 @@ struct Choice {
   int (*run)(const Params& p, const Cut& c, void* stream) = nullptr;
 };
 
-// Makes this variant the choice, if it costs less.
+// Makes this variant the choice, if it costs less by 5 %. Those of 256 columns come first: tiles of
+// 192 take longer than their products (CLIP-L on an H200: 244 us, not 157, for 12 % more of them).
 template <typename C>
 int improve(const Params& p, Choice& choice) {
   int count = 0;
@@ -187,7 +188,7 @@ int improve(const Params& p, Choice& choice) {
   if (code) return code;
   const Cut c = cut<C>(p, count);
   const int64_t cost = int64_t{c.busiest} * C::kPartFloats;
-  if (cost >= choice.cost) return 0;
+  if (cost >= choice.cost - choice.cost / 20) return 0;
   choice = {cost, 4 * Workspace<C>(p, c).size, c, run<C>};
   return 0;
 }
