@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 9
+#define VLMK_ABI_VERSION 10
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -110,6 +110,48 @@ VLMK_API int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream);
 /* 0 if vlmk_patch_embed takes these sizes and types, else an error whose text says what it wants.
  * Reads no pointer. */
 VLMK_API int vlmk_patch_embed_check(const VlmkPatchEmbedParams* params);
+
+/* The gradients of vlmk_patch_embed for images of 16 bits, given that of out. With x the pixels of
+ * a patch, d_total the gradient of total (grad itself without a norm), and sums over images b and
+ * patches n:
+ *   d_weight = sum_bn d_total[b, n] x[b, n]^T,  d_pos[n] = sum_b d_total[b, n],
+ *   d_bias = sum_n d_pos[n]
+ * d_prefix is like d_pos. Those but d_weight may be null. Pointers and the strides of pixels are
+ * multiples of 16 bytes. Images come in multiples of 32 (patch 16) or 16 (14), or few less. The
+ * same bits in every run. */
+typedef struct {
+  const void* grad;        /* [batch, num_prefix + grid_y * grid_x, dim] contiguous */
+  const void* pixels;      /* patch (b, gy, gx) begins at row gy * patch, column gx * patch */
+  const void* total;       /* like grad; with a norm only, as are the next four */
+  const void* norm_weight; /* [dim], or null without a norm */
+  void* d_total;           /* like grad; may be grad */
+  void* d_norm_weight;     /* [dim], or null */
+  void* d_norm_bias;       /* likewise */
+  void* d_weight;          /* [dim, 3 * patch * patch] contiguous */
+  void* d_bias;            /* [dim] */
+  void* d_prefix;          /* [num_prefix, dim] */
+  void* d_pos;             /* [pos_prefix + grid_y * grid_x, dim] contiguous */
+  void* workspace;         /* of workspace_bytes; need not be set */
+  int64_t pixel_stride_b;
+  int64_t pixel_stride_c;
+  int64_t pixel_stride_y;
+  int64_t workspace_bytes;
+  int32_t batch;
+  int32_t grid_y;
+  int32_t grid_x;
+  int32_t patch; /* 14 or 16 */
+  int32_t dim;
+  int32_t num_prefix;
+  int32_t pos_prefix; /* prefix tokens that pos was added to: all or none */
+  int32_t type;       /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all of them */
+  float eps;
+} VlmkPatchEmbedBwdParams;
+
+VLMK_API int vlmk_patch_embed_bwd(const VlmkPatchEmbedBwdParams* params, void* stream);
+
+/* 0 if vlmk_patch_embed_bwd takes these sizes and strides on the current GPU, else an error whose
+ * text says what it wants. Sets workspace_bytes and reads no pointer. */
+VLMK_API int vlmk_patch_embed_bwd_check(VlmkPatchEmbedBwdParams* params);
 
 /* Softmax attention, out[i] = sum_j softmax_j(scale q[i] . k[j]) v[j], where query i sees the keys
  * max(start, 0) <= j < min(stop, num_keys); all of them without ranges; with causal none behind

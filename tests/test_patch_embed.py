@@ -22,7 +22,7 @@ DTYPES = {  # of the weight, and whether the pixels are uint8
 }
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FWD, BWD = "patch_embed_fwd", "patch_embed_bwd"
-every_backend = pytest.mark.backends(FWD, BWD)
+every_backend = pytest.mark.backends(FWD, BWD, exclude=("cuda",))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def test_models(name: str, dtypes: str, backend: str, device: torch.device) -> N
         assert result, (what, result)
 
 
-@pytest.mark.backends(FWD, BWD, exclude=("triton",))
+@pytest.mark.backends(FWD, BWD, exclude=("triton", "cuda"))
 @pytest.mark.parametrize("name", FLAVOURS)
 def test_float64(name: str, backend: str, device: torch.device) -> None:
     flavour = FLAVOURS[name]
@@ -425,7 +425,7 @@ def test_opcheck(uint8: bool, norm: bool, backend: str, device: torch.device) ->
         torch.library.opcheck(torch.ops.vlmkernels.patch_embed_bwd.default, args)
 
 
-@pytest.mark.backends(FWD, BWD, exclude=("reference",))
+@pytest.mark.backends(FWD, BWD, exclude=("reference", "cuda"))
 @pytest.mark.parametrize("name", ["small", "naflex"])
 def test_compile(name: str, backend: str, device: torch.device) -> None:
     torch._dynamo.reset()

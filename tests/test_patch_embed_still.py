@@ -91,7 +91,7 @@ def test_reference_repeats_the_frame(name: str, device: torch.device) -> None:
     assert torch.equal(embed(still.flavour, tensors, backend="reference"), embed(still.flavour, full, backend="reference"))
 
 
-@pytest.mark.backends(FWD, BWD, exclude=("reference",))
+@pytest.mark.backends(FWD, BWD, exclude=("reference", "cuda"))
 @pytest.mark.parametrize("name", ["qwen2-rows", "images, all options"])
 def test_half_the_product(name: str, backend: str, device: torch.device) -> None:
     """The other backends do the work of two-dimensional patches, with the sum of the weight's frames: the same bits."""

@@ -239,6 +239,17 @@ __device__ __forceinline__ void copy_async_8(uint32_t destination, const void* s
                : "memory");
 }
 
+// What this thread copied since the last time is a group.
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until all but the last kPending groups are there, for this thread.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Arrives once all that this thread copied before is there.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

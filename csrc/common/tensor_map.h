@@ -35,18 +35,20 @@ inline CUtensorMapDataType map_type(bool half) {
 
 // A tensor of four dimensions, the first of them contiguous, of 16-bit floats, with strides in
 // bytes; a tile is a box of it, swizzled in 128 bytes; what lies outside of the tensor is 0.
+//
+// No promotion in L2: with a head's row of 144 or 160 bytes come neighbours that nobody reads yet.
+// In lines of 256 bytes, D 72 at 4,096 keys ran at 430 TFLOP/s instead of 508 (H100).
 inline int encode_tiles(CUtensorMap& map, const void* data, bool half, const cuuint64_t (&sizes)[4],
-                        const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4]) {
+                        const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4],
+                        CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+                        CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_NONE) {
   decltype(cuTensorMapEncodeTiled)* encode = nullptr;
   const int missing = find_in_driver("cuTensorMapEncodeTiled", encode);
   if (missing) return missing;
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  // No promotion in L2: with a head's row of 144 or 160 bytes come neighbours that nobody reads
-  // yet. In lines of 256 bytes, D 72 at 4,096 keys ran at 430 TFLOP/s instead of 508 (H100).
   const CUresult code =
       encode(&map, map_type(half), 4, const_cast<void*>(data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VLMK_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", static_cast<int>(code));
   return 0;
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -49,6 +49,21 @@ class PatchEmbedParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_prefix", "pos_on_prefix", "pixel_type", "token_type")),
         ("pixel_scale", ctypes.c_float * 3),
         ("pixel_shift", ctypes.c_float * 3),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class PatchEmbedBwdParams(ctypes.Structure):
+    """``VlmkPatchEmbedBwdParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad", "pixels", "total", "norm_weight", "d_total")),
+        *((name, ctypes.c_void_p) for name in ("d_norm_weight", "d_norm_bias", "d_weight", "d_bias", "d_prefix", "d_pos")),
+        ("workspace", ctypes.c_void_p),
+        *((f"pixel_stride_{name}", ctypes.c_int64) for name in "bcy"),
+        ("workspace_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("batch", "grid_y", "grid_x", "patch", "dim")),
+        *((name, ctypes.c_int32) for name in ("num_prefix", "pos_prefix", "type")),
         ("eps", ctypes.c_float),
     ]
 

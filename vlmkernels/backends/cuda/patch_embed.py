@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, or rows with positions, in one kernel."""
+"""Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, or rows with positions, in one kernel, and the
+gradients of the parameters of 16-bit images in two."""
 
 import functools
 import math
@@ -9,13 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedParams
+from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedBwdParams, PatchEmbedParams
 
 #: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
 _POINTERS = struct.Struct("10P")
+#: So does ``PatchEmbedBwdParams``: grad, pixels, total, norm_weight, d_total, then the gradients, and the workspace.
+_BWD_POINTERS = struct.Struct("12P")
 
 _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
+_patch_embed_bwd = EntryPoint("vlmk_patch_embed_bwd")
+_check_bwd = EntryPoint("vlmk_patch_embed_bwd_check")
 
 
 def _rows_format(patches: Tensor) -> torch.memory_format | None:
@@ -213,3 +218,108 @@ def plan_patch_embed_fwd(
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_bwd(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    pixel_dtype: torch.dtype,
+    dtype: torch.dtype,
+    num_prefix: int,
+    pos_prefix: int,
+    norm: bool,
+    eps: float,
+) -> PatchEmbedBwdParams | str:
+    """All but the pointers, or why the kernel doesn't take them."""
+    batch, frames, grid_y, grid_x, channels, frames_of_patch, height, width = shape
+    stride_b, _, stride_gy, stride_gx, stride_c, _, stride_y, stride_x = strides
+    if dtype not in (torch.float16, torch.bfloat16) or pixel_dtype != dtype:
+        return f"it takes pixels and weights of 16 bits, these are {pixel_dtype} and {dtype}"
+    if (frames, frames_of_patch, weight_shape[2], channels) != (1, 1, 1, 3) or height != width:
+        return "it takes square patches of images of three channels"
+    if stride_x != 1 or (grid_x > 1 and stride_gx != width) or (grid_y > 1 and stride_gy != height * stride_y):
+        return "it takes patches of images whose rows of pixels are contiguous"
+    params = PatchEmbedBwdParams(
+        norm_weight=1 if norm else None,  # for the check: whether there is one
+        # That of one image does not matter.
+        pixel_stride_b=stride_b if batch > 1 else 8,
+        pixel_stride_c=stride_c,
+        pixel_stride_y=stride_y,
+        batch=batch,
+        grid_y=grid_y,
+        grid_x=grid_x,
+        patch=width,
+        dim=weight_shape[0],
+        num_prefix=num_prefix,
+        pos_prefix=pos_prefix,
+        type=TYPES[dtype],
+        eps=eps,
+    )
+    return _check_bwd.why_not(params) or params
+
+
+def _prepare_bwd(
+    grad: Tensor, patches: Tensor, weight: Tensor, norm: bool, eps: float, pos_shape: list[int]
+) -> PatchEmbedBwdParams | str:
+    n_prefix = grad.shape[1] - patches.shape[1:4].numel()
+    pos_prefix = n_prefix if pos_shape and pos_shape[-2] == grad.shape[1] else 0
+    layout = patches.shape, patches.stride(), weight.shape, patches.dtype, weight.dtype
+    return _prepared_bwd(*layout, n_prefix, pos_prefix, norm, eps)
+
+
+def why_not_patch_embed_bwd(
+    grad: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    total: Tensor,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    pos_shape: list[int],
+    needs: list[bool],
+) -> str | None:
+    if needs[0] or not needs[1]:
+        return "it computes the weight's gradient, with those of the other parameters, and not that of pixels"
+    if patches.data_ptr() % 16:
+        return "pixels must begin at multiples of 16 bytes"
+    prepared = _prepare_bwd(grad, patches, weight, norm_weight is not None, eps, pos_shape)
+    return prepared if isinstance(prepared, str) else None
+
+
+def patch_embed_bwd(
+    grad: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    total: Tensor,
+    eps: float,
+    mean: list[float] | None,
+    std: list[float] | None,
+    pos_shape: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    norm = norm_weight is not None
+    params = _prepare_bwd(grad, patches, weight, norm, eps, pos_shape)
+    assert not isinstance(params, str)  # why_not_patch_embed_bwd was asked
+    dim, own_pos = weight.shape[0], needs[4] and len(pos_shape) == 3
+    shapes = ((0,), weight.shape, (dim,), (params.num_prefix, dim), pos_shape, (dim,), (dim,))
+    grads = [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    if params.batch == 0:
+        return tuple(x.zero_() for x in grads)
+    # Kept in names until the launch: a copy's memory must not be given away before.
+    grad = grad.contiguous()
+    grad = grad.clone() if grad.data_ptr() % 16 else grad
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    d_total = torch.empty_like(grad) if norm else grad
+    workspace = weight.new_empty(params.workspace_bytes, dtype=torch.uint8)
+    wanted = (norm and needs[5], norm and needs[6], True, needs[2], needs[3], needs[4] and not own_pos)
+    outs = [x if want else None for x, want in zip((*grads[5:], *grads[1:5]), wanted, strict=True)]
+    tensors = (grad, patches, total if norm else None, norm_weight, d_total if norm else None, *outs, workspace)
+    pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
+    _patch_embed_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], weight.device)
+    if own_pos:  # every image has positions of its own: their gradient is that of the tokens
+        grads[4].copy_(d_total[:, params.num_prefix - params.pos_prefix :])
+    return tuple(grads)
