@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contrastive losses of a batch that the GPUs of one machine share over NCCL, against the whole batch on one of them.
 
-    torchrun --nproc-per-node 2 benchmarks/contrastive_ranks.py OUT.json
+    torchrun --nproc-per-node 2 benchmarks/contrastive_ranks.py OUT.json [COMMIT]
 
 A step is the loss and the gradients of features, scale and bias, as with open_clip's ``gather_with_grad``. Features are normal
 deviates of length 1 in bf16. Each rank's gradients are compared with the fp64 ones of the whole batch. The time is that of the
@@ -82,16 +82,16 @@ def measure(name: str, pairs: int, dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(path: Path) -> None:
+def main(path: Path, commit: str | None = None) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     rows = [measure(name, *size) for size in SIZES for name in LOSSES]
     if dist.get_rank() == 0:
         for row in rows:
             print("{workload}: {ms_on_one:.2f} ms on one GPU, {ms_shared:.2f} on {gpus}, {speedup:.2f} x".format(**row))
-        path.write_text(json.dumps({"run": describe(torch.device("cuda")), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"run": describe(torch.device("cuda"), commit), "rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])
