@@ -8,6 +8,7 @@
 
 #include "attention_bwd/config.h"
 #include "attention_bwd/keys.h"
+#include "attention_bwd/queries.h"
 #include "attention_bwd/store.h"
 #include "common/hopper.h"
 #include "common/wgmma.h"
@@ -33,21 +34,6 @@ struct PairGroup : KeyGroup<C> {
   float dq[kPanel / 2];
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
-
-  // See QueryGroup: keys that nobody sees become zero.
-  __device__ __forceinline__ void clear_unseen(const Item& item) {
-    const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
-    if (lo <= 0 && (hi >= kKeys || item.hi >= p.num_keys)) return;
-    char* tile = shared + C::keys_at(keys.stage);
-    constexpr int kWords = kRowBytes / 16;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < C::kKeysBytes / 16; i += 128 * kKeyGroups) {
-      const int key = i / kWords % kKeys;
-      if (key < lo || key >= hi) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
-    }
-    fence_async_proxy();
-    meet();
-  }
 
   // dq = dS K, of this warpgroup's panel of K, whose last columns may be zeros.
   __device__ __forceinline__ void start_own_columns() {
@@ -148,7 +134,9 @@ struct PairGroup : KeyGroup<C> {
       const int count = item.count * (p.num_heads / p.num_kv_heads), first_key = item.first_key;
 #pragma unroll
       for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
-      if (count > 0) clear_unseen(item);
+      if (count > 0) {
+        clear_unseen<C, 128 * kKeyGroups>(p, item, shared + C::keys_at(keys.stage), kPairBarrier);
+      }
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         attend(first_key);

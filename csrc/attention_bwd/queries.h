@@ -17,6 +17,24 @@ namespace attention_bwd {
 
 constexpr int kQueryGroupBarrier = 1;
 
+// Keys of an item that nobody sees become zero: whatever they hold, infinity and NaN too, would
+// come into dQ with a gradient of 0. Meanwhile others may read them for scores that are masked
+// anyway.
+template <typename C, int kThreads>
+__device__ __forceinline__ void clear_unseen(const VlmkAttentionBwdParams& p, const Item& item,
+                                             char* keys, int barrier) {
+  const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
+  if (lo <= 0 && (hi >= kKeys || item.hi >= p.num_keys)) return;
+  constexpr int kWords = kRowBytes / 16;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % kThreads; i < C::kKeysBytes / 16; i += kThreads) {
+    const int key = i / kWords % kKeys;
+    if (key < lo || key >= hi) reinterpret_cast<uint4*>(keys)[i] = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_proxy();
+  named_wait<kThreads>(barrier);
+}
+
 template <typename C>
 struct QueryGroup {
   using T = typename C::Element;
@@ -31,22 +49,6 @@ struct QueryGroup {
   Ring<C::kScoreStages> buffer{0};
 
   float dq[C::kWidth / 2];
-
-  // Keys that nobody sees become zero: whatever they hold, infinity and NaN too, would come into dQ
-  // with a gradient of 0. Meanwhile others may read them for scores that are masked anyway.
-  __device__ __forceinline__ void clear_unseen(const Item& item) {
-    const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
-    if (lo <= 0 && (hi >= kKeys || item.hi >= p.num_keys)) return;
-    char* tile = shared + C::keys_at(keys.stage);
-    constexpr int kWords = kRowBytes / 16;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % 128; i < C::kKeysBytes / 16; i += 128) {
-      const int key = i / kWords % kKeys;
-      if (key < lo || key >= hi) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
-    }
-    fence_async_proxy();
-    named_wait<128>(kQueryGroupBarrier);
-  }
 
   // dq = dS K, or dq += ...
   template <bool kAdd>
@@ -121,7 +123,9 @@ struct QueryGroup {
       const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys.stage];
       if (item.count == kNoMore) return;
       const int count = item.count * (p.num_heads / p.num_kv_heads);
-      if (count > 0) clear_unseen(item);
+      if (count > 0) {
+        clear_unseen<C, 128>(p, item, shared + C::keys_at(keys.stage), kQueryGroupBarrier);
+      }
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         barrier_wait(barriers.queries_full(queries.stage), queries.parity);
