@@ -35,10 +35,13 @@ def test_shared_ranges_are_laid_out_once_for_all_layers() -> None:
     assert first is not None and again is not None and fewer is not None
     assert first.start is again.start and first.stop is again.stop and first.start.is_contiguous()
     assert first.start.tolist() == [[0] * 4, [2] * 4] and fewer.stop.tolist() == [[6] * 3, [4] * 3]
-    bounds[0].fill_(1)
-    changed = fitting(mask, 4, 6)
-    assert changed is not None and changed.start.tolist() == [[1] * 4] * 2
+    bounds[0].fill_(1)  # what it was made of is nobody's mask
+    assert mask.start.tolist() == [[0] * 4, [2] * 4]
+    kept = fitting(mask.clone()[:, :, 1:3], 4, 6)
+    assert kept is not None and kept.stop.tolist() == [[6] * 4, [4] * 4]
     own = example()
+    with pytest.raises(ValueError, match="attention_mask: got for 4 queries"):
+        fitting(own, 3, 6)
     kept = fitting(own, 4, 6)
     assert kept is not None and kept.start is own.start
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from vlmkernels.integrations._once import once
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import bad_argument
 
@@ -29,9 +28,11 @@ class RangesMask(torch.Tensor):
     it, as what was written would be lost, and what reaches around torch's operations (``tolist``, ``numpy``).
 
     Args:
-        start, stop: the fields of the ranges that it stands for; a batch of 1 serves all of ``batch``.
+        start, stop: the fields of the ranges that it stands for; a batch of 1 serves all of ``batch``. What is expanded over the
+            queries is laid out here, once for all layers: kernels would copy it, and have no plan for such a call.
         batch: ``B``.
         num_keys: ``Sk``.
+        shared: whether all queries see the same keys; what is expanded over them is.
 
     Raises:
         ValueError: ``ranges`` have another batch.
@@ -39,22 +40,24 @@ class RangesMask(torch.Tensor):
 
     start: torch.Tensor
     stop: torch.Tensor
+    shared: bool
     # Operations give plain tensors, or decide for themselves below.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, start: torch.Tensor, stop: torch.Tensor, batch: int, num_keys: int) -> "RangesMask":
+    def __new__(cls, start: torch.Tensor, stop: torch.Tensor, batch: int, num_keys: int, shared: bool = False) -> "RangesMask":
         if start.shape[0] not in (1, batch):
             raise bad_argument("batch", batch, f"{start.shape[0]}, the batch of the ranges")
         shape = (batch, 1, start.shape[1], num_keys)
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=start.device)
-        mask.start, mask.stop = start, stop
+        mask.shared = shared or start.stride(1) == stop.stride(1) == 0
+        mask.start, mask.stop = start.contiguous(), stop.contiguous()
         return mask
 
     @classmethod
-    def of(cls, ranges: KeyRanges, batch: int, num_keys: int) -> "RangesMask":
+    def of(cls, ranges: KeyRanges, batch: int, num_keys: int, shared: bool = False) -> "RangesMask":
         """The mask of ``ranges``."""
-        return cls(ranges.start, ranges.stop, batch, num_keys)
+        return cls(ranges.start, ranges.stop, batch, num_keys, shared)
 
     @property
     def ranges(self) -> KeyRanges:
@@ -76,12 +79,14 @@ class RangesMask(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         raise _not_writable("__setitem__")
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["start", "stop"], None
+    def __tensor_flatten__(self) -> tuple[list[str], bool]:
+        return ["start", "stop"], self.shared
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], _: None, size: Sequence[int], strides: Any) -> "RangesMask":
-        return cls(inner["start"], inner["stop"], size[0], size[3])
+    def __tensor_unflatten__(
+        cls, inner: dict[str, torch.Tensor], shared: bool, size: Sequence[int], strides: Any
+    ) -> "RangesMask":
+        return cls(inner["start"], inner["stop"], size[0], size[3], shared)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -115,16 +120,12 @@ def fitting(mask: RangesMask | None, queries: int, keys: int) -> KeyRanges | Non
     if mask is None:
         return None
     ranges = KeyRanges(mask.start, mask.stop)  # not mask.ranges, which torch.compile can't follow
-    if mask.shape[2] != queries and ranges.start.stride(1) == ranges.stop.stride(1) == 0:
+    if mask.shape[2] != queries and mask.shared:
         # The Q-Former of BLIP-2 makes the mask of its image for all its tokens, and only its query tokens see the image.
-        ranges = KeyRanges(*(t[:, :1].expand(-1, queries) for t in (ranges.start, ranges.stop)))
+        ranges = KeyRanges(*(bounds[:, :1].expand(-1, queries) for bounds in (mask.start, mask.stop)))
     if ranges.num_queries != queries or mask.shape[3] != keys:
         raise bad_argument("attention_mask", f"for {mask.shape[2]} queries, {mask.shape[3]} keys", f"for {queries} and {keys}")
-    if ranges.start.is_contiguous() and ranges.stop.is_contiguous():
-        return ranges
-    # Once for all layers: the kernels would copy ranges that are shared or expanded, and have no plan for such a call.
-    pairs = ((mask.start, ranges.start), (mask.stop, ranges.stop))
-    return KeyRanges(*(once(kept, ("contiguous", queries), bounds.contiguous) for kept, bounds in pairs))
+    return ranges
 
 
 def _not_writable(operation: str) -> RuntimeError:
@@ -132,14 +133,14 @@ def _not_writable(operation: str) -> RuntimeError:
 
 
 def _same(mask: RangesMask, **_: Any) -> RangesMask:
-    return RangesMask.of(mask.ranges, mask.shape[0], mask.shape[3])
+    return RangesMask.of(mask.ranges, mask.shape[0], mask.shape[3], mask.shared)
 
 
 def _to(mask: RangesMask, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> RangesMask | None:
     if dtype not in (None, torch.bool):
         return None
     ranges = mask.ranges if device is None else mask.ranges.to(device, non_blocking=non_blocking)
-    return RangesMask.of(ranges, mask.shape[0], mask.shape[3])
+    return RangesMask.of(ranges, mask.shape[0], mask.shape[3], mask.shared)
 
 
 def _slice(mask: RangesMask, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> RangesMask | None:
@@ -156,7 +157,7 @@ def _slice(mask: RangesMask, dim: int = 0, start: Any = None, end: Any = None, s
         ranges = ranges[begin:end]
     elif (begin, end) != (0, num_keys):
         ranges, num_keys = ranges.key_chunk(begin, end), length
-    return RangesMask.of(ranges, batch, num_keys)
+    return RangesMask.of(ranges, batch, num_keys, mask.shared)
 
 
 _aten = torch.ops.aten

@@ -113,7 +113,7 @@ def _closed_form(padding: torch.Tensor | None, dense: dict[str, Any], offset: An
         if _any(hole):
             return None
         ranges = KeyRanges(start, stop)
-    ranges = KeyRanges(ranges.start.expand(-1, queries), ranges.stop.expand(-1, queries))  # a stride of 0, see fitting
+    ranges = KeyRanges(ranges.start.expand(-1, queries), ranges.stop.expand(-1, queries))  # a stride of 0, see RangesMask
     return ranges if offset is None else ranges & KeyRanges.causal(queries, keys, offset=offset, device=device)
 
 
