@@ -29,6 +29,15 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.to(DEVICE).eval()
 
 
+def scattered(model: nn.Module) -> nn.Module:
+    """Attention that matters: logits of some units."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+    return model.to(DEVICE).eval()
+
+
 def make(name: str) -> Case:
     case = CASES[name]()
     randomize(case.model)

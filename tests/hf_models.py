@@ -73,7 +73,7 @@ def blip2() -> Case:
         vision_config={**TOWER, **IMAGE}, qformer_config=former, text_config=text, num_query_tokens=6, image_token_index=55
     )
     tokens = torch.cat((torch.full((2, 6), 55), ids(2, 5)), dim=1)
-    replaced = {"Blip2VisionEmbeddings": 1, "Blip2Attention": 2, "Blip2QFormerEncoder": 1}
+    replaced = {"Blip2VisionEmbeddings": 1, "Blip2Attention": 2, "Blip2QFormerEncoder": 1, "OPTAttention": 2}
     model = hf.Blip2ForConditionalGeneration(config)
     return Case(model, {"pixel_values": pixels(), "input_ids": tokens}, ("logits",), replaced)
 
@@ -86,6 +86,7 @@ def instructblip() -> Case:
     )
     tokens = torch.cat((torch.full((2, 6), 55), ids(2, 5)), dim=1)
     replaced = {"InstructBlipVisionEmbeddings": 1, "InstructBlipAttention": 2, "InstructBlipQFormerEncoder": 1}
+    replaced["OPTAttention"] = 2
     inputs = {"pixel_values": pixels(), "input_ids": tokens, "qformer_input_ids": ids(2, 4)}
     return Case(hf.InstructBlipForConditionalGeneration(config), inputs, ("logits",), replaced)
 

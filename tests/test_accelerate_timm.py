@@ -10,6 +10,8 @@ import torch
 from accelerate_parity import Results, check, count_calls
 from conftest import DEVICE
 from nn_parity import quick_backend, randomize
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vlmkernels import accelerate, restore
 from vlmkernels.bench.towers import _hide_broken_torchvision
@@ -19,7 +21,9 @@ __all__ = ["quick_backend"]
 _hide_broken_torchvision()
 try:
     import timm
-    from timm.layers import Attention, AttentionPoolLatent, Mlp
+    from timm.layers import Attention, AttentionPoolLatent, Mlp, PatchEmbed
+    from timm.models.eva import EvaAttention
+    from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, NaFlexVitCfg
 except (ImportError, RuntimeError) as error:  # not installed, or beside a torchvision for another torch
     pytest.skip(f"timm does not import: {error}", allow_module_level=True)
 
@@ -36,25 +40,98 @@ def make(**settings: Any) -> Any:
     return randomize(timm.models.VisionTransformer(**{**SMALL, **settings})).to(DEVICE).eval()
 
 
+def results(module: Any, dtype: torch.dtype, x: Tensor | dict[str, Tensor], cotangent: Tensor) -> Results:
+    """Outputs and gradients of all parameters."""
+    given = pytree.tree_map(lambda value: value.to(dtype) if value.is_floating_point() else value, x)
+    module.zero_grad()
+    out = module(given)
+    out.backward(cotangent.to(dtype))
+    return {"out": out.detach(), **{key: p.grad.clone() for key, p in module.named_parameters()}}
+
+
+def both(model: Any, *given: Any) -> tuple[Results, Results]:
+    """What the model computes in fp64 and in fp32."""
+    return results(copy.deepcopy(model).double(), torch.float64, *given), results(model, torch.float32, *given)
+
+
+def photos() -> tuple[Tensor, Tensor]:
+    """With cotangents."""
+    return torch.randn(3, 3, 32, 32, device=DEVICE), torch.randn(3, 10, device=DEVICE)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients(name: str) -> None:
-    model = make(**MODELS[name])
-    x, cotangent = torch.randn(3, 3, 32, 32, device=DEVICE), torch.randn(3, 10, device=DEVICE)
-
-    def results(module: Any, dtype: torch.dtype) -> Results:
-        module.zero_grad()
-        out = module(x.to(dtype))
-        out.backward(cotangent.to(dtype))
-        return {"out": out.detach(), **{key: p.grad.clone() for key, p in module.named_parameters()}}
-
-    wanted = results(copy.deepcopy(model).double(), torch.float64), results(model, torch.float32)
+    model, given = make(**MODELS[name]), photos()
+    wanted = both(model, *given)
     report = accelerate(model)
     pooled = {"AttentionPoolLatent": 1} if name == "attention pool" else {}
-    assert Counter(row.layer for row in report.replaced) == {"Attention": 2, **pooled}
+    assert Counter(row.layer for row in report.replaced) == {"Attention": 2, "PatchEmbed": 1, **pooled}
     calls = count_calls(model)
-    check(results(model, torch.float32), wanted)
+    check(results(model, torch.float32, *given), wanted)
     assert len(calls) == len(report.replaced) == restore(model)
-    check(results(model, torch.float32), wanted)
+    check(results(model, torch.float32, *given), wanted)
+
+
+EVAS: dict[str, dict[str, Any]] = {
+    "EVA-02": {"use_rot_pos_emb": True, "swiglu_mlp": True},
+    "EVA-02 L": {"use_rot_pos_emb": True, "qkv_fused": False, "scale_attn_inner": True, "num_reg_tokens": 2},
+    "EVA": {"qkv_bias": False},
+    "PE": {"use_rot_pos_emb": True, "attn_type": "rope", "rope_rotate_half": True, "qk_norm": True, "num_heads": 2},
+    "DINOv3": {"use_rot_pos_emb": True, "rope_type": "dinov3", "attn_type": "rope", "qkv_bias": False, "qkv_fused": False},
+}
+
+
+@pytest.mark.parametrize("name", EVAS)
+def test_eva(name: str) -> None:
+    """Rope of neighbouring channels or of halves, class tokens that are not turned, biases of q and v alone."""
+    model = randomize(timm.models.Eva(**{**SMALL, **EVAS[name]})).to(DEVICE).eval()
+    given = photos()
+    wanted = both(model, *given)
+    report = accelerate(model)
+    layer = "AttentionRope" if "attn_type" in EVAS[name] else "EvaAttention"
+    assert Counter(row.layer for row in report.replaced) == {layer: 2, "PatchEmbed": 1}
+    calls = count_calls(model)
+    check(results(model, torch.float32, *given), wanted)
+    assert len(calls) == len(report.replaced) == 3
+    restore(model)
+    check(results(model, torch.float32, *given), wanted)
+
+
+def naflex(**settings: Any) -> Any:
+    """SigLIP2's."""
+    defaults = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "embed_proj_type": "linear", "global_pool": "map"}
+    defaults |= {"pos_embed_grid_size": (4, 4), "pos_embed_interp_mode": "bilinear", "class_token": False, "reg_tokens": 0}
+    cfg = NaFlexVitCfg(**{**defaults, **settings})
+    return randomize(NaFlexVit(cfg, num_classes=10)).to(DEVICE).eval()
+
+
+def patches(*grids: tuple[int, int]) -> dict[str, Tensor]:
+    """Images of so many rows and columns of patches, padded to those of the largest."""
+    size = max(height * width for height, width in grids)
+    found = {"patches": torch.randn(len(grids), size, 192), "patch_coord": torch.zeros(len(grids), size, 2, dtype=torch.long)}
+    found["patch_valid"] = torch.arange(size) < torch.tensor([[height * width] for height, width in grids])
+    for i, (height, width) in enumerate(grids):
+        found["patch_coord"][i, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    return {key: value.to(DEVICE) for key, value in found.items()}
+
+
+@pytest.mark.parametrize("keys_alone", [False, True])
+def test_naflex(keys_alone: bool) -> None:
+    """Images in their own sizes: positions resampled to each grid, padding as ranges of keys."""
+    model = naflex(use_key_only_attn_mask=keys_alone)
+    given = patches((3, 4), (2, 5), (4, 3)), torch.randn(3, 10, device=DEVICE)
+    wanted = both(model, *given)
+    report = accelerate(model)
+    assert Counter(row.layer for row in report.replaced) == {"NaFlexEmbeds": 1, "Attention": 2, "AttentionPoolLatent": 1}
+    calls = count_calls(model)
+    check(results(model, torch.float32, *given), wanted)
+    assert set(calls) == {"embeds", "blocks.0.attn", "blocks.1.attn"}, "the pooling head has a mask, which is the original's"
+    x = torch.randn(2, 3, 32, 32, device=DEVICE)
+    with torch.no_grad():
+        got = model(x)
+        assert calls["embeds"] == 1 and calls["attn_pool"] == 1, "images of one size are cut by the original"
+        restore(model)
+        assert compare(got, model(x).double(), "model")
 
 
 def test_the_calls_that_stay() -> None:
@@ -82,4 +159,12 @@ def test_what_is_left() -> None:
     assert "it has positions" in reason
     (reason,) = reasons(AttentionPoolLatent(64, num_heads=4, norm_layer=torch.nn.LayerNorm, act_layer=torch.nn.SiLU))
     assert reason == "its activation is SiLU, its pooling 'token'"
+    (reason,) = reasons(PatchEmbed(32, 8, embed_dim=64, norm_layer=torch.nn.LayerNorm))
+    assert reason == "its result has a norm or another form, or its images no size"
+    (reason,) = reasons(EvaAttention(64, 4, gated=True, scale_norm=False))
+    assert reason == "it has a gate, or adds a bias by itself"
+    (reason,) = reasons(NaFlexEmbeds(8, proj_type="linear"))
+    assert reason == "it has a convolution, norms, or a class token"
+    (reason,) = reasons(NaFlexEmbeds(8, proj_type="linear", class_token=False))
+    assert reason == "its positions are learned, bicubic, of (14, 14): other than SigLIP2's"
     assert not accelerate(Mlp(8, 16)).replaced

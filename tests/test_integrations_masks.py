@@ -32,7 +32,7 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 
-from vlmkernels.integrations import register_attention  # noqa: E402
+from vlmkernels.integrations import _read_masks, register_attention  # noqa: E402
 from vlmkernels.integrations import transformers_attention as ours  # noqa: E402
 
 register_attention()
@@ -246,8 +246,8 @@ def test_a_models_own_mask(form: Any, one_row: bool, monkeypatch: pytest.MonkeyP
     """Read once for all layers, and again where it has changed."""
     mask = LEFT.bool()[:, None, None] & torch.ones(1 if one_row else S, S).tril(S if one_row else 4).bool()
     q, k, v = qkv(heads=1)
-    read, count = ours._read, []
-    monkeypatch.setattr(ours, "_read", lambda *args: count.append(1) or read(*args))
+    read, count = _read_masks._read, []
+    monkeypatch.setattr(_read_masks, "_read", lambda *args: count.append(1) or read(*args))
     monkeypatch.setattr(ours, "sdpa_attention_forward", None)
     given = form(mask)
     for _ in range(3):
@@ -269,7 +269,7 @@ def test_masks_without_ranges_go_to_sdpa() -> None:
     for mask in (hole, additive(hole), torch.randn(2, 1, S, S), hole.expand(-1, 2, -1, -1)):
         wanted = exact(q, k, v, mask if mask.dtype == torch.bool else mask.double())
         assert compare(attend(q, k, v, mask), wanted, "gemm")
-    reason = ours._ranges_of(hole, q, k)
+    reason = _read_masks.ranges_of(hole, q.shape[2], k.shape[2])
     assert reason == "its mask has a hole for batch 1, query 5"
     with pytest.raises(ValueError, match="a hole for batch 1, query 5, wanted none of them with cu_seq_lens or softcap"):
         attend(q, k, v, hole, softcap=2.0)

@@ -89,9 +89,7 @@ class CaptionAttention(Swapped):
         if drops or not _known(attention_mask) or kwargs.get("output_attentions"):
             mask = attention_mask.additive(hidden_states.dtype) if isinstance(attention_mask, RangesMask) else attention_mask
             return super().forward(hidden_states, mask, *args, **kwargs)
-        tokens = hidden_states.shape[1]
-        keys = tokens if attention_mask is None else attention_mask.shape[3]
-        return self.fast(hidden_states, fitting(attention_mask, tokens, keys), None, _cached(self, args, kwargs)), None
+        return self.fast(hidden_states, _fitted(attention_mask, hidden_states), None, _cached(self, args, kwargs)), None
 
 
 class EncoderAttention(Swapped):
@@ -109,6 +107,11 @@ class EncoderAttention(Swapped):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         tokens = hidden_states.shape[1]
         return self.fast(hidden_states, fitting(attention_mask, tokens, tokens)), None
+
+
+def _fitted(mask: RangesMask | None, hidden_states: Tensor) -> KeyRanges | None:
+    """The ranges of a mask over a cache, whose length it knows."""
+    return None if mask is None else fitting(mask, hidden_states.shape[1], mask.shape[3])
 
 
 def _of_bert(layer: Any) -> nn.Module:
@@ -171,9 +174,24 @@ class DecoderAttention(Swapped):
         if not isinstance(mask, RangesMask) or tables is None or stays or not self.untouched():
             return super().forward(hidden_states, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
-        ranges = fitting(mask, hidden_states.shape[1], mask.shape[3])
+        ranges = _fitted(mask, hidden_states)
         rope = tuple(_half(table) for table in tables)
         return self.fast(hidden_states, ranges, rope, _cached(self, (), given)), None
+
+
+class OptAttention(Swapped):
+    """Self-attention of OPT's decoder, with a cache."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return SelfAttention(layer.embed_dim, layer.num_heads, bias=layer.enable_bias, scale=layer.scaling, device="meta")
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask, drops = kwargs.get("attention_mask"), self.training and rate(self) > 0
+        if not isinstance(mask, RangesMask) or args or drops or autocast(hidden_states) or kwargs.get("output_attentions"):
+            return super().forward(hidden_states, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return self.fast(hidden_states, _fitted(mask, hidden_states), None, _cached(self, (), given)), None
 
 
 class PackedAttention(Swapped):

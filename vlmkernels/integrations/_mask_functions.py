@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlmkernels.integrations._read_masks import one_run
+
 Tensor = torch.Tensor
 #: Behind the last key of any sequence, and still far from overflowing.
 FAR = 1 << 30
@@ -22,14 +24,6 @@ class Runs(NamedTuple):
     start: Tensor
     stop: Tensor
     exact: Tensor  # one bool
-
-
-def one_run(seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first key, the last + 1, and whether there is a gap between, of bool ``seen [..., Sk]``: each ``[...]``, int32."""
-    size = seen.shape[-1]
-    key = torch.arange(size, dtype=torch.int32, device=seen.device)
-    start, stop = torch.where(seen, key, size).amin(-1), torch.where(seen, key + 1, 0).amax(-1)
-    return start, stop, stop - start > seen.sum(-1)
 
 
 def runs_of(function: Callable[..., Any], positions: Tensor) -> Runs | None:

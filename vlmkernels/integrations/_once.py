@@ -21,3 +21,8 @@ def once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], An
     if known is None or known[0] != state:
         known = _made[tensor] = (state, make())
     return known[1]
+
+
+def in_a_graph(x: torch.Tensor) -> bool:
+    """Whether nobody can wait for the values of ``x``, as a graph is traced or captured."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -18,7 +18,7 @@ from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn._packed import SideBySide
 
 #: Layers of ours in whose place the original's are called.
-_LEAVES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding, nn.Dropout, RMSNorm)
+_LEAVES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Identity, RMSNorm)
 
 
 class Unfit(Exception):

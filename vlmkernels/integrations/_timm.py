@@ -4,13 +4,20 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit
+from vlmkernels.integrations._once import once
+from vlmkernels.integrations._read_masks import ranges_of
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn import AttentionPool, SelfAttention
+from vlmkernels.nn import AttentionPool, NaFlexPatchEmbed, PatchEmbed, SelfAttention
+from vlmkernels.nn._attention import QK_NORMS, AttentionLayout
+from vlmkernels.nn._names import get
+from vlmkernels.nn.patch_embed import PatchEmbedLayout
 
 Tensor = torch.Tensor
+_PATCHES = PatchEmbedLayout("proj", None)
 #: timm's norms of a head, by the name of their class, and what they are here.
 _NORMS = {"Identity": None, "LayerNorm": "layer", "RmsNorm": "rms"}
 
@@ -23,8 +30,62 @@ def _norm(layer: nn.Module) -> tuple[str | None, float]:
     return _NORMS[name], float(getattr(layer, "eps", 0.0))
 
 
+class Patches(Swapped):
+    """The convolution of a VisionTransformer, which adds positions itself."""
+
+    reads_leaves = True
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        plain = layer.flatten and not layer.dynamic_img_pad and type(layer.norm).__name__ == "Identity"
+        if not plain or layer.img_size is None:
+            raise Unfit("its result has a norm or another form, or its images no size")
+        proj = layer.proj
+        arguments: dict[str, Any] = {"layout": _PATCHES, "bias": proj.bias is not None, "device": "meta"}
+        return PatchEmbed(proj.out_channels, proj.kernel_size, layer.img_size, proj.in_channels, **arguments)
+
+    def forward(self, x: Tensor) -> Any:
+        fits = x.dim() == 4 and tuple(x.shape[2:]) == tuple(self.img_size) and x.dtype == self.proj.weight.dtype
+        return self.fast(x) if fits and not autocast(x) and self.untouched() else super().forward(x)
+
+
+class NaFlexPatches(Swapped):
+    """The embeddings of a NaFlexVit like SigLIP2's, for patches of images in their own sizes."""
+
+    reads_leaves = True
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        grid, size, mode = layer.pos_embed_grid_size, layer.patch_size, layer.pos_embed_interp_mode
+        others = (layer.norm_input, layer.cls_token, layer.reg_token)
+        resized = layer.pos_embed_antialias and not layer.pos_embed_align_corners and not layer.pos_embed_use_grid_sample
+        if any(other is not None for other in others) or type(layer.norm).__name__ != "Identity" or not layer.is_linear:
+            raise Unfit("it has a convolution, norms, or a class token")
+        square = layer.pos_embed_type == "learned" and grid[0] == grid[1] and size[0] == size[1]
+        if not square or mode != "bilinear" or not resized or layer.pos_embed_ar_preserving:
+            raise Unfit(f"its positions are {layer.pos_embed_type}, {mode}, of {grid}: other than SigLIP2's")
+        if not layer.channels_last or layer.proj.bias is None:
+            raise Unfit("its channels come first, or its projection has no bias")
+        return NaFlexPatchEmbed(layer.embed_dim, size[0], grid[0], layer.in_chans, layout="timm", device="meta")
+
+    def forward(self, x: Tensor, patch_coord: Any = None, patch_valid: Any = None) -> Any:
+        # Patches of another size are in five dimensions.
+        fits = patch_coord is not None and x.dim() == 3 and x.dtype == self.proj.weight.dtype
+        if not fits or autocast(x) or not self.untouched():
+            return super().forward(x, patch_coord, patch_valid)
+        return self.pos_drop(self.fast(x, patch_coord.amax(1) + 1)), None
+
+
+def _ranges(mask: Any, causal: bool, tokens: Tensor) -> KeyRanges | str | None:
+    """The ranges of a call with this mask, or why it has none."""
+    count = tokens.shape[1]
+    if mask is None:
+        return KeyRanges.causal(count, count, device=tokens.device) if causal else None
+    return "a mask and causal" if causal else ranges_of(mask, count, count)
+
+
 class Attention(Swapped):
-    """Self-attention of a VisionTransformer, without a mask or causal."""
+    """Self-attention of a VisionTransformer: no mask, causal, or padding."""
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -43,10 +104,79 @@ class Attention(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
         drops = self.training and self.attn_drop.p > 0
-        if attn_mask is not None or drops or x.dim() != 3:
+        ranges = "other" if drops or x.dim() != 3 else _ranges(attn_mask, is_causal, x)
+        if isinstance(ranges, str):
             return super().forward(x, attn_mask, **({"is_causal": True} if is_causal else {}))
-        ranges = KeyRanges.causal(x.shape[1], x.shape[1], device=x.device) if is_causal else None
         return self.proj_drop(self.fast(x, ranges))
+
+
+class _Rotary(SelfAttention):
+    """Self-attention with what timm's EVA-02 and its like have besides: a norm before the output, biases of q and v alone."""
+
+    def __init__(self, layer: Any) -> None:
+        norm, eps = _norm(layer.q_norm)
+        fused = layer.qkv is not None
+        inputs = layer.qkv if fused else layer.q_proj
+        super().__init__(
+            inputs.in_features,
+            layer.num_heads,
+            getattr(layer, "num_kv_heads", None),
+            layer.head_dim,
+            layout="timm" if fused else AttentionLayout(("q_proj", "k_proj", "v_proj"), "proj"),
+            bias=inputs.bias is not None,
+            out_bias=layer.proj.bias is not None,
+            qk_norm=norm,
+            norm_eps=eps,
+            device="meta",
+        )
+        self.interleaved = not getattr(layer, "rotate_half", False)
+        if not fused and layer.k_proj.bias is None:
+            get(self, "k_proj").bias = None
+        self.apart = getattr(layer, "q_bias", None) is not None
+        if self.apart:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.empty_like(b, device="meta")) for b in (layer.q_bias, layer.v_bias))
+        kind, eps = _norm(layer.norm)
+        self.norm = nn.Identity() if kind is None else QK_NORMS[kind](self.num_heads * self.head_dim, eps, device="meta")
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        if not self.apart:
+            return super()._project(x, context)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return self._heads(0, (F.linear(x, get(self, "qkv.weight"), bias),))
+
+    def _out(self, y: Tensor) -> Tensor:
+        return super()._out(self.norm(y.flatten(-2)).unflatten(-1, y.shape[-2:]))
+
+
+class RotaryAttention(Swapped):
+    """Self-attention of EVA and of other towers with rope."""
+
+    reads = ("qkv",)
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if layer.gate is not None or getattr(layer, "qkv_bias_separate", False):
+            raise Unfit("it has a gate, or adds a bias by itself")
+        return _Rotary(layer)
+
+    def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Any:
+        drops = self.training and self.attn_drop.p > 0
+        turns = rope is None or (rope.dim() == 2 and not rope.requires_grad)  # others are a head's own, or an image's
+        stays = drops or not turns or x.dim() != 3 or autocast(x) or not self.untouched()
+        ranges = "other" if stays else _ranges(attn_mask, is_causal, x)
+        if isinstance(ranges, str):
+            return super().forward(x, rope, attn_mask, **({"is_causal": True} if is_causal else {}))
+        return self.proj_drop(self.fast(x, ranges, None if rope is None else self._tables(rope)))
+
+    def _tables(self, rope: Tensor) -> Any:
+        """Cosines and sines of pairs, from sines and cosines of channels; class and register tokens are not turned."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            sin, cos = ((x[:, ::2] if interleaved else x[:, : x.shape[1] // 2]) for x in rope.chunk(2, -1))
+            return F.pad(cos, (0, 0, prefix, 0), value=1.0)[None], F.pad(sin, (0, 0, prefix, 0))[None]
+
+        prefix, interleaved = self.num_prefix_tokens, self.fast.interleaved
+        return once(rope, (prefix, interleaved), make)
 
 
 class Pool(Swapped):
@@ -85,5 +215,9 @@ class Pool(Swapped):
 REPLACEMENTS: dict[str, Replacement] = {
     "timm.layers.attention.Attention": (Attention, ()),
     "timm.models.vision_transformer.Attention": (Attention, ()),  # where it was before
+    "timm.layers.attention.AttentionRope": (RotaryAttention, ()),
+    "timm.models.eva.EvaAttention": (RotaryAttention, ()),
+    "timm.layers.patch_embed.PatchEmbed": (Patches, ()),
+    "timm.models.naflexvit.NaFlexEmbeds": (NaFlexPatches, ()),
     "timm.layers.attention_pool.AttentionPoolLatent": (Pool, ()),
 }

@@ -2,8 +2,8 @@
 """Each swapped layer beside its original, on what reaches it in one call of the model."""
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     ]
     try:
         model.eval()
-        with torch.no_grad():
-            model(**_without_cache(model, inputs))
+        with torch.no_grad(), _without_cache(model):
+            model(**inputs)
     finally:
         for handle in hooks:
             handle.remove()
@@ -52,10 +52,20 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     return errors
 
 
-def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, and no cache if they don't ask for one: layers are called again, and would fill it again."""
-    takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False, **inputs} if takes else dict(inputs)
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No cache meanwhile where the inputs don't ask for one: layers are called again, and would fill it again."""
+    found = {
+        id(part.config): part.config for part in model.modules() if getattr(getattr(part, "config", None), "use_cache", False)
+    }
+    configs: list[Any] = list(found.values())
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
 
 
 def _errors(layer: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Errors:

@@ -21,8 +21,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from vlmkernels.integrations._mask_functions import one_run, runs_of
-from vlmkernels.integrations._once import once
+from vlmkernels.integrations._mask_functions import runs_of
+from vlmkernels.integrations._once import in_a_graph, once
+from vlmkernels.integrations._read_masks import one_run, ranges_of
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import bad_argument
@@ -75,7 +76,7 @@ def ranges_mask(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-        if not _in_a_graph(padding) and bool(padding.all()):
+        if not in_a_graph(padding) and bool(padding.all()):
             padding = None
     if both_ways and padding is None and allow_is_bidirectional_skip:
         return None
@@ -122,7 +123,7 @@ def _known(dense: dict[str, Any], padding: torch.Tensor | None) -> KeyRanges | N
     look whether they are exact."""
     first, keys, queries = dense["kv_offset"], dense["kv_length"], dense["q_length"]
     positions = torch.arange(queries, device=dense["device"])[None] + dense["q_offset"]
-    if _in_a_graph(positions):
+    if in_a_graph(positions):
         return None
     found = runs_of(dense["mask_function"], positions)
     if found is None:
@@ -168,14 +169,10 @@ def _unread(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 def _any(hole: torch.Tensor) -> bool:
     """Whether there is one; False, and an assertion on the device, where nobody may wait for it."""
-    if _in_a_graph(hole):
+    if in_a_graph(hole):
         torch._assert_async(~hole.any(), "vlmkernels: a mask has a hole, wanted one run of keys for each query")
         return False
     return bool(hole.any())
-
-
-def _in_a_graph(x: torch.Tensor) -> bool:
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # The attention function
@@ -245,7 +242,7 @@ def attention_forward(
     if attention_mask is None or isinstance(attention_mask, RangesMask):
         ranges = fitting(attention_mask, query.shape[2], key.shape[2])
     else:
-        found = _ranges_of(attention_mask, query, key)
+        found = ranges_of(attention_mask, query.shape[2], key.shape[2])
         if isinstance(found, str):
             return sdpa(attention_mask, found)
         ranges = found
@@ -265,28 +262,6 @@ def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, total: int, causal: b
         whole: KeyRanges = once(cu_q, (total, causal), lambda: KeyRanges.packed(cu_q, total, causal=causal))
         return whole
     return KeyRanges.packed(cu_q, total, cu_seqlens_k=cu_k, causal=causal)
-
-
-def _ranges_of(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> KeyRanges | str:
-    """The ranges of a mask that a model made by itself, or why it has none. Reads the mask once, however many layers get it."""
-    queries, keys = query.shape[2], key.shape[2]
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
-        return f"the shape of its mask is {tuple(mask.shape)}, not [B, 1, {queries}, {keys}]"
-    if _in_a_graph(mask):
-        return "the values of its mask can't be read while a graph is traced or captured"
-    found: KeyRanges | str = once(mask, (queries,), lambda: _read(mask, queries))
-    return found
-
-
-def _read(mask: torch.Tensor, queries: int) -> KeyRanges | str:
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-        return "its mask adds numbers other than 0 and -inf"
-    start, stop, hole = one_run(seen[:, 0])
-    if bool(hole.any()):
-        row, query = hole.nonzero()[0].tolist()
-        return f"its mask has a hole for batch {row}, query {query}"
-    return KeyRanges(start.expand(-1, queries), stop.expand(-1, queries))
 
 
 def _one_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

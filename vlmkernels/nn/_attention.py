@@ -71,6 +71,9 @@ def attention_layout(layout: str | AttentionLayout) -> AttentionLayout:
 class ProjectedAttention(SideBySide):
     """``out(attention(q(x), k(context), v(context)))``; the arguments are those of ``SelfAttention`` and ``CrossAttention``."""
 
+    #: Whether a rotary embedding turns neighbouring channels instead of the halves of a head.
+    interleaved = False
+
     def __init__(
         self,
         embed_dim: int,
@@ -154,10 +157,11 @@ class ProjectedAttention(SideBySide):
         norms = [] if self.qk_norm is None else [getattr(self, name) for name in self.layout.norms]
         if tables is not None and self.qk_norm in ("rms", "gemma"):
             q_weight, k_weight = (rms_scale(norm.weight, float(self.qk_norm == "gemma")) for norm in norms)
-            return rope(q, k, *tables, q_weight=q_weight, k_weight=k_weight, eps=self.norm_eps)
+            how: dict[str, Any] = {"eps": self.norm_eps, "interleaved": self.interleaved}
+            return rope(q, k, *tables, q_weight=q_weight, k_weight=k_weight, **how)
         if norms:
             q, k = norms[0](q), norms[1](k)
-        return (q, k) if tables is None else rope(q, k, *tables)
+        return (q, k) if tables is None else rope(q, k, *tables, interleaved=self.interleaved)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None) -> torch.Tensor:
         """The output, ``[..., embed_dim]``."""

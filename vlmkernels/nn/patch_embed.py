@@ -20,7 +20,7 @@ class PatchEmbedLayout:
 
     Args:
         projection: the Conv2d.
-        position: the position table, as its parameter.
+        position: the position table, as its parameter, or None where another layer adds it.
         class_token: the class token, or None where the family has none.
         register_tokens: the register tokens, or None.
         norm: the LayerNorm before the first layer.
@@ -30,7 +30,7 @@ class PatchEmbedLayout:
     """
 
     projection: str
-    position: str
+    position: str | None
     class_token: str | None = None
     register_tokens: str | None = None
     norm: str = "norm"
@@ -114,7 +114,8 @@ class PatchEmbed(nn.Module):
             put(self, name, parameter(rows, one_row=name == names.class_token))
         self.num_prefix_tokens = sum(rows for _, rows in self._tokens)
         self._fixed = self.num_prefix_tokens if position_prefix else 0
-        put(self, names.position, parameter(self._fixed + self.grid[0] * self.grid[1]))
+        if names.position is not None:
+            put(self, names.position, parameter(self._fixed + self.grid[0] * self.grid[1]))
         self.norm_eps = norm_eps if norm else None
         if norm:
             put(self, names.norm, nn.LayerNorm(embed_dim, norm_eps, **made))
@@ -157,8 +158,10 @@ class PatchEmbed(nn.Module):
             norm=pre_norm,
         )
 
-    def _positions(self, grid: tuple[int, int], interpolate: bool) -> torch.Tensor:
-        """The position table for that grid of patches, ``[N, D]`` or with the prefix tokens ``[n + N, D]``."""
+    def _positions(self, grid: tuple[int, int], interpolate: bool) -> torch.Tensor | None:
+        """The position table for that grid of patches, ``[N, D]`` or with the prefix tokens ``[n + N, D]``; None without one."""
+        if self.layout.position is None:
+            return None
         table: torch.Tensor = get(self, self.layout.position)
         table = table[0] if self.layout.batched else table
         if grid == self.grid:
