@@ -45,13 +45,13 @@ def vit() -> Case:
 def clip() -> Case:
     model = hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config={**TOWER, **IMAGE}, projection_dim=32))
     inputs = {"input_ids": ids(3, 7), "pixel_values": pixels()}
-    return Case(model, inputs, ("image_embeds", "text_embeds"), {"CLIPVisionEmbeddings": 1, "CLIPAttention": 4})
+    return Case(model, inputs, ("image_embeds", "text_embeds"), {"CLIPVisionEmbeddings": 1, "CLIPAttention": 4, "CLIPModel": 1})
 
 
 def siglip() -> Case:
     model = hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(3, 7), "pixel_values": pixels()}
-    replaced = {"SiglipVisionEmbeddings": 1, "SiglipAttention": 4, "SiglipMLP": 4}
+    replaced = {"SiglipVisionEmbeddings": 1, "SiglipAttention": 4, "SiglipMLP": 4, "SiglipModel": 1}
     replaced["SiglipMultiheadAttentionPoolingHead"] = 1
     return Case(model, inputs, ("image_embeds", "text_embeds"), replaced)
 

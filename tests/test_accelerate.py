@@ -35,7 +35,7 @@ def test_outputs_and_gradients(name: str) -> None:
     assert Counter(row.layer for row in report.replaced) == case.replaced
     calls = count_calls(case.model)
     check(run(case.model.train(), case), wanted)
-    assert set(calls) == {row.name for row in report.replaced}
+    assert set(calls) == {row.name for row in report.replaced if row.name}, "but the loss of the whole, which nobody asked for"
 
 
 @every_model
@@ -148,6 +148,15 @@ def test_torch_compile(name: str) -> None:
     assert compare(got, wanted.double(), "model")
 
 
+def test_the_class_of_a_layer_makes_originals() -> None:
+    """As ``type(model).from_pretrained`` and code that builds another of the same do."""
+    case = make("clip")
+    accelerate(case.model)
+    for layer in (case.model, case.model.vision_model.encoder.layers[0].self_attn):
+        other = type(layer)(layer.config)
+        assert not isinstance(other, Swapped) and type(other) is layer.original
+
+
 def test_report_with_errors() -> None:
     model, x = tower()
     report = accelerate(model, verify={"pixel_values": x})
@@ -174,7 +183,7 @@ def test_every_layer_is_as_exact_as_the_original(name: str) -> None:
     report = accelerate(case.model, verify=case.inputs)
     assert case.model.training
     for row in report.replaced:
-        assert row.errors and row.errors.ours < 1e-5, row
+        assert row.name == "" or (row.errors and row.errors.ours < 1e-5), row
 
 
 def test_what_is_not_known_is_left() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmkernels.integrations import _timm
+from vlmkernels.integrations import _open_clip, _timm
 from vlmkernels.integrations._attention_layers import (
     Attention,
     CaptionAttention,
@@ -38,6 +38,7 @@ from vlmkernels.nn import (
 from vlmkernels.nn._feed_forward import GatedFeedForward, TanhFeedForward
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
+from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
 
 Tensor = torch.Tensor
 
@@ -259,6 +260,27 @@ class KosmosProjection(Swapped):
         return self.fast(features), None
 
 
+class Contrastive(Swapped):
+    """CLIP or SigLIP with both towers: the loss that is asked for takes nothing of the size of the logits in training."""
+
+    part = ()
+    losses: type[nn.Module]
+    bias = False
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        return cls.losses()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = kwargs.get("return_dict") is not False and self.config.return_dict
+        if not kwargs.get("return_loss") or not plain:
+            return super().forward(*args, **kwargs)
+        output = super().forward(*args, **{**kwargs, "return_loss": False})
+        bias = {"logit_bias": self.logit_bias} if self.bias else {}
+        loss = self.fast(output.image_embeds, output.text_embeds, self.logit_scale.exp(), **bias)
+        return type(output)(loss=loss, **output)
+
+
 def _rows(kind: type[Swapped], *names: str, **arguments: Any) -> dict[str, Replacement]:
     return {f"transformers.models.{name}": (kind, tuple(arguments.items())) for name in names}
 
@@ -266,6 +288,7 @@ def _rows(kind: type[Swapped], *names: str, **arguments: Any) -> dict[str, Repla
 #: By class, with its module: a new row for a class of the same kind is all that it takes.
 REPLACEMENTS: dict[str, Replacement] = {
     **_timm.REPLACEMENTS,
+    **_open_clip.REPLACEMENTS,
     **_rows(Attention, "vit.modeling_vit.ViTAttention", layout="llama"),
     **_rows(
         Attention,
@@ -355,6 +378,10 @@ REPLACEMENTS: dict[str, Replacement] = {
     **_rows(Gated, "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP"),
     **_rows(Tanh, "siglip.modeling_siglip.SiglipMLP", "siglip2.modeling_siglip2.Siglip2MLP"),
     **_rows(Tanh, "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionMLP", names=("linear_fc1", "linear_fc2"), activation="act_fn"),
+    **_rows(Contrastive, "clip.modeling_clip.CLIPModel", losses=ClipLoss),
+    **_rows(
+        Contrastive, "siglip.modeling_siglip.SiglipModel", "siglip2.modeling_siglip2.Siglip2Model", losses=SigLipLoss, bias=True
+    ),
     **_rows(Perceiver, "idefics.perceiver.IdeficsPerceiverResampler"),
     **_rows(KosmosProjection, "kosmos2.modeling_kosmos2.Kosmos2ImageToTextProjection"),
 }

@@ -30,6 +30,8 @@ class Swapped(nn.Module):
 
     #: Parameters of the original that the module does not use: calls that need them go to the original.
     unused: tuple[str, ...] = ()
+    #: Where the module does only a part of the layer's work: the layers inside that it does the work of, maybe none.
+    part: tuple[str, ...] | None = None
     #: Whether the module reads parameters where the original calls the layers that hold them.
     reads_leaves = False
     #: Layers whose parameters the module reads although it calls others.
@@ -48,6 +50,10 @@ class Swapped(nn.Module):
 
         def __getattr__(self, name: str) -> Any:
             """What a layer has is the original's."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new one is an original, as ``type(model).from_pretrained`` wants it."""
+        return cls.original(*args, **kwargs)
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -79,8 +85,8 @@ class Swapped(nn.Module):
 
 
 def _again(recipe: "Recipe") -> Swapped:
-    made = swapped_class(recipe)
-    return made.__new__(made)
+    made: Swapped = object.__new__(swapped_class(recipe))
+    return made
 
 
 #: What swaps a layer: the class that does, and its attributes, as pairs.
@@ -106,7 +112,7 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
         raise Unfit("its forward was exchanged")
     made = swapped_class((kind, type(layer), arguments))
     fast = made.build(layer)
-    _check_names(fast, layer, kind.unused)
+    _check_names(fast, layer, kind)
     adopt(fast, layer)
     lay(fast)
     vars(layer)["fast"] = fast
@@ -144,9 +150,11 @@ def lay(fast: nn.Module) -> None:
             module._lay()
 
 
-def _check_names(fast: nn.Module, layer: nn.Module, unused: tuple[str, ...]) -> None:
+def _check_names(fast: nn.Module, layer: nn.Module, kind: type[Swapped]) -> None:
     ours = {name: tuple(p.shape) for name, p in fast.named_parameters()}
-    theirs = {name: tuple(p.shape) for name, p in layer.named_parameters() if name not in unused}
+    theirs = {name: tuple(p.shape) for name, p in layer.named_parameters() if name not in kind.unused}
+    if kind.part is not None:
+        theirs = {name: shape for name, shape in theirs.items() if name in ours}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise Unfit(f"its {name} is {theirs.get(name, 'missing')}, the module's is {ours.get(name, 'missing')}")
@@ -154,6 +162,9 @@ def _check_names(fast: nn.Module, layer: nn.Module, unused: tuple[str, ...]) -> 
 
 def _passed_over(layer: nn.Module, kind: type[Swapped]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Owner, name and module of all inside ``layer`` that the module does not call."""
+    if kind.part is not None:
+        yield from ((layer, name, getattr(layer, name)) for name in kind.part)
+        return
     for owner in layer.modules():
         for name, child in owner.named_children():
             if kind.reads_leaves or child._modules or (owner is layer and name in kind.reads):

@@ -110,7 +110,7 @@ class Attention(Swapped):
         return self.proj_drop(self.fast(x, ranges))
 
 
-class _Rotary(SelfAttention):
+class RotarySelfAttention(SelfAttention):
     """Self-attention with what timm's EVA-02 and its like have besides: a norm before the output, biases of q and v alone."""
 
     def __init__(self, layer: Any) -> None:
@@ -157,7 +157,7 @@ class RotaryAttention(Swapped):
     def build(cls, layer: Any) -> nn.Module:
         if layer.gate is not None or getattr(layer, "qkv_bias_separate", False):
             raise Unfit("it has a gate, or adds a bias by itself")
-        return _Rotary(layer)
+        return RotarySelfAttention(layer)
 
     def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Any:
         drops = self.training and self.attn_drop.p > 0

@@ -24,7 +24,10 @@ class Errors(NamedTuple):
 
 
 def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
-    """The errors of every swapped layer that ``model(**inputs)`` calls, by name; of several calls those of the last."""
+    """The errors of every swapped layer that ``model(**inputs)`` calls, by name; of several calls those of the last.
+
+    A model of whose work a module does a part is not measured: it would be copied as a whole.
+    """
     errors: dict[str, Errors] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -38,7 +41,7 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     hooks = [
         layer.register_forward_hook(hook(name), with_kwargs=True)
         for name, layer in model.named_modules()
-        if isinstance(layer, Swapped)
+        if isinstance(layer, Swapped) and layer.part is None
     ]
     try:
         model.eval()

@@ -22,7 +22,8 @@ class Replaced:
         name: of the layer in the model, ``""`` for the model itself.
         layer: its class.
         module: the class of ours that it runs.
-        errors: with ``verify``: how far its result and the original's are from the exact one; None where it was not called.
+        errors: with ``verify``: how far its result and the original's are from the exact one; None where it was not called, and
+            of a model of whose work the module does a part.
     """
 
     name: str
@@ -182,12 +183,12 @@ def _left(model: nn.Module, reasons: dict[nn.Module, str]) -> tuple[Left, ...]:
         for parameter in layer.parameters(recurse=False):
             numbers += 0 if id(parameter) in seen else parameter.numel()
             seen.add(id(parameter))
-        return numbers + sum(own(child) for child in layer.children() if _of_torch(child))
+        return numbers + sum(own(child) for child in layer.children() if _of_torch(child) and not isinstance(child, Swapped))
 
     def visit(layer: nn.Module) -> None:
-        if isinstance(layer, Swapped):
+        if isinstance(layer, Swapped) and layer.part is None:
             return
-        parameters = own(layer)
+        parameters = 0 if isinstance(layer, Swapped) else own(layer)
         if parameters or layer in reasons:
             key = (type(layer).__name__, reasons.get(layer, "no module of this package does its work"))
             before = found.get(key, Left(key[0], 0, 0, key[1]))
