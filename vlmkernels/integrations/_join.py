@@ -87,7 +87,10 @@ def _groups(model: nn.Module) -> list[list[Any]]:
 
 
 def _why_not(model: Any) -> str | None:
-    package = type(model).__module__.split(".")
+    kind = type(model)
+    if kind.__module__.startswith("torch.distributed"):  # fully_shard gives what it shards a subclass of its own
+        kind = kind.__bases__[-1]
+    package = kind.__module__.split(".")
     if package[:2] != ["transformers", "models"] or package[2] not in FAMILIES:
         return "its family is not tested with ours"
     if not model._can_set_attn_implementation():
