@@ -130,6 +130,31 @@ def test_under_autocast() -> None:
     assert compare(got.to(torch.bfloat16), wanted.double(), "model")
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_packed_images_under_autocast(name: str) -> None:
+    """Their attention stays ours: the originals' would take a call for each image."""
+    case = make(name)
+    exact = originals(case)[0]["last_hidden_state"]
+
+    def output() -> Tensor:
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            return case.model(**case.inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    before = output()
+    accelerate(case.model)
+    assert case.model.config._attn_implementation == "vlmkernels", "it does not read the longest length back"
+    calls = count_calls(case.model)
+    got = output()
+    assert got.dtype == before.dtype
+    assert sum(count for layer, count in calls.items() if layer.endswith("attn")) == 2
+    errors = [(x.double() - exact).square().mean().sqrt().item() for x in (got, before)]
+    assert errors[0] <= 1.1 * errors[1]
+    restore(case.model)
+    case.model.blocks[1].attn.forward = case.model.blocks[1].attn.forward
+    accelerate(case.model)
+    assert case.model.config._attn_implementation == "vlmkernels_flash", "a layer that is left gets all images in one call"
+
+
 class Adapted(nn.Module):
     """A layer with something beside it, as an adapter puts it there."""
 

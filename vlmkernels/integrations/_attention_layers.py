@@ -205,7 +205,7 @@ class PackedAttention(Swapped):
     def forward(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> Any:
         tables = kwargs.get("position_embeddings")
         drops = self.training and rate(self) > 0
-        if args or tables is None or cu_seqlens is None or drops or autocast(hidden_states):
+        if args or tables is None or cu_seqlens is None or drops:
             return super().forward(hidden_states, cu_seqlens, *args, **kwargs)
         total = hidden_states.shape[0]
         ranges = once(cu_seqlens, (total, "ranges"), lambda: KeyRanges.packed(cu_seqlens, total))

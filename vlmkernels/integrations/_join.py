@@ -17,7 +17,8 @@ FAMILIES = {
     *("gemma3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
     *("bert", "gemma", "gemma2", "llama", "mistral", "opt", "qwen2", "qwen3"),
 }
-#: Towers that call attention for each image or window by itself unless the name of the implementation has "flash" in it.
+#: Towers that call attention for each image or window by itself unless the name of the implementation has "flash" in it; then
+#: they read the length of the longest back. Where all layers are swapped neither is needed.
 _PACKED = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen3VLVisionModel")
 #: What computes what ours does, without attention weights. Eager is asked for by name, or all that a model knows.
 _ALIKE = ("vlmkernels", "vlmkernels_flash", "sdpa", "flex_attention", *(f"flash_attention_{i}" for i in (2, 3, 4)))
@@ -42,7 +43,8 @@ def join(model: nn.Module) -> dict[nn.Module, str]:
     for part in ours:  # before any is changed, as they share configurations
         vars(part).setdefault(_BEFORE, part.config._attn_implementation)
     for part in ours:
-        part.config._attn_implementation_internal = "vlmkernels_flash" if type(part).__name__ in _PACKED else "vlmkernels"
+        packed = type(part).__name__ in _PACKED and not all(isinstance(block.attn, Swapped) for block in part.blocks)
+        part.config._attn_implementation_internal = "vlmkernels_flash" if packed else "vlmkernels"
     return found
 
 

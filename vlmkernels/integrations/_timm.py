@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of timm that have a module of ours."""
 
+import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -58,13 +60,15 @@ class NaFlexPatches(Swapped):
     def build(cls, layer: Any) -> nn.Module:
         grid, size, mode = layer.pos_embed_grid_size, layer.patch_size, layer.pos_embed_interp_mode
         others = (layer.norm_input, layer.cls_token, layer.reg_token)
-        resized = layer.pos_embed_antialias and not layer.pos_embed_align_corners and not layer.pos_embed_use_grid_sample
+        # What a version of timm has no name for, it does as SigLIP2 does.
+        resized = getattr(layer, "pos_embed_antialias", True) and not getattr(layer, "pos_embed_align_corners", False)
+        resized = resized and not layer.pos_embed_use_grid_sample
         if any(other is not None for other in others) or type(layer.norm).__name__ != "Identity" or not layer.is_linear:
             raise Unfit("it has a convolution, norms, or a class token")
         square = layer.pos_embed_type == "learned" and grid[0] == grid[1] and size[0] == size[1]
         if not square or mode != "bilinear" or not resized or layer.pos_embed_ar_preserving:
             raise Unfit(f"its positions are {layer.pos_embed_type}, {mode}, of {grid}: other than SigLIP2's")
-        if not layer.channels_last or layer.proj.bias is None:
+        if not getattr(layer, "channels_last", True) or layer.proj.bias is None:
             raise Unfit("its channels come first, or its projection has no bias")
         return NaFlexPatchEmbed(layer.embed_dim, size[0], grid[0], layer.in_chans, layout="timm", device="meta")
 
@@ -148,6 +152,12 @@ class RotarySelfAttention(SelfAttention):
         return super()._out(self.norm(y.flatten(-2)).unflatten(-1, y.shape[-2:]))
 
 
+def _tables_of_halves() -> bool:
+    """Whether all of timm's embeddings have tables for layers that turn halves: 1.0.29 has not, and nobody would notice."""
+    embedding = importlib.import_module("timm.layers").RotaryEmbeddingCat
+    return "rotate_half" in inspect.signature(embedding).parameters
+
+
 class RotaryAttention(Swapped):
     """Self-attention of EVA and of other towers with rope."""
 
@@ -157,6 +167,8 @@ class RotaryAttention(Swapped):
     def build(cls, layer: Any) -> nn.Module:
         if layer.gate is not None or getattr(layer, "qkv_bias_separate", False):
             raise Unfit("it has a gate, or adds a bias by itself")
+        if getattr(layer, "rotate_half", False) and not _tables_of_halves():
+            raise Unfit("it turns halves, and this version of timm may give it tables for neighbours (1.0.31 does not)")
         return RotarySelfAttention(layer)
 
     def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Any:
