@@ -1,12 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training an accelerated model: on several ranks, with adapters, gradient checkpointing and autocast."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
-from conftest import needs_gloo, run_two_ranks
+import pytest
+import torch
+from accelerate_parity import check, count_calls, scattered
+from conftest import DEVICE, needs_gloo, run_two_ranks
+from hf_vlms import llava
+from nn_parity import quick_backend
+from torch import Tensor
+
+from vlmkernels import accelerate, restore
+from vlmkernels.testing import compare
+
+__all__ = ["quick_backend"]
 
 
 @needs_gloo
 def test_two_ranks_give_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
     """Under DistributedDataParallel, and with fully_shard before accelerate and after."""
     run_two_ranks("accelerate_ranks.py", tmp_path)
+
+
+def gradients(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**{key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["adapters, accelerate", "accelerate, adapters"])
+def test_adapters(first: bool) -> None:
+    """LoRA around projections: their products are those of the adapters, the rest of the layer is ours."""
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    plain, inputs = llava()
+    plain = scattered(plain)
+    inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def adapted(model: Any, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+    before = adapted(copy.deepcopy(plain))
+    wanted = gradients(copy.deepcopy(before).double(), inputs, torch.float64), gradients(before, inputs)
+    assert wanted[0] and all("lora" in name for name in wanted[0])
+    model = copy.deepcopy(plain)
+    if first:
+        accelerate(model)
+    model = adapted(model)
+    report = accelerate(model)
+    assert {"LlamaAttention", "CLIPAttention", "LlamaRMSNorm"} <= {row.layer for row in report.replaced}
+    calls = count_calls(model)
+    got = gradients(model, inputs)
+    assert all(calls[row.name] == 1 for row in report.replaced), calls
+    check(got, wanted)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        merged = model.merge_and_unload()
+        assert compare(merged(**inputs).logits, logits.double(), "model")
+        assert restore(merged) == len(report.replaced)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model, inputs = llava()
+    model = scattered(model).double().train()
+    inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+    report = accelerate(model)
+    wanted = gradients(model, inputs, torch.float64)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = count_calls(model)
+    got = gradients(model, inputs, torch.float64)
+    attention = [row.name for row in report.replaced if row.layer == "LlamaAttention"]
+    assert len(attention) == 2 and all(calls[name] == 2 for name in attention), "once more in the backward pass"
+    torch.testing.assert_close(got, wanted)
+
+
+def test_autocast_and_a_scaler() -> None:
+    """The originals answer where the module knows no autocast; gradients are as far from fp32's as before."""
+    model, inputs = llava()
+    model = scattered(model)
+    inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+    exact = gradients(model, inputs)
+
+    def under_autocast() -> dict[str, Tensor]:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return gradients(model, inputs)
+
+    before = under_autocast()
+    accelerate(model)
+    got = under_autocast()
+    assert got.keys() == exact.keys()
+    errors = [sum((x[name] - value).square().sum().item() for name, value in exact.items()) ** 0.5 for x in (got, before)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+    assert all(value.dtype == exact[name].dtype for name, value in got.items())

@@ -76,7 +76,7 @@ def _groups(model: nn.Module) -> list[list[Any]]:
     groups: list[list[Any]] = []
 
     def visit(layer: nn.Module, group: list[Any] | None) -> None:
-        if hasattr(layer, "_can_set_attn_implementation"):
+        if hasattr(type(layer), "_can_set_attn_implementation"):  # of the class: peft's models hand on what they are asked for
             if group is None or layer.main_input_name == "pixel_values":
                 group = []
                 groups.append(group)

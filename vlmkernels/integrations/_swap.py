@@ -155,9 +155,26 @@ def _check_names(fast: nn.Module, layer: nn.Module, kind: type[Swapped]) -> None
     theirs = {name: tuple(p.shape) for name, p in layer.named_parameters() if name not in kind.unused}
     if kind.part is not None:
         theirs = {name: shape for name, shape in theirs.items() if name in ours}
+    if not kind.reads_leaves:
+        theirs = _without_adapters(theirs, fast, layer, kind)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise Unfit(f"its {name} is {theirs.get(name, 'missing')}, the module's is {ours.get(name, 'missing')}")
+
+
+def _without_adapters(
+    theirs: dict[str, tuple[int, ...]], fast: nn.Module, layer: nn.Module, kind: type[Swapped]
+) -> dict[str, tuple[int, ...]]:
+    """The names as they were before adapters were put around layers that the module calls: what is ``base_layer`` in them."""
+    found = dict(theirs)
+    for path, leaf in fast.named_modules():
+        child = layer._modules.get(path)
+        base = getattr(child, "base_layer", None)
+        if child is None or not isinstance(base, nn.Linear) or not isinstance(leaf, nn.Linear) or path in kind.reads:
+            continue
+        found = {name: shape for name, shape in found.items() if not name.startswith(f"{path}.")}
+        found |= {f"{path}.{name}": tuple(p.shape) for name, p in base.named_parameters()}
+    return found
 
 
 def _passed_over(layer: nn.Module, kind: type[Swapped]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
