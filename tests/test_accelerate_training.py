@@ -11,7 +11,7 @@ from accelerate_parity import check, count_calls, scattered
 from conftest import DEVICE, needs_gloo, run_two_ranks
 from hf_vlms import llava
 from nn_parity import quick_backend
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkernels import accelerate, restore
 from vlmkernels.testing import compare
@@ -62,6 +62,31 @@ def test_adapters(first: bool) -> None:
         merged = model.merge_and_unload()
         assert compare(merged(**inputs).logits, logits.double(), "model")
         assert restore(merged) == len(report.replaced)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+def test_adapters_of_multihead_attention() -> None:
+    """peft exchanges its weights for the time of a call."""
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    block = scattered(Block())
+    config = peft.LoraConfig(r=4, target_modules=["attn"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(block), config)
+    x = torch.randn(2, 6, 64, device=DEVICE)
+    wanted, plain = model(x), block(x)
+    assert len(accelerate(model).replaced) == 1
+    assert compare(model(x), wanted.detach().double(), "model") and not compare(wanted.detach(), plain.detach().double(), "model")
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+        calls = count_calls(merged)
+        assert compare(merged(x), wanted.double(), "model") and sum(calls.values()) == 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -73,7 +73,9 @@ class Attention(Swapped):
         drops = self.training and self.dropout > 0
         alone = query is key is value and query.dim() == 3 and len(args) <= 3 and not weights and padding is None
         causal = given.get("is_causal") and mask is None  # which is refused
-        ranges = self._ranges(mask, query) if alone and not drops and not causal and not autocast(query) else "other"
+        own = "in_proj_weight" in self._parameters  # peft puts a sum with its adapter there for a call, which is no parameter
+        ours = alone and own and not drops and not causal and not autocast(query)
+        ranges = self._ranges(mask, query) if ours else "other"
         if isinstance(ranges, str):
             return super().forward(query, key, value, *args, **kwargs)
         return self.fast(query, ranges), None
