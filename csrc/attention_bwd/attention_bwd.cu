@@ -31,7 +31,8 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   const int64_t num_tiles = ceil_div(p.num_queries, kQueries);
   const int64_t heads = int64_t{p.batch} * p.num_heads,
                 kv_heads = int64_t{p.batch} * p.num_kv_heads;
-  const int64_t of_tile = int64_t{kQueries} * width_for(std::max(p.dim, p.value_dim)) * 4;
+  const int width = width_for(std::max(p.dim, p.value_dim));
+  const int64_t of_tile = int64_t{kQueries} * width * 4;
   const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
   s.tiles_of_head = ceil_div(p.num_keys, kKeys);
   VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / 2,
@@ -51,9 +52,9 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
     at += ceil_div<int64_t>(bytes, 256) * 256;
     return begin;
   };
-  const int64_t ranges = p.range_stride_b ? p.batch : 1, tables = num_tiles * kQueries * 8;
-  w.sums = take(heads * tables);
-  w.ranges = take(ranges * tables);
+  const int64_t ranges = p.range_stride_b ? p.batch : 1;
+  w.sums = take(heads * num_tiles * kQueries * sums_of_query(width));
+  w.ranges = take(ranges * num_tiles * kQueries * 8);
   w.q_bounds = take(p.start ? ranges * num_tiles * 16 : 0);
   w.k_bounds = take(p.start ? ranges * ceil_div(p.num_keys, VLMK_TILE) * 16 : 0);
   w.counter = take(4);

@@ -62,10 +62,10 @@ struct Schedule {
   int32_t dynamic;  // whoever is free takes the next tile
 };
 
-// The workspace, in bytes from its beginning. Tables have an entry of 16 bytes for two queries.
+// The workspace, in bytes from its beginning.
 struct Workspace {
-  int64_t sums;    // [batch, num_heads, pairs]: see PairSums
-  int64_t ranges;  // [batch or 1, pairs]: two first keys, and how many keys two queries see
+  int64_t sums;    // [batch, num_heads, tiles]: see store_sums
+  int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counter;
   int64_t dq;  // fp32 sums, tile by tile, in the order in which a warpgroup holds them
@@ -93,6 +93,18 @@ struct Barriers {
   __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
+// What a query adds to its scores and to dP: two numbers, or columns of Q and dO that lie apart, 16
+// bytes for each of the two, which keys of constants multiply (KeyGroup::start_product). Read as
+// numbers they are a fifth of all that passes through shared memory (D 64, H200), as 8 threads read
+// alike. Above 64 columns there is no room for the others.
+constexpr bool sums_in_products(int width) { return width <= 64; }
+constexpr int sums_of_query(int width) { return sums_in_products(width) ? 32 : 8; }
+
+// A number in 16-bit floats: three of them, with these weights. fp16 has neither the bits nor the
+// range for less.
+__device__ constexpr float kParts[] = {32768, 1, 1.f / 4096};
+constexpr float kLargest = 65504;  // of fp16
+
 template <typename T, int kWidth_>
 struct Config {
   using Element = T;
@@ -104,6 +116,7 @@ struct Config {
 
   // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
   static constexpr bool kWide = kWidth > 80;
+  static constexpr bool kSumsInProducts = sums_in_products(kWidth);
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 
@@ -124,8 +137,9 @@ struct Config {
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
   static constexpr int kScoreStages = 2;
-  static constexpr int kTableBytes = kQueries / 2 * 16;
-  static constexpr int kStageBytes = 2 * kQueriesBytes + 2 * kTableBytes;
+  static constexpr int kSumsBytes = kQueries * sums_of_query(kWidth), kRangesBytes = kQueries * 8;
+  static constexpr int kTablesBytes = kSumsBytes + kRangesBytes;
+  static constexpr int kStageBytes = 2 * kQueriesBytes + kTablesBytes;
   // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
   static constexpr bool kStaged = kWidth <= 64;
   static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
@@ -139,7 +153,7 @@ struct Config {
   static constexpr int kStagingAt = kQueriesAt + kStages * 2 * kQueriesBytes;
   static constexpr int kScoresAt = kStagingAt + kStaged * kKeysBytes;
   static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
-  static constexpr int kBarriersAt = kTablesAt + kStages * 2 * kTableBytes;
+  static constexpr int kBarriersAt = kTablesAt + kStages * kTablesBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
   static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
   static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
@@ -151,8 +165,8 @@ struct Config {
     return kQueriesAt + stage * 2 * kQueriesBytes;
   }
   __device__ static constexpr int dout_at(int stage) { return queries_at(stage) + kQueriesBytes; }
-  __device__ static constexpr int sums_at(int stage) { return kTablesAt + stage * 2 * kTableBytes; }
-  __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kTableBytes; }
+  __device__ static constexpr int sums_at(int stage) { return kTablesAt + stage * kTablesBytes; }
+  __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kSumsBytes; }
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
 };
 

@@ -64,38 +64,42 @@ struct KeyGroup {
     }
   }
 
-  // sums = the warpgroup's own rows times `rows`, both with their columns along the product; or
-  // sums += ...
-  template <bool kAdd, int kHalf>
+  // sums = the warpgroup's own rows times `rows`, both with their columns along the product, or
+  // sums += ...; and, where they are kept so, the numbers of a table of the queries.
+  template <bool kAdd, bool kInRegisters, int kHalf>
   __device__ __forceinline__ void start_product(float (&sums)[kHalf],
-                                                uint32_t (&own)[C::kDepth / 16][4], uint32_t rows) {
-    const uint64_t b = swizzled_descriptor(rows, 16);
-    keep(sums);
-#pragma unroll
-    for (int step = 0; step < C::kDepth / 16; ++step) keep(own[step]);
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, 2 * kHalf>(sums, own[step], b + ((panel * kQueries * kRowBytes + inside) >> 4),
-                        kAdd || step > 0);
-    }
-    mma_commit();
-  }
-
-  // The same with the own rows in shared memory.
-  template <bool kAdd, int kHalf>
-  __device__ __forceinline__ void start_product(float (&sums)[kHalf], uint32_t tile,
-                                                uint32_t rows) {
+                                                uint32_t (&own)[C::kDepth / 16][4], uint32_t tile,
+                                                uint32_t rows, uint32_t table) {
     const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
     const uint64_t b = swizzled_descriptor(rows, 16);
+    uint32_t parts[4];  // of 16 keys: the same 8 columns in each, and 8 of zeros
+    if (C::kSumsInProducts) {
+      const int column = lane_index() % 4;
+      parts[0] = parts[1] = column == 0   ? pack<T>(kParts[0], kParts[1])
+                            : column == 1 ? pack<T>(kParts[2], 0)
+                                          : 0;
+      parts[2] = parts[3] = 0;
+    }
     keep(sums);
+    if (kInRegisters) {
+#pragma unroll
+      for (int step = 0; step < C::kDepth / 16; ++step) keep(own[step]);
+    }
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, 2 * kHalf>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4),
-                        b + ((panel * kQueries * kRowBytes + inside) >> 4), kAdd || step > 0);
+      const uint64_t right = b + ((panel * kQueries * kRowBytes + inside) >> 4);
+      if constexpr (kInRegisters) {
+        mma<T, 2 * kHalf>(sums, own[step], right, kAdd || step > 0);
+      } else {
+        mma<T, 2 * kHalf>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4), right,
+                          kAdd || step > 0);
+      }
+    }
+    if constexpr (C::kSumsInProducts) {
+      // Behind the table's 8 columns its bytes once more, for the zeros.
+      mma<T, 2 * kHalf>(sums, parts, plain_descriptor(table, 0), true);
     }
     mma_commit();
   }
@@ -107,29 +111,27 @@ struct KeyGroup {
     return make_float2(__uint_as_float(x.x), __uint_as_float(x.y));
   }
 
+  // Scores, which may have the log-sum-exps subtracted.
   template <int kRows>
   __device__ __forceinline__ void start_scores(Scores<kRows>& x, int stage) {
-    if constexpr (C::kKeysInRegisters) {
-      start_product<false>(x.scores, own_keys, at(C::queries_at(stage)));
-    } else {
-      start_product<false>(x.scores, at(C::keys_at(keys.stage)), at(C::queries_at(stage)));
-    }
+    start_product<false, C::kKeysInRegisters>(x.scores, own_keys, at(C::keys_at(keys.stage)),
+                                              at(C::queries_at(stage)), at(C::sums_at(stage)));
   }
 
   // dP less what each query subtracts from it.
   template <int kRows>
   __device__ __forceinline__ void start_dp(Scores<kRows>& x, int stage) {
+    if constexpr (!C::kSumsInProducts) {
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const float2 delta = load_pair(C::sums_at(stage) + 8, i);
-      x.dp[4 * i] = x.dp[4 * i + 2] = delta.x;
-      x.dp[4 * i + 1] = x.dp[4 * i + 3] = delta.y;
+      for (int i = 0; i < kRows / 8; ++i) {
+        const float2 delta = load_pair(C::sums_at(stage) + 8, i);
+        x.dp[4 * i] = x.dp[4 * i + 2] = delta.x;
+        x.dp[4 * i + 1] = x.dp[4 * i + 3] = delta.y;
+      }
     }
-    if constexpr (C::kValuesInRegisters) {
-      start_product<true>(x.dp, own_values, at(C::dout_at(stage)));
-    } else {
-      start_product<true>(x.dp, at(C::values_at(keys.stage)), at(C::dout_at(stage)));
-    }
+    start_product<!C::kSumsInProducts, C::kValuesInRegisters>(
+        x.dp, own_values, at(C::values_at(keys.stage)), at(C::dout_at(stage)),
+        at(C::sums_at(stage) + C::kSumsBytes / 2));
   }
 
   // sums += left times rows: dV or dK.
@@ -166,7 +168,8 @@ struct KeyGroup {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = x.scores[4 * i + 2 * half + j];
-          score = attention::exp2_approximate(fmaf(score, scale, j ? lse[i].y : lse[i].x));
+          score = attention::exp2_approximate(
+              C::kSumsInProducts ? score * scale : fmaf(score, scale, j ? lse[i].y : lse[i].x));
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
             score = static_cast<uint32_t>(key + 8 * half) - from < count ? score : 0;
@@ -291,7 +294,8 @@ struct KeyGroup {
         reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags;
     float2 lse[kRows / 8];
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) lse[i] = load_pair(C::sums_at(stage), i);
+    for (int i = 0; i < kRows / 8; ++i)
+      lse[i] = C::kSumsInProducts ? make_float2(0, 0) : load_pair(C::sums_at(stage), i);
     mma_wait<1>();
     if (!first) end_tile(x, stage_before);
     start_dp(x, stage);

@@ -156,11 +156,11 @@ struct Producer {
     }
     const int64_t range_row = p.range_stride_b ? item.batch : 0;
     copy_from_global(base + C::ranges_at(stage),
-                     place(workspace.ranges + (range_row * num_tiles + of_head) * C::kTableBytes),
-                     C::kTableBytes, barrier);
+                     place(workspace.ranges + (range_row * num_tiles + of_head) * C::kRangesBytes),
+                     C::kRangesBytes, barrier);
     copy_from_global(base + C::sums_at(stage),
-                     place(workspace.sums + (int64_t{row} * num_tiles + of_head) * C::kTableBytes),
-                     C::kTableBytes, barrier);
+                     place(workspace.sums + (int64_t{row} * num_tiles + of_head) * C::kSumsBytes),
+                     C::kSumsBytes, barrier);
   }
 
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {

@@ -30,13 +30,43 @@ __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
   return sum;
 }
 
-// The table of sums of a tile of queries: of each its log-sum-exp, in units of log2 and with its
-// sign changed, and what is added to dP, dlse - sum(dout * out); of a pair, two of the one and then
-// two of the other. A query that sees nothing has a log-sum-exp of -inf there, which makes its
-// weights zero, and so have those behind the last.
+// Three 16-bit floats that make up x with the weights of kParts.
+template <typename T>
+__device__ __forceinline__ void split(float x, float (&parts)[3]) {
+  float rest = x;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    parts[i] = to_floats<T>(pack<T>(rest / kParts[i], 0)).x;
+    rest -= parts[i] * kParts[i];
+  }
+}
+
+// Of a query its log-sum-exp with its sign changed, and what is added to its dP, which is
+// dlse - sum(dout * out). One that sees nothing has a log-sum-exp there that makes its weights
+// zero, and so have those behind the last. As numbers, two queries stand together: two
+// log-sum-exps, in units of log2, then two of the other. As columns of Q and dO, all log-sum-exps
+// of the tile come first, in units of the scores.
+template <typename C>
+__device__ __forceinline__ void store_sums(char* table, int row, float lse, float of_dp,
+                                           float scale) {
+  if constexpr (!C::kSumsInProducts) {
+    float* entry = reinterpret_cast<float*>(table) + row / 2 * 4 + row % 2;
+    entry[0] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
+    entry[2] = of_dp;
+  } else {
+    using T = typename C::Element;
+    float a[3] = {-kLargest, 0, 0}, b[3];
+    if (lse != -INFINITY) split<T>(-lse / scale, a);
+    split<T>(of_dp, b);
+    auto* rows = reinterpret_cast<uint4*>(table);
+    rows[row] = make_uint4(pack<T>(a[0], a[1]), pack<T>(a[2], 0), 0, 0);
+    rows[kQueries + row] = make_uint4(pack<T>(b[0], b[1]), pack<T>(b[2], 0), 0, 0);
+  }
+}
+
 template <typename C>
 __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, int batch, int head,
-                                             int tile, float* table) {
+                                             int tile, char* table) {
   using T = typename C::Element;
   constexpr int kLanes = C::kWidth <= 64 ? 8 : 16;  // of a row
   constexpr int kStep = kRowThreads / kLanes, kSteps = kQueries / kStep;
@@ -65,9 +95,7 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, in
     if (chunk == 0) {
       const bool there = query < p.num_queries;
       const float lse = there ? p.lse[of_row] : -INFINITY;
-      float* entry = table + row / 2 * 4 + row % 2;
-      entry[0] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
-      entry[2] = (there && p.dlse ? p.dlse[of_row] : 0) - delta;
+      store_sums<C>(table, row, lse, (there && p.dlse ? p.dlse[of_row] : 0) - delta, p.scale);
     }
   }
 }
@@ -98,14 +126,12 @@ __global__ void __launch_bounds__(kRowThreads)
   const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
   const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
   char* workspace = static_cast<char*>(p.workspace);
-  prepare_sums<C>(
-      p, batch, head, tile,
-      reinterpret_cast<float*>(workspace + w.sums) + blockIdx.x * int64_t{2 * kQueries});
+  prepare_sums<C>(p, batch, head, tile, workspace + w.sums + blockIdx.x * int64_t{C::kSumsBytes});
   if (head == 0 && threadIdx.x < kQueries && (batch == 0 || p.range_stride_b)) {
     const int row = static_cast<int>(threadIdx.x);
     const int2 seen = attention::cut(p, attention::range_of_query(p, batch, tile * kQueries + row));
     int* ranges = reinterpret_cast<int*>(workspace + w.ranges +
-                                         (int64_t{batch} * num_tiles + tile) * C::kTableBytes);
+                                         (int64_t{batch} * num_tiles + tile) * C::kRangesBytes);
     ranges[row / 2 * 4 + row % 2] = seen.x;
     ranges[row / 2 * 4 + row % 2 + 2] = max(seen.y - seen.x, 0);
   }
