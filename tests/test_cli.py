@@ -96,8 +96,8 @@ def test_bench_writes_the_report(capsys: pytest.CaptureFixture[str], tmp_path: P
     ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "attention · dense · fwd" in out and "left out: " in out and "ceilings of this run" in out
-    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "plot.png", "report.html", "r"}
+    assert "attention · dense · fwd" in out and "left out: " in out and "ceilings of the run" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "standings.png", "roofline.png", "report.html", "r"}
     assert [p.suffix for p in (tmp_path / "r").iterdir()] == [".jsonl"]
 
 

@@ -2,8 +2,8 @@
 """The structure of the project, enforced: who imports whom, what every operator has, sizes, and what an import costs."""
 
 import ast
+import importlib
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from vlmkernels.bench import plots, results
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmkernels"
@@ -195,9 +197,12 @@ def test_the_readme_shows_the_results() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     readme = (ROOT / "README.md").read_text()
-    records = [json.loads(line) for line in tables.RESULTS.read_text().splitlines()]
-    assert readme.count("<!-- results:") >= 5
-    assert tables.written(readme, records) == readme, f"python {relative(file)}"
+    report = results.read(tables.RESULTS)
+    assert readme.count("<!-- results:") >= 5 and f"]({relative(tables.PLOT)})" in readme
+    assert tables.written(readme, report) == readme, f"python {relative(file)}"
+    # What the plot shows stands in the file, as pixels differ between versions of matplotlib.
+    shown = importlib.import_module("PIL.Image").open(tables.PLOT).text["Comment"]
+    assert shown == plots.standings_data(report), f"python {relative(file)}"
 
 
 @pytest.mark.parametrize(
