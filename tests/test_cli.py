@@ -156,7 +156,7 @@ def test_verify_compares_a_forward_without_a_backward(monkeypatch: pytest.Monkey
     cpu = verify.torch.device("cpu")
     before = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
     assert [check.bound for check in before] == [8.0] and before[0].output.startswith("d")
-    monkeypatch.setattr(verify, "_evaluate", _only_outputs(verify._evaluate))
+    monkeypatch.setattr(verify, "evaluate", _only_outputs(verify.evaluate))
     (check,) = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
     assert check.status == "ok" and check.output.startswith("out")
 
