@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import vlmkernels
 from vlmkernels.bench import plots, results
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def test_the_readme_shows_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["accelerate", "attention", "contrastive", "cross_attention", "pos_embed", "rope", "transformers"]
+    "page", ["accelerate", "attention", "backends", "contrastive", "cross_attention", "pos_embed", "rope", "transformers"]
 )
 def test_the_example_on_a_page_runs(page: str) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -221,3 +222,9 @@ def test_the_example_on_a_page_runs(page: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_page_of_models_names_what_exists() -> None:
+    named = set(re.findall(r"`(\w+)[`(.]", (ROOT / "docs" / "models.md").read_text())) - {"accelerate", "state_dict"}
+    here = [vlmkernels, vlmkernels.nn, vlmkernels.KeyRanges, importlib.import_module("vlmkernels.masks")]
+    assert len(named) > 20 and not [name for name in named if not any(hasattr(where, name) for where in here)]
