@@ -94,8 +94,8 @@ class Bands:
 
 
 def rule_of(case: Case, output: str) -> str:
-    """As the tests of each operator: gradients of attention round more than its results, those of a parameter are sums."""
-    if (case.op == "attention" and output.startswith("d")) or output.startswith("dnorm"):
+    """As the tests of each operator: gradients of attention, or of a norm behind a product, round more than results do."""
+    if output.startswith("d") and (case.op == "attention" or "norm_weight" in case.gradients):
         return "grad"
     return "gemm" if case.rule == "norm" and output.startswith("d") and output.endswith("weight") else case.rule
 
