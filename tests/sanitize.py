@@ -28,7 +28,16 @@ FILES = [
     f"tests/test_{name}.py"
     for name in (
         *("attention_cuda", "attention_few_cuda", "attention_bwd_cuda", "attention_bwd_few_cuda", "contrastive_cuda"),
-        *("patch_embed_cuda", "attention", "tile_bounds", "patch_embed", "patch_embed_bwd", "patch_embed_still", "pos_embed"),
+        *(
+            "patch_embed_cuda",
+            "patch_embed_bwd_cuda",
+            "attention",
+            "tile_bounds",
+            "patch_embed",
+            "patch_embed_bwd",
+            "patch_embed_still",
+            "pos_embed",
+        ),
         *("rope", "contrastive", "contrastive_triton", "properties"),
     )
 ]
