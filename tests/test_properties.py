@@ -313,8 +313,8 @@ def test_contrastive(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
 def test_cross_attention(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """The projections around attention: both ways, either batch 1, some without biases. In 16 bits without gradients, to which
     each of the parts adds its rounding."""
-    heads, dim, width = draw(of(1, 2)), draw(of(64, 80)) if ON_GPU else draw(of(16, 24)), draw(of(32, 48))
-    batch, queries, keys = draw(of(1, 2)), draw(st.integers(8, 33)), draw(st.integers(16, 70))
+    heads, dim, width = draw(of(2, 4)), draw(of(64, 80)) if ON_GPU else draw(of(16, 24)), draw(of(64, 96))
+    batch, queries, keys = draw(of(1, 2)), draw(st.integers(16, 40)), draw(st.integers(16, 70))
     inner = heads * dim
     biased, way = draw(st.booleans()), draw(of("project", "absorb"))
     shapes = {"x": (draw(of(1, batch)), queries, width), "context": (draw(of(1, batch)), keys, width)}
