@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of the README from a results file: ``python benchmarks/readme_tables.py``.
+"""Writes the tables and the plot of the README from a results file: ``python benchmarks/readme_tables.py``.
 
 A table stands between ``<!-- results: SUITE ... -->`` and ``<!-- end -->``; the words behind the suite choose directions and
 operators (``bwd``, ``attention``). It has our row of every workload, those that lose first, and the runs they are of.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+
+from vlmkernels.bench import need, plots, results
+from vlmkernels.bench.results import Report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200.jsonl"
+PLOT = ROOT / "docs" / "standings.png"
 HEADER = ("workload (bf16)", "vlmkernels", "best peer", "peer / ours", "of ceiling")
 
 
@@ -19,54 +21,43 @@ def time(ms: float) -> str:
     return f"{ms * 1e3:.3g} µs" if ms < 1 else f"{ms:.3g} ms" if ms < 100 else f"{ms:.0f} ms"
 
 
-def standings(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Our row of every workload, with its best peer's, by how far ahead we are. A results file has one run of each."""
-    workloads: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in records:
-        if row["record"] == "row" and row["status"] == "ok":
-            workloads.setdefault(tuple(row[key] for key in ("suite", "op", "workload", "direction")), []).append(row)
-    found = []
-    for rows in workloads.values():
-        ours = next((row for row in rows if row["provider"].startswith("vlmkernels")), None)
-        if ours is not None:
-            found.append((ours, next((row for row in rows if row["provider"] == ours["best_peer"]), None)))
-    return sorted(found, key=lambda pair: pair[0]["speedup"] or float("inf"))
-
-
-def table(records: list[dict[str, Any]], suite: str, *words: str) -> str:
+def table(report: Report, suite: str, *words: str) -> str:
     """A markdown table, and a line with the commits and ceilings of its runs."""
-    runs = {record["started"]: record for record in records if record["record"] == "run"}
     lines, used = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"], set()
-    for ours, peer in standings(records):
-        if ours["suite"] != suite or not set(words) <= {ours["op"], ours["direction"]}:
+    for ours, *others in report.groups():
+        if ours.ms is None or ours.suite != suite or not set(words) <= {ours.op, ours.direction}:
             continue
-        used.add(ours["run"])
-        direction = "" if ours["direction"] == "fwd" else f", {ours['direction']}"
-        ceiling = {"gemm": "matrix rate", "copy": "copy"}.get(ours["ceiling"], "")
-        share = f"{100 * ours['ceiling_share']:.0f} % of {ceiling}" if ours.get("ceiling_share") and ceiling else ""
-        rival = f"{peer['provider']}, {time(peer['ms'])}" if peer else ""
-        ratio = f"{ours['speedup']:.2f}" if ours["speedup"] else ""
-        lines.append(f"| {ours['workload']}{direction} | {time(ours['ms'])} | {rival} | {ratio} | {share} |")
-    facts = [runs[run] for run in sorted(used)]
-    commits = sorted({f"`{run['commit']}`" if run["commit"] else "not recorded" for run in facts})
-    ceilings = [[run["ceilings"][name] for run in facts] for name in ("gemm_tflops", "copy_gbs")]
+        used.add(ours.run)
+        peer = next((row for row in others if row.provider == ours.best_peer), None)
+        direction = "" if ours.direction == "fwd" else f", {ours.direction}"
+        ceiling = {"gemm": "matrix rate", "copy": "copy"}.get(ours.ceiling, "")
+        share = f"{100 * ours.ceiling_share:.0f} % of {ceiling}" if ours.ceiling_share and ceiling else ""
+        rival = f"{peer.provider}, {time(peer.ms)}" if peer and peer.ms else ""
+        ratio = f"{ours.speedup:.2f}" if ours.speedup else ""
+        lines.append(f"| {ours.workload}{direction} | {time(ours.ms)} | {rival} | {ratio} | {share} |")
+    runs = sorted((run for run in report.runs if run.started in used), key=lambda run: run.started)
+    names = [run.environment["commit"] for run in runs]
+    commits = sorted({f"`{name}`" if name else "not recorded" for name in names})
+    ceilings = [[run.ceilings.gemm_tflops for run in runs], [run.ceilings.copy_gbs for run in runs]]
     tflops, gbs = (f"{min(x):.0f}" if min(x) == max(x) else f"{min(x):.0f} to {max(x):.0f}" for x in ceilings)
     return "\n".join([*lines, "", f"Commits: {', '.join(commits)}; ceilings: {tflops} TFLOP/s, {gbs} GB/s."])
 
 
-def written(text: str, records: list[dict[str, Any]]) -> str:
-    """The text with its tables as the records have them."""
+def written(text: str, report: Report) -> str:
+    """The text with its tables as the results have them."""
 
     def fill(found: re.Match[str]) -> str:
-        return f"<!-- results: {found[1]} -->\n{table(records, *found[1].split())}\n<!-- end -->"
+        return f"<!-- results: {found[1]} -->\n{table(report, *found[1].split())}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (.*?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    report = results.read(RESULTS)
     readme = ROOT / "README.md"
-    readme.write_text(written(readme.read_text(), records))
+    readme.write_text(written(readme.read_text(), report))
+    need("matplotlib").use("Agg")
+    PLOT.write_bytes(plots.standings_plot(report))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
@@ -40,6 +41,20 @@ if not ON_GPU:
         interpreter.install()
 
 
+#: A case may compile kernels, so no time is too long, and none is spent on making a case that fails smaller (5 minutes for one of
+#: attention in the interpreter). How many cases there are is said by ``examples``; the few are the same in every run.
+_ANY: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
+_ANY["phases"] = [Phase.explicit, Phase.reuse, Phase.generate]
+settings.register_profile("few", derandomize=True, **_ANY)
+settings.register_profile("thorough", max_examples=2000, **_ANY)
+settings.load_profile("few")
+
+
+def examples(few: int, thorough: int = 2000) -> settings:
+    """How many cases a property is tested with: the first number, or the second with ``--hypothesis-profile=thorough``."""
+    return settings(max_examples=thorough if settings.default.max_examples == 2000 else few)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line(
@@ -55,6 +70,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many generated cases were compared, by test (``record_property("cases", n)``)."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "cases" and settings.default.max_examples == 2000:
+                terminalreporter.write_line(f"{value} generated cases: {report.nodeid}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

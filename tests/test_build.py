@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_library_exports_the_header_and_needs_only_libc(built: tuple[Path, str])
     assert declared and exported == declared
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", built[0])))
     assert needed <= {"libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+
+
+@needs_nvcc
+def test_the_wheel_stays_small(built: tuple[Path, str]) -> None:
+    """A wheel is a zip file and most of it this library: 47 MB, 10 compressed. 20 MB is what the project allows."""
+    packed = len(zlib.compress(built[0].read_bytes()))
+    assert packed < 20e6, packed
 
 
 @needs_nvcc

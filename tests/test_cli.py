@@ -96,8 +96,8 @@ def test_bench_writes_the_report(capsys: pytest.CaptureFixture[str], tmp_path: P
     ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "attention · dense · fwd" in out and "left out: " in out and "ceilings of this run" in out
-    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "plot.png", "report.html", "r"}
+    assert "attention · dense · fwd" in out and "left out: " in out and "ceilings of the run" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "standings.png", "roofline.png", "report.html", "r"}
     assert [p.suffix for p in (tmp_path / "r").iterdir()] == [".jsonl"]
 
 
@@ -156,7 +156,7 @@ def test_verify_compares_a_forward_without_a_backward(monkeypatch: pytest.Monkey
     cpu = verify.torch.device("cpu")
     before = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
     assert [check.bound for check in before] == [8.0] and before[0].output.startswith("d")
-    monkeypatch.setattr(verify, "_evaluate", _only_outputs(verify._evaluate))
+    monkeypatch.setattr(verify, "evaluate", _only_outputs(verify.evaluate))
     (check,) = verify.verify(cpu, ["rope"], ["torch"], words=["partial rotation / float32"])
     assert check.status == "ok" and check.output.startswith("out")
 

@@ -2,8 +2,8 @@
 """The structure of the project, enforced: who imports whom, what every operator has, sizes, and what an import costs."""
 
 import ast
+import importlib
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import vlmkernels
+from vlmkernels.bench import plots, results
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmkernels"
@@ -195,13 +198,16 @@ def test_the_readme_shows_the_results() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     readme = (ROOT / "README.md").read_text()
-    records = [json.loads(line) for line in tables.RESULTS.read_text().splitlines()]
-    assert readme.count("<!-- results:") >= 5
-    assert tables.written(readme, records) == readme, f"python {relative(file)}"
+    report = results.read(tables.RESULTS)
+    assert readme.count("<!-- results:") >= 5 and f"]({relative(tables.PLOT)})" in readme
+    assert tables.written(readme, report) == readme, f"python {relative(file)}"
+    # What the plot shows stands in the file, as pixels differ between versions of matplotlib.
+    shown = importlib.import_module("PIL.Image").open(tables.PLOT).text["Comment"]
+    assert shown == plots.standings_data(report), f"python {relative(file)}"
 
 
 @pytest.mark.parametrize(
-    "page", ["accelerate", "attention", "contrastive", "cross_attention", "pos_embed", "rope", "transformers"]
+    "page", ["accelerate", "attention", "backends", "contrastive", "cross_attention", "pos_embed", "rope", "transformers"]
 )
 def test_the_example_on_a_page_runs(page: str) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -216,3 +222,9 @@ def test_the_example_on_a_page_runs(page: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_page_of_models_names_what_exists() -> None:
+    named = set(re.findall(r"`(\w+)[`(.]", (ROOT / "docs" / "models.md").read_text())) - {"accelerate", "state_dict"}
+    here = [vlmkernels, vlmkernels.nn, vlmkernels.KeyRanges, importlib.import_module("vlmkernels.masks")]
+    assert len(named) > 20 and not [name for name in named if not any(hasattr(where, name) for where in here)]

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
 from vlmkernels.masks import KeyRanges, compact_keys, even_spans
 
-property_test = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+property_test = examples(40)
 
 
 def ints(*values: Any, device: Any = None) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ON_GPU, capture, runnable
-from hypothesis import HealthCheck, given, settings
+from conftest import ON_GPU, capture, examples, runnable
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
@@ -120,7 +120,7 @@ cells = st.integers(2, 12)
 
 
 @pytest.mark.backends(*OPS, exclude=() if ON_GPU else ("triton",))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(25)
 @given(
     table=st.tuples(cells, cells),
     grids=st.lists(st.tuples(st.integers(0, 2), sides, sides), min_size=4, max_size=4),

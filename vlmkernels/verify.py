@@ -308,7 +308,7 @@ def check(case: Case, dtype: torch.dtype, backends: Sequence[str], device: torch
     """Run a case on each backend and compare outputs and gradients with the fp64 reference."""
     torch.manual_seed(0)
     rounded = {name: _to(x, device, dtype) for name, x in case.inputs().items()}
-    exact = _evaluate(case, {name: _to(x, device, torch.float64) for name, x in rounded.items()}, "reference")
+    exact = evaluate(case, {name: _to(x, device, torch.float64) for name, x in rounded.items()}, "reference")
     outputs = {name: x for name, x in exact.items() if name.startswith("out")}
     for backend in backends:
         found = _check_backend(case, dtype, backend, rounded, exact)
@@ -324,7 +324,7 @@ def _check_backend(case: Case, dtype: torch.dtype, backend: str, rounded: Inputs
         return Check(case.op, case.name, str(dtype).removeprefix("torch."), backend, status, reason, **more)
 
     try:
-        got = _evaluate(case, rounded, backend)
+        got = evaluate(case, {name: x.clone() for name, x in rounded.items()}, backend)
     except BackendError as error:
         return result("unavailable", str(error).rpartition(f"{backend}: ")[2])
     except Exception as error:  # a backend may fail in any way: it is a finding, and the other cases go on
@@ -344,9 +344,9 @@ def _to(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tens
     return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
-def _evaluate(case: Case, tensors: Inputs, backend: str) -> Inputs:
+def evaluate(case: Case, tensors: Inputs, backend: str) -> Inputs:
     """Outputs by number, gradients by the input's name, for output gradients that are the same in every dtype."""
-    tensors = {name: x.clone().requires_grad_(name in case.gradients) for name, x in tensors.items()}
+    tensors = {name: x.detach().requires_grad_(name in case.gradients) for name, x in tensors.items()}
     with torch.set_grad_enabled(bool(case.gradients)):
         outputs = case.run(tensors, backend)
     results = {f"out{i}" if len(outputs) > 1 else "out": x for i, x in enumerate(outputs)}

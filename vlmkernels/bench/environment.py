@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ import torch
 
 import vlmkernels
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "timm", "flash-attn", "flash-attn-4")
+#: The packages that peers come from, with how to install one.
+PEERS = {
+    "transformers": "pip install transformers",
+    "timm": "pip install timm",
+    "open_clip_torch": "pip install open_clip_torch",
+    "flash-attn-4": "pip install flash-attn-4 (fa4: Hopper and Blackwell)",
+    "flash-attn": "pip install flash-attn --no-build-isolation (fa2: it compiles)",
+}
+PACKAGES = ("torch", "triton", "numpy", *PEERS)
 
 
 def version(package: str) -> str | None:
@@ -104,3 +113,14 @@ def describe(device: torch.device, known_commit: str | None = None) -> dict[str,
     record["versions"] = {"vlmkernels": vlmkernels.__version__} | {name: version(name) for name in PACKAGES}
     record["nvidia_smi"] = nvidia_smi(device) if cuda else {}
     return record
+
+
+def missing(versions: Sequence[dict[str, str | None]]) -> list[str]:
+    """A line for each package of a peer that was not installed in some of the runs that these versions are of."""
+    found = []
+    for package, install in PEERS.items():
+        without = sum(package in run and run[package] is None for run in versions)
+        if without:
+            where = "" if without == len(versions) else f" in {without} of {len(versions)} runs"
+            found.append(f"{package} was not installed{where}: {install}")
+    return found

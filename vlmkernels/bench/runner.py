@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 from vlmkernels.bench import MissingExtra, Unavailable
 from vlmkernels.bench.ceilings import Ceilings
 from vlmkernels.bench.peers import Provider
-from vlmkernels.bench.timing import Timing, captured, device_times, host_times
+from vlmkernels.bench.timing import Timing, captured, device_times, host_times, summary
 from vlmkernels.bench.workloads import OURS, Case, Workload
 from vlmkernels.ops._op import Op
 
@@ -25,6 +25,15 @@ from vlmkernels.ops._op import Op
 PEER_BOUND, FP32_PEER_BOUND = 64.0, 1024.0
 #: How many calls of a provider go into one CUDA graph where latency is measured.
 GRAPH_CALLS = 20
+#: How many processes an import is timed in.
+IMPORTS = 7
+
+#: What is shown in microseconds, by clock; the rest is a share of the ceiling.
+MICROSECONDS = {
+    "host": "host time per call, µs (less is better)",
+    "graph": "time per call, back to back in a CUDA graph with warm caches, µs (less is better)",
+    "import": "time of an import in a process of its own, µs (less is better)",
+}
 
 
 @dataclass
@@ -59,10 +68,23 @@ class Row:
     ceiling_share: float | None = None
     best_peer: str = ""
     speedup: float | None = None  # time of the best peer over ours, in its fastest form
+    run: str = ""  # when its run started
 
     @property
     def id(self) -> str:
         return f"{self.suite}/{self.op}/{self.workload}/{self.direction}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} · {self.workload} · {self.direction}"
+
+    @property
+    def result(self) -> str:
+        """The time, or why there is none."""
+        if self.ms is None:
+            return f"{self.status.upper() if self.status in ('wrong', 'failed') else 'not run'}: {self.reason}"
+        time = f"{self.ms * 1e3:.1f} µs" if self.clock in MICROSECONDS or self.ms < 1 else f"{self.ms:.3f} ms"
+        return f"{time} (not captured)" if self.reason else time
 
     def record(self) -> dict[str, Any]:
         """The row as one JSON object."""
@@ -173,7 +195,7 @@ def run_workload(
             new = row(provider.name, "ok")
             new.dtype, new.clock, new.flops, new.bytes = (
                 str(case.dtype).removeprefix("torch."),
-                case.clock if device.type == "cuda" or case.clock == "host" else "device",
+                case.clock if device.type == "cuda" or case.clock in ("host", "import") else "device",
                 case.flops,
                 case.bytes,
             )
@@ -246,6 +268,8 @@ def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.d
     clock = rows[0].clock
     if clock == "host":
         return host_times(calls, device)
+    if clock == "import":
+        return {name: summary([float(call()[-1]) for _ in range(IMPORTS)]) for name, call in calls.items()}
     if clock not in ("graph", "replay"):
         return device_times(calls, device, options.budget_ms)
     for row in rows:
@@ -266,7 +290,7 @@ def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.d
 
 def _fill(row: Row, timing: Timing, ceilings: Ceilings) -> None:
     row.ms, row.ms_low, row.ms_high, row.samples = timing.ms, timing.low, timing.high, timing.samples
-    if row.clock in ("host", "graph"):  # no rate says how fast a launch or a warm cache could be
+    if row.clock in MICROSECONDS:  # no rate says how fast a launch or a warm cache could be
         return
     row.tflops, row.gbs = row.flops / timing.ms / 1e9, row.bytes / timing.ms / 1e6
     row.ceiling = ceilings.bound_by(row.flops, row.bytes)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from vlmkernels.bench import cross_attention, models, towers
+from vlmkernels.bench import cross_attention, models, overhead, towers
 from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
 from vlmkernels.bench.contrastive import large, loss_case
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
-from vlmkernels.bench.workloads import Case, Workload, rope_case
+from vlmkernels.bench.workloads import Case, Place, Workload, rope_case
 
 LARGE = "it is sized for a GPU"
 HOST = "host time is measured where the work itself runs on a GPU"
@@ -61,14 +61,37 @@ PACKED = (
 )
 
 
+MASKS = (Place("masks"),)
+
+
+def _speed(shape: tuple[int, int, int, int, int, int], direction: str) -> tuple[Place, ...]:
+    """The places of self-attention without a mask in the plots of its speed; that by head dim is of 4096 tokens."""
+    _, _, _, queries, keys, dim = shape
+    if queries != keys:
+        return ()
+    way = "forward" if direction == "fwd" else "backward"
+    places = [Place("length", f"{way}, head dim {dim}", queries)] if dim in (64, 128) else []
+    if queries == 4096:
+        places.append(Place("head_dim", way, dim))
+    return tuple(places)
+
+
 def _attention() -> list[Workload]:
     work = [
-        Workload("attention", "attention", name, direction, random_attention(shape, mask, direction == "bwd"), LARGE)
+        Workload(
+            "attention",
+            "attention",
+            name,
+            direction,
+            random_attention(shape, mask, direction == "bwd"),
+            LARGE,
+            MASKS if mask else _speed(shape, direction),
+        )  # fmt: skip
         for name, mask, shape, directions in ATTENTION
         for direction in directions
     ]
     work += [
-        Workload("attention", "attention", name, direction, packed_attention(lengths, 16, dim, direction == "bwd"), LARGE)
+        Workload("attention", "attention", name, direction, packed_attention(lengths, 16, dim, direction == "bwd"), LARGE, MASKS)
         for name, lengths, dim in PACKED
         for direction in BOTH
     ]
@@ -140,13 +163,37 @@ def _cross_attention() -> list[Workload]:
 BATCHES = ((32768, 512), (32768, 768), (32768, 1152), (65536, 768))
 
 
+LOSSES = (("clip", "CLIP"), ("siglip", "SigLIP"))
+
+
+def _memory(title: str, pairs: int, dim: int) -> tuple[Place, ...]:
+    return (Place("memory", f"{title}, {dim} channels", pairs),) if dim == 768 else ()
+
+
 def _contrastive() -> list[Workload]:
     work = []
-    for kind, title in (("clip", "CLIP"), ("siglip", "SigLIP")):
-        for pairs, dim in BATCHES:
-            work.append(Workload("contrastive", "contrastive", f"{title} {pairs} D{dim}", "fwd+bwd", loss_case(kind, pairs, dim)))
-        build = large(loss_case(kind, 262144, 768))
-        work.append(Workload("contrastive", "contrastive", f"{title} 262144 D768", "fwd+bwd", build, LARGE))
+    for kind, title in LOSSES:
+        for pairs, dim in (*BATCHES, (262144, 768)):
+            build = loss_case(kind, pairs, dim)
+            build, gpu_only = (large(build), LARGE) if pairs == 262144 else (build, "")
+            places = _memory(title, pairs, dim)
+            name = f"{title} {pairs} D{dim}"
+            work.append(Workload("contrastive", "contrastive", name, "fwd+bwd", build, gpu_only, places))
+    return work
+
+
+def _sweep() -> list[Workload]:
+    """The points of plots that no other suite has: lengths, 32768 tokens in all, a head dim, and losses of smaller batches."""
+    work = []
+    for length, dim in (*((2**power, dim) for dim in (64, 128) for power in (8, 9, 10, 11, 12, 14)), (4096, 256)):
+        shape = (32768 // length, 16, 16, length, length, dim)
+        for way in BOTH:
+            build = random_attention(shape, "", way == "bwd")
+            work.append(Workload("sweep", "attention", f"S{length} D{dim}", way, build, LARGE, _speed(shape, way)))
+    for kind, title in LOSSES:
+        for pairs in (4096, 8192, 16384):
+            name, places = f"{title} {pairs} D768", _memory(title, pairs, 768)
+            work.append(Workload("sweep", "contrastive", name, "fwd+bwd", loss_case(kind, pairs, 768), LARGE, places))
     return work
 
 
@@ -192,7 +239,11 @@ def _overhead() -> list[Workload]:
         "rope": ("rope", rope_case((1, 64, 4, 4, 64))),
         "rope_qkv_": ("rope", rope_case((1, 64, 4, 4, 64), in_place=True)),
     }
-    return [Workload("overhead", op, name, "fwd", _clocked(build, "host"), HOST) for name, (op, build) in builds.items()]
+    work = [Workload("overhead", op, name, "fwd", _clocked(build, "host"), HOST) for name, (op, build) in builds.items()]
+    # So little work that a CPU spends its time on the way to it.
+    work.append(Workload("overhead", "rope", "rope of one token", "fwd", _clocked(rope_case((1, 1, 1, 1, 16)), "host")))
+    work.append(Workload("overhead", "import", "import vlmkernels after torch", "once", overhead.import_case))
+    return work
 
 
 def _smoke() -> list[Workload]:
@@ -206,7 +257,7 @@ def _smoke() -> list[Workload]:
     ]
 
 
-#: main: published towers on real photos. smoke: seconds, to see whether everything runs.
+#: main: published towers on real photos. sweep: the points of plots. smoke: seconds, to see whether everything runs.
 SUITES = {
     "main": _main,
     "attention": _attention,
@@ -216,6 +267,7 @@ SUITES = {
     "models": _models,
     "rope": _rope,
     "overhead": _overhead,
+    "sweep": _sweep,
     "smoke": _smoke,
 }
 

@@ -28,7 +28,8 @@ class Case:
         bytes: each input and output once.
         clock: ``"device"``; ``"replay"``: the same, of the call captured in a CUDA graph, for steps that the host can't queue as
             fast as they run; ``"graph"``: the time of a call among others in one CUDA graph; ``"host"``: the time that the host
-            is busy. A CPU takes ``"device"`` for the two with graphs.
+            is busy; ``"import"``: what the call returns last, milliseconds in a process of its own. A CPU takes ``"device"`` for
+            the two with graphs.
     """
 
     ours: Provider
@@ -54,6 +55,15 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a workload stands in a plot of several (``vlmkernels.bench.plots``): at ``x`` of one of the plot's panels."""
+
+    chart: str
+    panel: str = ""
+    x: float = 0.0
+
+
+@dataclass(frozen=True)
 class Workload:
     """A named piece of work; ``build`` makes its inputs. ``gpu_only`` says why a CPU leaves it out, if it does."""
 
@@ -63,6 +73,7 @@ class Workload:
     direction: str
     build: Callable[[torch.device], Case]
     gpu_only: str = ""
+    places: tuple[Place, ...] = ()
 
     @property
     def id(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "doctor": "what is installed, and which backend can run which operator here",
     "verify": "compare every operator on every backend with the fp64 reference",
-    "bench": "measure against what a user would run instead; writes a table, JSON, a plot and an HTML report",
+    "bench": "measure against what a user would run instead; writes a table, JSON, plots and an HTML report",
 }
 
 

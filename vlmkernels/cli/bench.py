@@ -3,12 +3,20 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-SUITES = ("main", "attention", "cross_attention", "patch_embed", "contrastive", "models", "rope", "overhead", "smoke")
+from vlmkernels.cli import print_table
+
+if TYPE_CHECKING:
+    from vlmkernels.bench.results import Report
+    from vlmkernels.bench.workloads import Workload
+
+SUITES = ("main", "attention", "cross_attention", "patch_embed", "contrastive", "models", "rope", "overhead", "sweep", "smoke")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     parser.add_argument(
-        "--out", type=Path, default=Path("vlmkernels-bench"), help="where results.jsonl, plot.png and report.html go"
+        "--out", type=Path, default=Path("vlmkernels-bench"), help="where results.jsonl, the plots and report.html go"
     )
     parser.add_argument("--results-dir", type=Path, help="also update <device>.jsonl in this folder (benchmarks/results)")
+    parser.add_argument("--from", dest="results", type=Path, metavar="FILE", help="measure nothing: show this results file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="set our times beside those of an earlier results file")
+    parser.add_argument(
+        "--bound", type=float, default=0.05, help="with --compare: exit status 1 where we take more than this part longer (0.05)"
+    )
     parser.add_argument("--commit", help="what is measured, where the package runs from a copy without .git")
     parser.add_argument("--list", action="store_true", help="print the workloads and stop")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlmkernels.bench import ceilings, environment, need, suites
+    from vlmkernels.bench import need, results, suites
     from vlmkernels.bench import report as reports
-    from vlmkernels.bench.runner import Options
-    from vlmkernels.bench.runner import run as run_workloads
-    from vlmkernels.bench.workloads import work_dtype
 
     work = suites.workloads(*(arguments.suite or ("main",)))
     work = [w for w in work if not arguments.workload or any(word in w.id for word in arguments.workload)]
@@ -51,15 +61,32 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"no workload has {' or '.join(arguments.workload)} in its id; --list prints them")
     for module in ("rich", "matplotlib"):
         need(module)
-    device = torch.device(arguments.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # events are recorded on the current device's stream
     console = need("rich.console").Console()
     if not console.is_terminal:
         console = need("rich.console").Console(width=120)
+    before = results.read(arguments.compare) if arguments.compare else None
+    report = results.read(arguments.results) if arguments.results else _measured(arguments, work, console)
+    reports.print_table(report, console)
+    paths = reports.write(report, arguments.out)
+    if arguments.results_dir:
+        paths.append(results.store(report, arguments.results_dir))
+    for path in paths:
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    slower = _compared(report, before, arguments.bound) if before else False
+    return 1 if report.failed or slower else 0
+
+
+def _measured(arguments: argparse.Namespace, work: "Sequence[Workload]", console: Any) -> "Report":
+    """Run the workloads, with their names on the console."""
+    from vlmkernels.bench import ceilings, environment, need, results, runner
+    from vlmkernels.bench.workloads import work_dtype
+
+    device = torch.device(arguments.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current device's stream
     started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     budget = (60.0 if device.type == "cuda" else 400.0) / (4 if arguments.quick else 1)
-    options = Options(not arguments.no_compile, tuple(arguments.peers), budget, arguments.time_limit)
+    options = runner.Options(not arguments.no_compile, tuple(arguments.peers), budget, arguments.time_limit)
     progress = need("rich.progress")
     with progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -76,12 +103,17 @@ def run(arguments: argparse.Namespace) -> int:
             done.setdefault(message.partition(": ")[0], len(done))
             bar.update(task, description=message, completed=len(done) - 1)
 
-        rows, left_out = run_workloads(work, device, ceiling, options, show)
+        rows, left_out = runner.run(work, device, ceiling, options, show)
     machine = environment.describe(device, arguments.commit)
-    report = reports.Report(started, time.perf_counter() - clock, machine, ceiling, rows, left_out)
-    reports.print_table(report, console)
-    for path in reports.write(report, arguments.out).values():
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if arguments.results_dir:
-        console.print(f"wrote {reports.store(report, arguments.results_dir)}", markup=False, highlight=False, soft_wrap=True)
-    return 1 if report.failed else 0
+    return results.Report([results.Run(started, time.perf_counter() - clock, machine, ceiling, left_out)], rows)
+
+
+def _compared(report: "Report", before: "Report", bound: float) -> bool:
+    """Print our times beside the earlier ones, the slowest first; whether one is past the bound."""
+    from vlmkernels.bench import regressions
+
+    found = regressions.changes(report, before)
+    print_table(regressions.HEAD, [regressions.cells(change, bound) for change in found])
+    slower = sum(change.worse(bound) for change in found)
+    print(f"{len(found)} workloads, {slower} slower by more than {bound:.0%}, wrong or failed")
+    return slower > 0

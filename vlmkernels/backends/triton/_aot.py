@@ -132,11 +132,13 @@ def _local_memory(cubin: bytes) -> tuple[int, int, int]:
             return subprocess.run([tool.path, *options, file.name], check=True, capture_output=True, text=True).stdout
 
         usage = read(knobs.nvidia.cuobjdump, "--dump-resource-usage")
-        code = read(knobs.nvidia.nvdisasm)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no registers: {usage!r}")
-    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)[. ]", code))
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump reported no registers: {usage!r}")
+        registers, stack = int(found[1]), int(found[2])
+        # What spills has a place on the stack. The disassembler takes half a second, as long as most kernels take to compile.
+        code = read(knobs.nvidia.nvdisasm, "-c") if stack else ""
+    return registers, stack, len(re.findall(r"\b(?:LDL|STL)[. ]", code))
 
 
 def compile_case(case: AotCase, arch: int) -> list[Resources]:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests of the kernels under NVIDIA's compute-sanitizer: ``python tests/sanitize.py``, on a machine with a GPU.
+
+The tests of each file run in parts of a few minutes, each a process under one tool, several at once. What each part found goes to
+a file as it ends, and a later call goes on from there, so ``--time-limit`` may cut a run anywhere. At the end the table in
+docs/sanitizer.md is written from that file. The exit status is 1 where a kernel of ours has a finding or a part did not end.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "sanitizer.md"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FILES = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("attention_cuda", "attention_few_cuda", "attention_bwd_cuda", "attention_bwd_few_cuda", "contrastive_cuda"),
+        *(
+            "patch_embed_cuda",
+            "patch_embed_bwd_cuda",
+            "attention",
+            "tile_bounds",
+            "patch_embed",
+            "patch_embed_bwd",
+            "patch_embed_still",
+            "pos_embed",
+        ),
+        *("rope", "contrastive", "contrastive_triton", "properties"),
+    )
+]
+#: A CUDA graph can't be captured without torch's cache of memory, compilers start processes, tensors past 2 GiB take minutes, and
+#: what memory is in use says nothing here.
+LEFT_OUT = "not graph and not compile and not opcheck and not memory and not 31 and not leak"
+#: So that each tensor is an allocation of its own, whose end the tool knows and whose contents are not an earlier tensor's.
+NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+FINDINGS_EXIT = 86
+#: What every line of the tools begins with.
+PREFIX = "========= "
+
+
+@dataclass
+class Part:
+    """Some tests of a file under one tool, and what came of them. ``ours`` and ``others``: findings by kernel."""
+
+    tool: str
+    file: str
+    tests: list[str]
+    status: str = ""  # ended, timeout, crashed
+    passed: int = 0
+    failed: int = 0
+    findings: int = 0
+    ours: dict[str, int] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.tool, *self.tests)
+
+
+def own_kernels() -> set[str]:
+    """The names of the kernels of this project, in CUDA and in Triton."""
+    cuda = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.*")))
+    triton = "".join(path.read_text() for path in sorted((ROOT / "vlmkernels" / "backends" / "triton").glob("*.py")))
+    return set(re.findall(r"\b(\w+_kernel)\b", cuda)) | set(re.findall(r"def (\w+_kernel)\(", triton))
+
+
+def read_log(log: str, own: set[str]) -> tuple[int, Counter[str], Counter[str]]:
+    """How many findings a tool's log counts, and those that it shows by kernel: of ours, and of others."""
+    total = sum(map(int, re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", log)))
+    ours: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    # A finding begins with one space and goes on with several; racecheck names the kernel in its first line.
+    for block in re.split(rf"\n(?={PREFIX}\S)", log):
+        first = re.match(rf"{PREFIX}(?!COMPUTE-SANITIZER|\w+ SUMMARY|Target application|Process)(\S.*)", block)
+        if first is None:
+            continue
+        name = re.search(r"\bat (?:void )?(?:\w+::|\(anonymous namespace\)::|<unnamed>::)*(\w+)", block)
+        kernel = name[1] if name else first[1][:60]
+        (ours if kernel in own else others)[kernel] += 1
+    return total, ours, others
+
+
+def parts_of(tool: str, tests: Iterable[str], size: int) -> Iterator[Part]:
+    """The tests of each file in parts of ``size``."""
+    by_file: dict[str, list[str]] = {}
+    for test in tests:
+        by_file.setdefault(test.partition("::")[0], []).append(test)
+    for file, names in by_file.items():
+        for first in range(0, len(names), size):
+            yield Part(tool, file, names[first : first + size])
+
+
+def collect(files: list[str], expression: str) -> list[str]:
+    """The ids of the tests, without those that this machine skips as they are collected."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", expression, *files]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = [line for line in printed.stdout.splitlines() if "::" in line]
+    if not found:
+        raise SystemExit(f"no test was collected:\n{printed.stdout}{printed.stderr}")
+    return found
+
+
+def run_part(part: Part, sanitizer: str, limit: float, own: set[str]) -> Part:
+    """Run the part's tests under its tool, and fill in what came of them."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        command = [
+            sanitizer,
+            "--tool",
+            part.tool,
+            f"--error-exitcode={FINDINGS_EXIT}",
+            "--print-limit=100",
+            "--log-file",
+            str(log),
+        ]
+        command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part.tests]
+        environment = {**os.environ, **(NO_CACHE if part.tool in ("memcheck", "initcheck") else {})}
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=max(1.0, limit))
+        except subprocess.TimeoutExpired:
+            part.status = "timeout"
+        else:
+            # pytest's last line tells whether it came to its end, whatever the tool made of the exit status.
+            counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-400:])}
+            part.passed, part.failed = counts.get("passed", 0), counts.get("failed", 0) + counts.get("error", 0)
+            part.status = "ended" if re.search(r"\b(passed|failed|skipped)\b.* in [\d.]+s", done.stdout[-400:]) else "crashed"
+            if part.status == "crashed" or part.failed:
+                print(f"{part.tool} {part.file}: {done.stdout[-1500:]}{done.stderr[-500:]}", file=sys.stderr)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        part.findings, ours, others = read_log(text, own)
+        part.ours, part.others = dict(ours), dict(others)
+        if ours:
+            print(text[:4000], file=sys.stderr)
+    part.seconds = round(time.monotonic() - started, 1)
+    return part
+
+
+def table(parts: list[Part]) -> str:
+    """A markdown table of one row for each tool and file, then what kernels the findings are in."""
+    head = ("tool", "tests", "run", "findings in ours", "in other kernels", "tests failed", "not run to the end", "seconds")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    groups: dict[tuple[str, str], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.tool, part.file), []).append(part)
+    kernels: Counter[str] = Counter()
+    for (tool, file), found in sorted(groups.items(), key=lambda group: (TOOLS.index(group[0][0]), group[0][1])):
+        ours, others = (sum(sum(getattr(part, name).values()) for part in found) for name in ("ours", "others"))
+        unfinished = sum(len(part.tests) for part in found if part.status != "ended")
+        run = sum(part.passed + part.failed for part in found)
+        row = (tool, file.removeprefix("tests/"), run, ours, others, sum(part.failed for part in found), unfinished)
+        lines.append("| " + " | ".join(map(str, (*row, f"{sum(part.seconds for part in found):.0f}"))) + " |")
+        for part in found:
+            kernels.update({f"{tool}, `{kernel}`": count for kernel, count in (part.ours | part.others).items()})
+    named = [f"- {kernel}: {count}" for kernel, count in sorted(kernels.items())]
+    return "\n".join([*lines, "", *(named or ["No finding."])])
+
+
+def write_page(parts: list[Part], machine: str) -> None:
+    """Put the table into docs/sanitizer.md."""
+    filled = f"<!-- results -->\n{machine}\n\n{table(parts)}\n<!-- end -->"
+    PAGE.write_text(re.sub(r"<!-- results -->.*?<!-- end -->", lambda _: filled, PAGE.read_text(), flags=re.DOTALL))
+
+
+def machine() -> str:
+    """The GPU and the versions, in a line."""
+    program = "import torch; print(torch.cuda.get_device_name(), 'CUDA', torch.version.cuda, 'torch', torch.__version__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return done.stdout.strip() or "no GPU"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="all four by default; repeatable")
+    parser.add_argument("--file", action="append", help="a test file (repeatable); those of the kernels by default")
+    parser.add_argument("-k", default=LEFT_OUT, help=f"as pytest's, {LEFT_OUT!r} by default")
+    parser.add_argument("--part", type=int, default=40, metavar="TESTS", help="tests of a part (40)")
+    parser.add_argument("--part-seconds", type=float, default=240, help="end a part after this long (240)")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no part after this long")
+    parser.add_argument("--jobs", type=int, default=4, help="parts at once (4)")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "sanitizer.jsonl", help="what the parts found so far")
+    arguments = parser.parse_args(argv)
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer: not on the PATH nor in /usr/local/cuda/bin; it comes with the CUDA toolkit", file=sys.stderr)
+        return 2
+    started, own, results = time.monotonic(), own_kernels(), arguments.results
+    results.parent.mkdir(parents=True, exist_ok=True)
+    before = [Part(**json.loads(line)) for line in results.read_text().splitlines()] if results.exists() else []
+    ended = {part.key: part for part in before if part.status == "ended"}
+    tests = collect(arguments.file or FILES, arguments.k)
+    wanted = [part for tool in arguments.tool or TOOLS for part in parts_of(tool, tests, arguments.part)]
+
+    def one(part: Part) -> Part | None:
+        left = arguments.time_limit - (time.monotonic() - started)
+        if left <= 0:
+            return None
+        done = run_part(part, sanitizer, min(arguments.part_seconds, left), own)
+        with results.open("a") as file:
+            file.write(json.dumps(asdict(done)) + "\n")
+        print(f"{done.tool:10} {done.file} {done.status}, {done.passed} passed, {done.failed} failed, "
+              f"{done.findings} findings, {sum(done.ours.values())} in ours, {done.seconds:.0f} s", flush=True)  # fmt: skip
+        return done
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        new = [part for part in pool.map(one, [part for part in wanted if part.key not in ended]) if part]
+    all_parts = list({part.key: part for part in (*before, *new)}.values())
+    write_page(all_parts, machine())
+    print(table(all_parts))
+    left = len(wanted) - sum(part.key in {p.key for p in all_parts if p.status == "ended"} for part in wanted)
+    print(f"{left} of {len(wanted)} parts are left" if left else "every part came to its end")
+    return 1 if left or any(part.ours for part in all_parts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that runs the tests under compute-sanitizer, with a stand-in for it: what it reads, keeps, and writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sanitize
+
+MEMCHECK = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 2 bytes
+=========     at void vlmk::attention_kernel<(int)64, (bool)1>(vlmk::Params)+0x3d0 in forward.cuh:12
+=========     by thread (0,0,0) in block (3,0,0)
+=========     Address 0x7f5d is out of bounds
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========
+========= Invalid __global__ write of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<(int)4>(int)+0x10
+=========     by thread (1,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACECHECK = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at _rope_fwd_kernel+0x850 in rope.py:40
+=========     and Read access at _rope_fwd_kernel+0x930 in rope.py:41 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+OWN = {"attention_kernel", "_rope_fwd_kernel"}
+
+
+def test_findings_by_kernel() -> None:
+    assert sanitize.read_log(MEMCHECK, OWN) == (2, {"attention_kernel": 1}, {"vectorized_elementwise_kernel": 1})
+    assert sanitize.read_log(RACECHECK, OWN) == (1, {"_rope_fwd_kernel": 1}, {})
+    assert sanitize.read_log("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", OWN) == (0, {}, {})
+
+
+def test_own_kernels_are_found() -> None:
+    own = sanitize.own_kernels()
+    assert {"_rope_fwd_kernel", "attention_kernel", "patch_embed_small_kernel"} <= own, sorted(own)
+
+
+def test_files_exist() -> None:
+    assert all((sanitize.ROOT / name).exists() for name in sanitize.FILES)
+
+
+def test_a_run_is_kept_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two files in parts of two tests: a finding, a part that hangs, and a second call that runs the rest alone."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"""#!/bin/sh
+log=; tests=0
+while [ $# -gt 0 ]; do
+  case "$1" in --log-file) log="$2";; *hangs*) exec sleep 30;; *::*) tests=$((tests + 1));; esac
+  shift
+done
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {tmp_path}/calls
+cat > "$log" <<'EOF'
+{MEMCHECK}EOF
+echo "$tests passed in 0.10s"
+exit 86
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    names = ["tests/test_a.py::one", "tests/test_a.py::two", "tests/test_a.py::three", "tests/test_b.py::hangs"]
+    monkeypatch.setattr(sanitize, "collect", lambda files, expression: names)
+    monkeypatch.setattr(sanitize, "own_kernels", lambda: OWN)
+    monkeypatch.setattr(sanitize, "machine", lambda: "a GPU")
+    monkeypatch.setattr(sanitize, "PAGE", tmp_path / "page.md")
+    sanitize.PAGE.write_text("before\n<!-- results -->\n<!-- end -->\nbehind\n")
+    results = tmp_path / "build" / "results.jsonl"
+    command = ["--tool", "memcheck", "--part", "2", "--part-seconds", "1", "--jobs", "1", "--results", str(results)]
+    assert sanitize.main(command) == 1
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(part["status"], part["passed"], part["ours"]) for part in found] == [
+        ("ended", 2, {"attention_kernel": 1}),
+        ("ended", 1, {"attention_kernel": 1}),
+        ("timeout", 0, {}),
+    ]
+    page = sanitize.PAGE.read_text()
+    assert "| memcheck | test_a.py | 3 | 2 | 2 | 0 | 0 |" in page and "| memcheck | test_b.py | 0 | 0 | 0 | 0 | 1 |" in page
+    assert "memcheck, `attention_kernel`: 2" in page and page.startswith("before") and page.endswith("behind\n")
+    assert (tmp_path / "calls").read_text() == "1\n1\n"
+    names[3] = "tests/test_b.py::ends"
+    assert sanitize.main(command) == 1, "a finding of ours"
+    assert (tmp_path / "calls").read_text() == "1\n1\n1\n", "what came to its end was not run again"
+    assert "every part came to its end" in capfd.readouterr().out
+
+
+def test_without_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    assert sanitize.main([]) == 2 and "comes with the CUDA toolkit" in capsys.readouterr().err
