@@ -56,7 +56,6 @@ def attention_case(inputs: AttentionInputs, more_peers: Sequence[Provider] = (),
         flops=flops,
         bytes=moved,
         dtype=q.dtype,
-        clock="replay" if backward else "device",
     )
 
 
@@ -162,7 +161,6 @@ def packed_case(inputs: PackedInputs, backward: bool = False) -> Case:
         flops=flops,
         bytes=moved,
         dtype=q.dtype,
-        clock="replay" if backward else "device",
     )
 
 

@@ -86,20 +86,10 @@ MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 
 def backward_alone(function: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], dout: torch.Tensor) -> Callable[[], Any]:
-    """The gradients of ``function`` by ``leaves``, without its forward pass: that is done once on each stream.
-
-    A backward pass runs on the stream of the forward pass, so a CUDA graph can capture it where that was called before.
-    """
-    outs: dict[torch.cuda.Stream | None, torch.Tensor] = {}
-
-    def backward() -> tuple[torch.Tensor, ...]:
-        stream = torch.cuda.current_stream(dout.device) if dout.is_cuda else None
-        if stream not in outs:
-            with torch.enable_grad():
-                outs[stream] = function()
-        return torch.autograd.grad(outs[stream], leaves, dout, retain_graph=True)
-
-    return backward
+    """The gradients of ``function`` by ``leaves``, whose forward pass is done beforehand."""
+    with torch.enable_grad():
+        out = function()
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
 def provider(

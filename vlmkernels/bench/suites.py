@@ -119,7 +119,7 @@ def _patch_embed() -> list[Workload]:
             add(f"{tower.name} batch {batch}", "fwd", tower_latency(tower, batch), GRAPH)
             add(f"{tower.name} uint8 batch {batch}", "fwd", tower_latency(tower, batch, uint8=True), GRAPH)
     for tower in (towers.CLIP_L, towers.SIGLIP):
-        add(tower.name, "bwd", tower_patch_embed(tower, direction="bwd", clock="replay"))
+        add(tower.name, "bwd", tower_patch_embed(tower, direction="bwd"))
     for tower in measured:
         add(tower.name, "fwd+bwd", tower_patch_embed(tower, direction="fwd+bwd", clock="replay"))
     for name in MIXED:

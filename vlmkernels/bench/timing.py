@@ -4,8 +4,8 @@
 On a GPU a call is timed by a pair of events on its stream. Before each call a buffer several times the size of the L2 cache
 is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
-``overhead``. What the host can't queue in that time, a step of autograd, is captured in a CUDA graph and replayed. Latency is
-that of calls back to back in one graph, as a model's layers run in it, with warm caches.
+``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. A step of autograd is captured
+in a CUDA graph and replayed. Latency is that of calls back to back in one graph, as a model's layers run in it, with warm caches.
 """
 
 import time
@@ -59,15 +59,22 @@ def captured(function: Callable[[], Any], device: torch.device, calls: int = 1) 
 
 
 class _ColdCache:
-    """Evicts a GPU's L2 cache by reading a buffer of many times its size, which leaves the host time to queue a call."""
+    """Evicts a GPU's L2 cache by reading a buffer of many times its size, which leaves the host time to queue a call.
+
+    It is read once, and again for every ``READ_MS`` that the host is known to need.
+    """
+
+    #: At 4 TB/s, and the longest that anybody waits for: a call that waits for the GPU is not queued by waiting longer.
+    READ_MS, MOST_MS = 0.12, 2.0
 
     def __init__(self, device: torch.device) -> None:
         size = max(512 << 20, 4 * int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)))
         self.buffer = torch.zeros(size // 4, device=device)
         self.result = torch.zeros((), device=device)
 
-    def __call__(self) -> None:
-        torch.sum(self.buffer, dim=0, out=self.result)
+    def __call__(self, host_ms: float) -> None:
+        for _ in range(1 + int(min(host_ms, self.MOST_MS) / self.READ_MS)):
+            torch.sum(self.buffer, dim=0, out=self.result)
 
 
 def device_times(
@@ -110,15 +117,22 @@ def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dic
 
 def _event_timer(device: torch.device, cold: bool) -> Callable[[dict[str, Callable[[], Any]], list[str]], dict[str, float]]:
     empty_cache = _ColdCache(device) if cold else None
+    host_ms: dict[str, float] = {}  # of each one's last call
 
     def once(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
         events = {}
         for name in order:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            (empty_cache or functions[name])()  # either keeps the GPU busy until the host has queued the call
+            # Either keeps the GPU busy until the host has queued the call.
+            if empty_cache is None:
+                functions[name]()
+            else:
+                empty_cache(host_ms.get(name, 0.0))
+            begin = time.perf_counter()
             start.record()
             functions[name]()
             stop.record()
+            host_ms[name] = (time.perf_counter() - begin) * 1e3
             events[name] = (start, stop)
         torch.cuda.synchronize(device)
         return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
