@@ -146,7 +146,7 @@ struct Producer {
     reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[stage] = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
-#pragma unroll
+#pragma unroll(C::kWide ? 1 : C::kPanels)  // a wide head's producer has few registers
     for (int panel = 0; panel < C::kPanels; ++panel) {
       const int at = panel * kQueries * kRowBytes;
       copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, first, head,
