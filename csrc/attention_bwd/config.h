@@ -31,7 +31,6 @@ constexpr int kMaxScoreStages = 3;
 
 struct Maps {
   CUtensorMap queries, dout, keys, values, dk, dv;
-  CUtensorMap query_ends, dout_ends;  // with Sums::kBehind
 };
 
 // A tile of keys, with all queries that see any of them, of all heads that read its head. Written
@@ -65,8 +64,7 @@ struct Schedule {
 
 // The workspace, in bytes from its beginning.
 struct Workspace {
-  int64_t sums;                   // [batch, num_heads, tiles]: see store_sums
-  int64_t query_ends, dout_ends;  // [batch, num_heads, tiles, kQueries, kEndColumns]
+  int64_t sums;    // [batch, num_heads, tiles]: see store_sums
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counter;
@@ -95,21 +93,12 @@ struct Barriers {
   __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
-// What a query adds to its scores and to dP. Read as numbers, two of them, they are a fifth of all
-// that passes through shared memory (D 64, H200), as 8 threads read alike. Up to 64 columns they
-// are further columns of Q and dO that lie apart, 16 bytes for each of the two, which keys of
-// constants multiply (KeyGroup::start_product). At 72 they lie in columns that products take along
-// anyway, as their depth is 80: the workspace has the last 16 columns of Q and dO, where they are
-// the latter 8. Wider heads have no room for either.
-enum class Sums { kNumbers, kApart, kBehind };
-constexpr Sums sums_of_width(int width) {
-  return width <= 64 ? Sums::kApart : width == 72 ? Sums::kBehind : Sums::kNumbers;
-}
-// Bytes of a query: in a table, and of each of its rows' ends.
-constexpr int sums_of_query(int width) {
-  return sums_of_width(width) == Sums::kApart ? 32 : sums_of_width(width) == Sums::kBehind ? 0 : 8;
-}
-constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
+// What a query adds to its scores and to dP: two numbers, or columns of Q and dO that lie apart, 16
+// bytes for each of the two, which keys of constants multiply (KeyGroup::start_product). Read as
+// numbers they are a fifth of all that passes through shared memory (D 64, H200), as 8 threads read
+// alike. Above 64 columns there is no room for the others.
+constexpr bool sums_in_products(int width) { return width <= 64; }
+constexpr int sums_of_query(int width) { return sums_in_products(width) ? 32 : 8; }
 
 // A number in 16-bit floats: three of them, with these weights. fp16 has neither the bits nor the
 // range for less.
@@ -127,8 +116,7 @@ struct Config {
 
   // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
   static constexpr bool kWide = kWidth > 80;
-  static constexpr Sums kSums = sums_of_width(kWidth);
-  static constexpr bool kSumsInProducts = kSums != Sums::kNumbers;
+  static constexpr bool kSumsInProducts = sums_in_products(kWidth);
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 

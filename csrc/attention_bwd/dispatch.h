@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "attention_bwd/kernel.h"
 #include "attention_bwd/rows.h"
@@ -15,7 +14,7 @@ namespace vlmk {
 namespace attention_bwd {
 
 template <typename C>
-int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps) {
+int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
   const auto encode = [&](CUtensorMap& map, const void* data, int rows, int heads, int columns,
                           int64_t stride_b, int64_t stride_s, int64_t stride_h, int tile) {
     return encode_tensor_map(map, data, C::kHalf, stride_b == 0 ? 1 : p.batch, rows, heads, columns,
@@ -38,15 +37,6 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
     return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * row, row, columns,
                   16);
   };
-  if (C::kSums == Sums::kBehind) {
-    const int rows = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries) * kQueries;
-    for (auto [map, at] :
-         {std::pair(&maps.query_ends, w.query_ends), std::pair(&maps.dout_ends, w.dout_ends)}) {
-      code = encode_tensor_map(*map, static_cast<char*>(p.workspace) + at, C::kHalf, 1, rows, 1,
-                               kEndColumns, 0, kEndColumns, kEndColumns, kQueries);
-      if (code) return code;
-    }
-  }
   code = encode_result(maps.dk, p.dk, p.dim);
   if (code) return code;
   return encode_result(maps.dv, p.dv, p.value_dim);
@@ -64,7 +54,7 @@ int run(const VlmkAttentionBwdParams& p, void* stream) {
   code = multiprocessors<attention_bwd_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
-  code = encode_maps<C>(p, w, maps);
+  code = encode_maps<C>(p, maps);
   if (code) return code;
   char* workspace = static_cast<char*>(p.workspace);
   if (p.start) {

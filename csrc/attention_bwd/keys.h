@@ -24,8 +24,6 @@ namespace attention_bwd {
 using attention::lane_index;
 using attention::release;
 
-constexpr int kKeyGroupBarrier = 2;  // and the next
-
 // Of 64 keys of a warpgroup and so many queries, what a thread has.
 template <int kRows>
 struct Scores {
@@ -66,25 +64,6 @@ struct KeyGroup {
     }
   }
 
-  // The weights of a number's parts, in a row of 8 columns of which a thread has two.
-  __device__ __forceinline__ uint32_t own_parts() const {
-    const int column = lane_index() % 4;
-    return column == 0 ? pack<T>(kParts[0], kParts[1]) : column == 1 ? pack<T>(kParts[2], 0) : 0;
-  }
-
-  // They go behind the keys, in registers, and behind the values, where nothing lies.
-  __device__ __forceinline__ void put_parts_behind() {
-    own_keys[C::kDepth / 16 - 1][2] = own_keys[C::kDepth / 16 - 1][3] = own_parts();
-    const int row = static_cast<int>(threadIdx.x) % 128;
-    if (row < 64) {
-      auto* end = reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
-                                           (kKeys + group * 64 + row) * kRowBytes);
-      end[1 ^ row % 8] = make_uint4(pack<T>(kParts[0], kParts[1]), pack<T>(kParts[2], 0), 0, 0);
-    }
-    fence_async_proxy();
-    named_wait<128>(kKeyGroupBarrier + group);
-  }
-
   // sums = the warpgroup's own rows times `rows`, both with their columns along the product, or
   // sums += ...; and, where they are kept so, the numbers of a table of the queries.
   template <bool kAdd, bool kInRegisters, int kHalf>
@@ -93,9 +72,12 @@ struct KeyGroup {
                                                 uint32_t rows, uint32_t table) {
     const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
     const uint64_t b = swizzled_descriptor(rows, 16);
-    uint32_t parts[4];
-    if (C::kSums == Sums::kApart) {
-      parts[0] = parts[1] = own_parts();
+    uint32_t parts[4];  // of 16 keys: the same 8 columns in each, and 8 of zeros
+    if (C::kSumsInProducts) {
+      const int column = lane_index() % 4;
+      parts[0] = parts[1] = column == 0   ? pack<T>(kParts[0], kParts[1])
+                            : column == 1 ? pack<T>(kParts[2], 0)
+                                          : 0;
       parts[2] = parts[3] = 0;
     }
     keep(sums);
@@ -115,7 +97,7 @@ struct KeyGroup {
                           kAdd || step > 0);
       }
     }
-    if constexpr (C::kSums == Sums::kApart) {
+    if constexpr (C::kSumsInProducts) {
       // Behind the table's 8 columns its bytes once more, for the zeros.
       mma<T, 2 * kHalf>(sums, parts, plain_descriptor(table, 0), true);
     }
@@ -387,7 +369,6 @@ struct KeyGroup {
       if (count > 0) {
         if (C::kKeysInRegisters) load_own(own_keys, at(C::keys_at(keys.stage)));
         if (C::kValuesInRegisters) load_own(own_values, at(C::values_at(keys.stage)));
-        if (C::kSums == Sums::kBehind) put_parts_behind();
       }
       attend_all(count, item.tail, item.first_key, items > 0);
       store(dv, 1, at(C::values_at(keys.stage)), maps.dv, keys.stage);
