@@ -41,18 +41,23 @@ if not ON_GPU:
         interpreter.install()
 
 
+THOROUGH = 2000
 #: A case may compile kernels, so no time is too long, and none is spent on making a case that fails smaller (5 minutes for one of
 #: attention in the interpreter). How many cases there are is said by ``examples``; the few are the same in every run.
 _ANY: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
 _ANY["phases"] = [Phase.explicit, Phase.reuse, Phase.generate]
 settings.register_profile("few", derandomize=True, **_ANY)
-settings.register_profile("thorough", max_examples=2000, **_ANY)
+settings.register_profile("thorough", max_examples=THOROUGH, **_ANY)
 settings.load_profile("few")
 
 
-def examples(few: int, thorough: int = 2000) -> settings:
+def is_thorough() -> bool:
+    return settings.default.max_examples == THOROUGH
+
+
+def examples(few: int, thorough: int = THOROUGH) -> settings:
     """How many cases a property is tested with: the first number, or the second with ``--hypothesis-profile=thorough``."""
-    return settings(max_examples=thorough if settings.default.max_examples == 2000 else few)
+    return settings(max_examples=thorough if is_thorough() else few)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many generated cases were compared, by test (``record_property("cases", n)``)."""
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
-            if name == "cases" and settings.default.max_examples == 2000:
+            if name == "cases" and is_thorough():
                 terminalreporter.write_line(f"{value} generated cases: {report.nodeid}")
 
 

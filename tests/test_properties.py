@@ -103,8 +103,8 @@ def rule_of(case: Case, output: str) -> str:
 def holds(case: Case, dtype: torch.dtype, backend: str, seed: int, layouts: list[str]) -> None:
     """The case is right on this backend, and writes nothing that is not its own. Rejected where the backend does not take it."""
     torch.manual_seed(seed)
-    rounded = {name: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) for name, x in case.inputs().items()}
-    exact = verify.evaluate(case, {n: x.double() if x.is_floating_point() else x for n, x in rounded.items()}, "reference")
+    rounded = {name: verify._to(x, DEVICE, dtype) for name, x in case.inputs().items()}
+    exact = verify.evaluate(case, {name: verify._to(x, DEVICE, torch.float64) for name, x in rounded.items()}, "reference")
     placed = {name: Placed(x, layout) for (name, x), layout in zip(rounded.items(), itertools.cycle(layouts), strict=False)}
     inputs = {name: place.tensor for name, place in placed.items()}
     with Bands() as bands:

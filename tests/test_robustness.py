@@ -51,8 +51,8 @@ def one_thread() -> Iterator[None]:
 def made(case: Case, seed: int) -> tuple[Inputs, Inputs]:
     """The inputs on the device, and the exact results."""
     torch.manual_seed(seed)
-    inputs = {name: x.to(DEVICE, DTYPE if x.is_floating_point() else x.dtype) for name, x in case.inputs().items()}
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    inputs = {name: verify._to(x, DEVICE, DTYPE) for name, x in case.inputs().items()}
+    wide = {name: verify._to(x, DEVICE, torch.float64) for name, x in inputs.items()}
     return inputs, verify.evaluate(case, wide, "reference")
 
 

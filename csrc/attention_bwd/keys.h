@@ -293,9 +293,10 @@ struct KeyGroup {
     const uint32_t flags =
         reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags;
     float2 lse[kRows / 8];
+    if constexpr (!C::kSumsInProducts) {
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i)
-      lse[i] = C::kSumsInProducts ? make_float2(0, 0) : load_pair(C::sums_at(stage), i);
+      for (int i = 0; i < kRows / 8; ++i) lse[i] = load_pair(C::sums_at(stage), i);
+    }
     mma_wait<1>();
     if (!first) end_tile(x, stage_before);
     start_dp(x, stage);

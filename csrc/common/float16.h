@@ -25,12 +25,13 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   }
 }
 
+// Of bfloat16 they are the upper halves: two instructions, where CUDA's own function takes three.
 template <typename T>
 __device__ __forceinline__ float2 to_floats(uint32_t x) {
   if constexpr (std::is_same_v<T, __half>) {
     return __half22float2(*reinterpret_cast<__half2*>(&x));
   } else {
-    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
   }
 }
 

@@ -24,17 +24,6 @@ constexpr int kAdders = 2;  // warps that add up positions, half of a stage each
 
 constexpr int kMaxRowTiles = 6;
 
-// Like to_floats, which takes three instructions for numbers of bfloat16. All that is not products
-// here consists of little else.
-template <typename Token>
-__device__ __forceinline__ float2 widened(uint32_t pair) {
-  if constexpr (std::is_same_v<Token, __half>) {
-    return vlmk::to_floats<Token>(pair);
-  } else {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-  }
-}
-
 // Copies of the rows of pixels of each row of tiles, those of one channel and of the next, and of
 // the gradient.
 struct Maps {

@@ -132,7 +132,7 @@ __device__ __forceinline__ void finish_prefix(const Job& p, int token, int panel
     const uint4 x = load_global(grad + int64_t{image} * tokens * p.dim, column < p.dim);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = widened<Token>((&x.x)[i]);
+      const float2 pair = to_floats<Token>((&x.x)[i]);
       sum[2 * i] += pair.x;
       sum[2 * i + 1] += pair.y;
     }

@@ -174,7 +174,7 @@ __device__ __forceinline__ void add_up(const Job& p, TileRing<C>& ring, const Se
           }
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            const float2 pair = widened<Token>((&x[j / 4].x)[j % 4]);
+            const float2 pair = to_floats<Token>((&x[j / 4].x)[j % 4]);
             float* own = sum[i * 4 / C::kImages] + j % 4 * 2;
             own[0] += pair.x;
             own[1] += pair.y;

@@ -78,7 +78,7 @@ struct NormRows {
       load_shared(own + stage * kStageBytes + v * 512 + kRowBytes, total);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        f(4 * v + i, widened<Token>((&grad.x)[i]), widened<Token>((&total.x)[i]));
+        f(4 * v + i, to_floats<Token>((&grad.x)[i]), to_floats<Token>((&total.x)[i]));
       }
     }
   }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(32 * kNormWarps, kNormBlocks)
       store_shared(rows.own + i * Rows::kRowBytes + v * 512, make_uint4(0, 0, 0, 0));
     }
   }
-  const auto weights = [&](int i) { return widened<Token>((&weight[i / 4].x)[i % 4]); };
+  const auto weights = [&](int i) { return to_floats<Token>((&weight[i / 4].x)[i % 4]); };
   const int64_t step = int64_t{gridDim.x} * kNormWarps;
   int64_t row = int64_t{blockIdx.x} * kNormWarps + warp;
 #pragma unroll

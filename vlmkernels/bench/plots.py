@@ -10,7 +10,7 @@ from typing import Any
 from vlmkernels.bench import need, suites
 from vlmkernels.bench.results import Report, standings
 from vlmkernels.bench.runner import MICROSECONDS, Row
-from vlmkernels.bench.workloads import OURS
+from vlmkernels.bench.workloads import OURS, Place
 
 #: The plots in the order of the report, with what they show. One without anything to show is left out.
 CHARTS = {
@@ -28,13 +28,15 @@ BLUE, RED, GREY = "#1f77b4", "#d62728", "#c7c7c7"
 def draw(report: Report) -> dict[str, bytes]:
     """A PNG for each of ``CHARTS`` that these rows give something for."""
     need("matplotlib").use("Agg")
-    found = {"standings": standings_plot(report)}
-    found |= {chart: _curves(report, chart, *axes) for chart, axes in _CURVES.items()}
-    groups = [group for group in report.groups() if _timed(group)]
+    groups = report.groups()
     places = {work.id: work.places for work in suites.workloads(*suites.SUITES)}
-    found["masks"] = _bars(report, [g for g in groups if any(p.chart == "masks" for p in places.get(g[0].id, ()))])
+    placed = [(place, group) for group in groups for place in places.get(group[0].id, ())]
+    found = {"standings": standings_plot(report)}
+    for chart, axes in _CURVES.items():
+        found[chart] = _curves(report, [(place, group) for place, group in placed if place.chart == chart], *axes)
+    found["masks"] = _bars(report, [group for place, group in placed if place.chart == "masks" and _timed(group)])
     found["roofline"] = _roofline(report)
-    found["overhead"] = _bars(report, [group for group in groups if group[0].clock in MICROSECONDS])
+    found["overhead"] = _bars(report, [group for group in groups if group[0].clock in MICROSECONDS and _timed(group)])
     return {chart: found[chart] for chart in CHARTS if found[chart]}
 
 
@@ -94,17 +96,15 @@ _CURVES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
 }
 
 
-def _curves(report: Report, chart: str, x_label: str, y_label: str, y: Callable[[Row], float | None]) -> bytes:
-    """A panel for each of the chart's panels, with a line for each provider and, for speeds, that of the ceiling."""
+def _curves(
+    report: Report, placed: Sequence[tuple[Place, list[Row]]], x_label: str, y_label: str, y: Callable[[Row], float | None]
+) -> bytes:
+    """A panel for each of a chart's panels, with a line for each provider and, for speeds, that of the ceiling."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    rows: dict[str, list[Row]] = {}
-    for row in report.rows:
-        rows.setdefault(row.id, []).append(row)
-    for work in suites.workloads(*suites.SUITES):
-        for place in work.places:
-            for row in rows.get(work.id, ()) if place.chart == chart else ():
-                if value := y(row):
-                    panels.setdefault(place.panel, {}).setdefault(row.provider, []).append((place.x, value))
+    for place, group in placed:
+        for row in group:
+            if value := y(row):
+                panels.setdefault(place.panel, {}).setdefault(row.provider, []).append((place.x, value))
     panels = {name: lines for name, lines in panels.items() if len({x for line in lines.values() for x, _ in line}) > 1}
     if not panels:
         return b""

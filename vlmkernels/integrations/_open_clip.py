@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmkernels.integrations._once import once
 from vlmkernels.integrations._read_masks import ranges_of
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
-from vlmkernels.masks import KeyRanges
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit
 from vlmkernels.nn import PatchEmbed, SelfAttention
 from vlmkernels.nn._attention import AttentionLayout
 from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
@@ -34,8 +32,7 @@ class Embeddings(Swapped):
 
     def _embeds(self, x: Tensor) -> Any:
         drops = self.training and not isinstance(self.patch_dropout, nn.Identity)
-        fits = x.dim() == 4 and tuple(x.shape[2:]) == tuple(self.image_size) and x.dtype == self.conv1.weight.dtype
-        if drops or not fits or autocast(x) or not self.untouched():
+        if drops or not images_fit(x, self.image_size, self.conv1.weight) or not self.untouched():
             return super()._embeds(x)  # type: ignore[misc]
         return self.fast(x)
 
@@ -75,24 +72,11 @@ class Attention(Swapped):
         causal = given.get("is_causal") and mask is None  # which is refused
         own = "in_proj_weight" in self._parameters  # peft puts a sum with its adapter there for a call, which is no parameter
         ours = alone and own and not drops and not causal and not autocast(query)
-        ranges = self._ranges(mask, query) if ours else "other"
+        count = query.shape[1]
+        ranges = "other" if not ours else None if mask is None else ranges_of(mask, count, count, of_torch=True)
         if isinstance(ranges, str):
             return super().forward(query, key, value, *args, **kwargs)
         return self.fast(query, ranges), None
-
-    def _ranges(self, mask: Any, query: Tensor) -> KeyRanges | str | None:
-        if mask is None:
-            return None
-        if mask.dim() != 2:
-            return "a mask for each head"
-        count = query.shape[1]
-
-        def read() -> KeyRanges | str:
-            seen = ~mask if mask.dtype == torch.bool else mask
-            return ranges_of(seen[None, None], count, count)
-
-        found: KeyRanges | str = once(mask, (count, "of torch"), read)
-        return found
 
 
 class Loss(Swapped):

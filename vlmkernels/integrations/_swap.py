@@ -8,7 +8,7 @@ goes on to ``super().forward``, and the way back is to assign the original class
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,3 +198,8 @@ def unhooked(module: nn.Module) -> bool:
 
 def autocast(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
+
+
+def images_fit(x: torch.Tensor, size: Sequence[int], weight: torch.Tensor) -> bool:
+    """Whether ``x`` are images of that height and width in the dtype of ``weight``, which no autocast changes."""
+    return x.dim() == 4 and tuple(x.shape[2:]) == tuple(size) and x.dtype == weight.dtype and not autocast(x)

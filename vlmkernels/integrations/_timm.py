@@ -11,7 +11,7 @@ from torch import nn
 
 from vlmkernels.integrations._once import once
 from vlmkernels.integrations._read_masks import ranges_of
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import AttentionPool, NaFlexPatchEmbed, PatchEmbed, SelfAttention
 from vlmkernels.nn._attention import QK_NORMS, AttentionLayout
@@ -47,8 +47,8 @@ class Patches(Swapped):
         return PatchEmbed(proj.out_channels, proj.kernel_size, layer.img_size, proj.in_channels, **arguments)
 
     def forward(self, x: Tensor) -> Any:
-        fits = x.dim() == 4 and tuple(x.shape[2:]) == tuple(self.img_size) and x.dtype == self.proj.weight.dtype
-        return self.fast(x) if fits and not autocast(x) and self.untouched() else super().forward(x)
+        fits = images_fit(x, self.img_size, self.proj.weight)
+        return self.fast(x) if fits and self.untouched() else super().forward(x)
 
 
 class NaFlexPatches(Swapped):

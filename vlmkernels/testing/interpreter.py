@@ -6,8 +6,8 @@ them, and adds, multiplies and compares the bit patterns themselves: a bfloat16 
 garbage. ``install`` widens the operands of every floating-point instruction to float32 and rounds its result to nearest even,
 which is what a GPU does to a single instruction. It also mends two things that Triton 3.6 does and 3.9 doesn't: ``range`` up to
 a run-time value fails under numpy 2.4, and ``tl.maximum`` and ``tl.minimum`` return NaN where one operand is NaN (a GPU
-returns the other operand). And it leaves out work without a
-result, which was more than half of the time of the tests of attention.
+returns the other operand). And it leaves out work without a result, which was more than half of the time of the tests of
+attention.
 """
 
 import dataclasses
