@@ -54,11 +54,12 @@ def test_gradients(shape, dtype, mask, device):
 
 @pytest.mark.parametrize("keys", [1, 64, 65, 127, 128, 129, 257, 400])
 @pytest.mark.parametrize("queries", [129, 191, 192, 193, 257, 321])
-def test_lengths(queries, keys, device):
+@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 128])
+def test_lengths(dim, queries, keys, device):
     # The weight of an only key is 1, whatever its logit: dQ and dK are zero, as dP - delta is.
-    terms = 0.2 * 64**0.5 if keys == 1 else 0.0
+    terms = 0.2 * dim**0.5 if keys == 1 else 0.0
     for batch in (1, 66):
-        check(make_qkv((batch, 2, 2, queries, keys, 64, 64), torch.bfloat16, device), terms=terms)
+        check(make_qkv((batch, 2, 2, queries, keys, dim, dim), torch.bfloat16, device), terms=terms)
 
 
 @pytest.mark.parametrize("dim", range(8, 136, 8))

@@ -35,8 +35,8 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   const int64_t of_tile = int64_t{kQueries} * width * 4;
   const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
   s.tiles_of_head = ceil_div(p.num_keys, kKeys);
-  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / 2,
-             "more than 2^30 tiles");
+  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / kQueries,
+             "more than 2^30 tiles of keys, or 2^31 queries of all heads");
   s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
   s.whole = takes_whole_heads(p, count, of_head);
   VLMK_CHECK(s.whole || !p.deterministic,
@@ -53,7 +53,11 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
     return begin;
   };
   const int64_t ranges = p.range_stride_b ? p.batch : 1;
-  w.sums = take(heads * num_tiles * kQueries * sums_of_query(width));
+  const Sums sums = sums_of(width, s.whole);
+  w.sums = take(heads * num_tiles * kQueries * bytes_of_query(sums));
+  const int64_t ends = sums == Sums::kBehind ? heads * num_tiles * kQueries : 0;
+  w.query_ends = take(ends * kEndBytes);
+  w.dout_ends = take(ends * kEndBytes);
   w.ranges = take(ranges * num_tiles * kQueries * 8);
   w.q_bounds = take(p.start ? ranges * num_tiles * 16 : 0);
   w.k_bounds = take(p.start ? ranges * ceil_div(p.num_keys, VLMK_TILE) * 16 : 0);

@@ -31,6 +31,7 @@ constexpr int kMaxScoreStages = 3;
 
 struct Maps {
   CUtensorMap queries, dout, keys, values, dk, dv;
+  CUtensorMap query_ends, dout_ends;  // with Sums::kBehind
 };
 
 // A tile of keys, with all queries that see any of them, of all heads that read its head. Written
@@ -64,7 +65,8 @@ struct Schedule {
 
 // The workspace, in bytes from its beginning.
 struct Workspace {
-  int64_t sums;    // [batch, num_heads, tiles]: see store_sums
+  int64_t sums;                   // [batch, num_heads, tiles]: see store_sums
+  int64_t query_ends, dout_ends;  // [batch, num_heads, tiles, kQueries, kEndColumns]
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counter;
@@ -93,19 +95,29 @@ struct Barriers {
   __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
-// What a query adds to its scores and to dP: two numbers, or columns of Q and dO that lie apart, 16
-// bytes for each of the two, which keys of constants multiply (KeyGroup::start_product). Read as
-// numbers they are a fifth of all that passes through shared memory (D 64, H200), as 8 threads read
-// alike. Above 64 columns there is no room for the others.
-constexpr bool sums_in_products(int width) { return width <= 64; }
-constexpr int sums_of_query(int width) { return sums_in_products(width) ? 32 : 8; }
+// What a query adds to its scores and to dP. Read as numbers, two of them, they are a fifth of all
+// that passes through shared memory (D 64, H200), as 8 threads read alike. Up to 64 columns they
+// are further columns of Q and dO that lie apart, 16 bytes for each of the two, which keys of
+// constants multiply (KeyGroup::start_product). At 72 they lie in columns that products take along
+// anyway, as their depth is 80: the workspace has the last 16 columns of Q and dO, where they are
+// the latter 8. That takes 3.17 instead of 3.63 ms where blocks share heads (4096 tokens, H200),
+// but 0.78 instead of 0.74 where each has whole ones (729). Wider heads have no room for either.
+enum class Sums { kNumbers, kApart, kBehind };
+constexpr Sums sums_of(int width, bool whole_heads) {
+  return width <= 64 ? Sums::kApart : width == 72 && !whole_heads ? Sums::kBehind : Sums::kNumbers;
+}
+// Bytes of a query: in a table, and of each of its rows' ends.
+constexpr int bytes_of_query(Sums sums) {
+  return sums == Sums::kApart ? 32 : sums == Sums::kBehind ? 0 : 8;
+}
+constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
 
 // A number in 16-bit floats: three of them, with these weights. fp16 has neither the bits nor the
 // range for less.
 __device__ constexpr float kParts[] = {32768, 1, 1.f / 4096};
 constexpr float kLargest = 65504;  // of fp16
 
-template <typename T, int kWidth_>
+template <typename T, int kWidth_, Sums kSums_>
 struct Config {
   using Element = T;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
@@ -115,8 +127,9 @@ struct Config {
   static_assert(kWidth <= kMaxWidth);
 
   // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
-  static constexpr bool kWide = kWidth > 80;
-  static constexpr bool kSumsInProducts = sums_in_products(kWidth);
+  static constexpr bool kWide = kWidth > 88;
+  static constexpr Sums kSums = kSums_;
+  static constexpr bool kSumsInProducts = kSums != Sums::kNumbers;
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 
@@ -124,7 +137,7 @@ struct Config {
   // launched with: whoever asks for more than that waits for ever.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
   static constexpr int kProducerRegisters = kWide ? 24 : 32;
-  static constexpr int kQueryRegisters = kWide ? 0 : kWidth <= 72 ? 64 : 72;
+  static constexpr int kQueryRegisters = kWide ? 0 : kWidth <= 72 ? 64 : kWidth <= 80 ? 72 : 80;
   static constexpr int kKeyRegisters =
       (kRegisters - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
 
@@ -137,7 +150,7 @@ struct Config {
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
   static constexpr int kScoreStages = 2;
-  static constexpr int kSumsBytes = kQueries * sums_of_query(kWidth), kRangesBytes = kQueries * 8;
+  static constexpr int kSumsBytes = kQueries * bytes_of_query(kSums), kRangesBytes = kQueries * 8;
   static constexpr int kTablesBytes = kSumsBytes + kRangesBytes;
   static constexpr int kStageBytes = 2 * kQueriesBytes + kTablesBytes;
   // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
@@ -172,7 +185,7 @@ struct Config {
 
 // The width of the variant that takes heads of so many columns.
 constexpr int width_for(int columns) {
-  return columns <= 64 ? 64 : columns <= 80 ? ceil_div(columns, 8) * 8 : columns <= 96 ? 96 : 128;
+  return columns <= 64 ? 64 : columns <= 88 ? ceil_div(columns, 8) * 8 : columns <= 96 ? 96 : 128;
 }
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);

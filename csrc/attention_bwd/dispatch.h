@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "attention_bwd/kernel.h"
 #include "attention_bwd/rows.h"
@@ -14,7 +15,7 @@ namespace vlmk {
 namespace attention_bwd {
 
 template <typename C>
-int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
+int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps) {
   const auto encode = [&](CUtensorMap& map, const void* data, int rows, int heads, int columns,
                           int64_t stride_b, int64_t stride_s, int64_t stride_h, int tile) {
     return encode_tensor_map(map, data, C::kHalf, stride_b == 0 ? 1 : p.batch, rows, heads, columns,
@@ -37,24 +38,27 @@ int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
     return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * row, row, columns,
                   16);
   };
+  if (C::kSums == Sums::kBehind) {
+    const int rows = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries) * kQueries;
+    for (auto [map, at] :
+         {std::pair(&maps.query_ends, w.query_ends), std::pair(&maps.dout_ends, w.dout_ends)}) {
+      code = encode_tensor_map(*map, static_cast<char*>(p.workspace) + at, C::kHalf, 1, rows, 1,
+                               kEndColumns, 0, kEndColumns, kEndColumns, kQueries);
+      if (code) return code;
+    }
+  }
   code = encode_result(maps.dk, p.dk, p.dim);
   if (code) return code;
   return encode_result(maps.dv, p.dv, p.value_dim);
 }
 
 template <typename C>
-int run(const VlmkAttentionBwdParams& p, void* stream) {
-  Schedule s;
-  Workspace w;
-  int code = lay_out(p, s, w);
-  if (code) return code;
-  VLMK_CHECK(p.workspace && p.workspace_bytes >= w.bytes, "a workspace of %lld bytes, wanted %lld",
-             static_cast<long long>(p.workspace_bytes), static_cast<long long>(w.bytes));
+int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, void* stream) {
   int count = 0;
-  code = multiprocessors<attention_bwd_kernel<C>, C::kSharedBytes>(count);
+  int code = multiprocessors<attention_bwd_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
-  code = encode_maps<C>(p, maps);
+  code = encode_maps<C>(p, w, maps);
   if (code) return code;
   char* workspace = static_cast<char*>(p.workspace);
   if (p.start) {
@@ -84,19 +88,36 @@ int run(const VlmkAttentionBwdParams& p, void* stream) {
                 stream, p, w);
 }
 
+template <typename T, int kWidth>
+int run_width(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w,
+              void* stream) {
+  if constexpr (sums_of(kWidth, true) != sums_of(kWidth, false)) {
+    if (s.whole) return run<Config<T, kWidth, sums_of(kWidth, true)>>(p, s, w, stream);
+  }
+  return run<Config<T, kWidth, sums_of(kWidth, false)>>(p, s, w, stream);
+}
+
 template <typename T>
 int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
+  Schedule s;
+  Workspace w;
+  const int code = lay_out(p, s, w);
+  if (code) return code;
+  VLMK_CHECK(p.workspace && p.workspace_bytes >= w.bytes, "a workspace of %lld bytes, wanted %lld",
+             static_cast<long long>(p.workspace_bytes), static_cast<long long>(w.bytes));
   switch (width_for(std::max(p.dim, p.value_dim))) {
     case 64:
-      return run<Config<T, 64>>(p, stream);
+      return run_width<T, 64>(p, s, w, stream);
     case 72:
-      return run<Config<T, 72>>(p, stream);
+      return run_width<T, 72>(p, s, w, stream);
     case 80:
-      return run<Config<T, 80>>(p, stream);
+      return run_width<T, 80>(p, s, w, stream);
+    case 88:
+      return run_width<T, 88>(p, s, w, stream);
     case 96:
-      return run<Config<T, 96>>(p, stream);
+      return run_width<T, 96>(p, s, w, stream);
     default:
-      return run<Config<T, kMaxWidth>>(p, stream);
+      return run_width<T, kMaxWidth>(p, s, w, stream);
   }
 }
 

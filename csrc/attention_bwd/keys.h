@@ -24,6 +24,8 @@ namespace attention_bwd {
 using attention::lane_index;
 using attention::release;
 
+constexpr int kKeyGroupBarrier = 2;  // and the next
+
 // Of 64 keys of a warpgroup and so many queries, what a thread has.
 template <int kRows>
 struct Scores {
@@ -64,6 +66,25 @@ struct KeyGroup {
     }
   }
 
+  // The weights of a number's parts, in a row of 8 columns of which a thread has two.
+  __device__ __forceinline__ uint32_t own_parts() const {
+    const int column = lane_index() % 4;
+    return column == 0 ? pack<T>(kParts[0], kParts[1]) : column == 1 ? pack<T>(kParts[2], 0) : 0;
+  }
+
+  // They go behind the keys, in registers, and behind the values, where nothing lies.
+  __device__ __forceinline__ void put_parts_behind() {
+    own_keys[C::kDepth / 16 - 1][2] = own_keys[C::kDepth / 16 - 1][3] = own_parts();
+    const int row = static_cast<int>(threadIdx.x) % 128;
+    if (row < 64) {
+      auto* end = reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
+                                           (kKeys + group * 64 + row) * kRowBytes);
+      end[1 ^ row % 8] = make_uint4(pack<T>(kParts[0], kParts[1]), pack<T>(kParts[2], 0), 0, 0);
+    }
+    fence_async_proxy();
+    named_wait<128>(kKeyGroupBarrier + group);
+  }
+
   // sums = the warpgroup's own rows times `rows`, both with their columns along the product, or
   // sums += ...; and, where they are kept so, the numbers of a table of the queries.
   template <bool kAdd, bool kInRegisters, int kHalf>
@@ -72,12 +93,9 @@ struct KeyGroup {
                                                 uint32_t rows, uint32_t table) {
     const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
     const uint64_t b = swizzled_descriptor(rows, 16);
-    uint32_t parts[4];  // of 16 keys: the same 8 columns in each, and 8 of zeros
-    if (C::kSumsInProducts) {
-      const int column = lane_index() % 4;
-      parts[0] = parts[1] = column == 0   ? pack<T>(kParts[0], kParts[1])
-                            : column == 1 ? pack<T>(kParts[2], 0)
-                                          : 0;
+    uint32_t parts[4];
+    if (C::kSums == Sums::kApart) {
+      parts[0] = parts[1] = own_parts();
       parts[2] = parts[3] = 0;
     }
     keep(sums);
@@ -97,7 +115,7 @@ struct KeyGroup {
                           kAdd || step > 0);
       }
     }
-    if constexpr (C::kSumsInProducts) {
+    if constexpr (C::kSums == Sums::kApart) {
       // Behind the table's 8 columns its bytes once more, for the zeros.
       mma<T, 2 * kHalf>(sums, parts, plain_descriptor(table, 0), true);
     }
@@ -229,8 +247,8 @@ struct KeyGroup {
   // values were, or which is kept for that. The copy goes on until store_wait_read().
   __device__ __forceinline__ void store(const float (&sums)[C::kWidth / 2], float scale,
                                         uint32_t tile, const CUtensorMap& map, int stage) {
-    const int lane = lane_index();
-    const int first = group * 64 + attention::thread_again() % 128 / 32 * 16;
+    const int thread = attention::thread_again(), lane = thread % 32;
+    const int first = group * 64 + thread % 128 / 32 * 16;
     const uint32_t rows = tile + first * kRowBytes;
     const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
@@ -331,6 +349,32 @@ struct KeyGroup {
     end_tile(x, stage);
   }
 
+  // Whether all keys of this warpgroup lie behind the last, as of 257 = 2 x 128 + 1. Then it stands
+  // aside, and what it gives to dQ is zero.
+  __device__ __forceinline__ bool beyond(const Item& item) const {
+    return item.first_key + group * 64 >= p.num_keys;
+  }
+
+  __device__ __forceinline__ void stand_aside(int tiles, bool after_other) {
+    if (after_other) end_item(keys.stage ^ 1);
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      barrier_wait(barriers.queries_full(queries.stage), queries.parity);
+      barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
+      const uint32_t half = at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
+#pragma unroll
+      for (int at = thread * 16; at < kQueries * kRowBytes; at += 128 * 16) {
+        store_shared(half + at, make_uint4(0, 0, 0, 0));
+      }
+      fence_async_proxy();
+      release(barriers.scores_full(buffer.stage));
+      buffer.advance();
+      release(barriers.queries_empty(queries.stage));
+      queries.advance();
+    }
+  }
+
   __device__ __forceinline__ const Item& item_at(int stage) const {
     return reinterpret_cast<const Item*>(shared + C::kItemsAt)[stage];
   }
@@ -370,8 +414,13 @@ struct KeyGroup {
       if (count > 0) {
         if (C::kKeysInRegisters) load_own(own_keys, at(C::keys_at(keys.stage)));
         if (C::kValuesInRegisters) load_own(own_values, at(C::values_at(keys.stage)));
+        if (C::kSums == Sums::kBehind) put_parts_behind();
       }
-      attend_all(count, item.tail, item.first_key, items > 0);
+      if (beyond(item)) {
+        stand_aside(count * (p.num_heads / p.num_kv_heads), items > 0);
+      } else {
+        attend_all(count, item.tail, item.first_key, items > 0);
+      }
       store(dv, 1, at(C::values_at(keys.stage)), maps.dv, keys.stage);
       if (!C::kStaged) wait_for_queries();
       store(dk, p.scale, at(C::kStaged ? C::kStagingAt : C::keys_at(keys.stage)), maps.dk,

@@ -146,21 +146,29 @@ struct Producer {
     reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[stage] = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
-#pragma unroll(C::kWide ? 1 : C::kPanels)  // a wide head's producer has few registers
-    for (int panel = 0; panel < C::kPanels; ++panel) {
+    constexpr bool kEnds = C::kSums == Sums::kBehind;  // the second panel
+#pragma unroll(C::kWide ? 1 : C::kPanels)              // a wide head's producer has few registers
+    for (int panel = 0; panel < C::kPanels - kEnds; ++panel) {
       const int at = panel * kQueries * kRowBytes;
       copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, first, head,
                 p.q_stride_b ? item.batch : 0, barrier);
       copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * kPanel, first, head,
                 p.dout_stride_b ? item.batch : 0, barrier);
     }
+    if (kEnds) {
+      const int at = kQueries * kRowBytes, end = (row * num_tiles + of_head) * kQueries;
+      copy_tile(base + C::queries_at(stage) + at, maps.query_ends, 0, end, 0, 0, barrier);
+      copy_tile(base + C::dout_at(stage) + at, maps.dout_ends, 0, end, 0, 0, barrier);
+    }
     const int64_t range_row = p.range_stride_b ? item.batch : 0;
     copy_from_global(base + C::ranges_at(stage),
                      place(workspace.ranges + (range_row * num_tiles + of_head) * C::kRangesBytes),
                      C::kRangesBytes, barrier);
-    copy_from_global(base + C::sums_at(stage),
-                     place(workspace.sums + (int64_t{row} * num_tiles + of_head) * C::kSumsBytes),
-                     C::kSumsBytes, barrier);
+    if (C::kSumsBytes) {
+      copy_from_global(base + C::sums_at(stage),
+                       place(workspace.sums + (int64_t{row} * num_tiles + of_head) * C::kSumsBytes),
+                       C::kSumsBytes, barrier);
+    }
   }
 
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {

@@ -41,33 +41,51 @@ __device__ __forceinline__ void split(float x, float (&parts)[3]) {
   }
 }
 
+// A row of 8 columns with a number in three parts.
+template <typename T>
+__device__ __forceinline__ uint4 columns_of(float x) {
+  float parts[3];
+  split<T>(x, parts);
+  return make_uint4(pack<T>(parts[0], parts[1]), pack<T>(parts[2], 0), 0, 0);
+}
+
 // Of a query its log-sum-exp with its sign changed, and what is added to its dP, which is
 // dlse - sum(dout * out). One that sees nothing has a log-sum-exp there that makes its weights
 // zero, and so have those behind the last. As numbers, two queries stand together: two
-// log-sum-exps, in units of log2, then two of the other. As columns of Q and dO, all log-sum-exps
-// of the tile come first, in units of the scores.
+// log-sum-exps, in units of log2, then two of the other. As columns they are in units of the
+// scores; apart from Q and dO, all log-sum-exps of the tile come first.
 template <typename C>
-__device__ __forceinline__ void store_sums(char* table, int row, float lse, float of_dp,
-                                           float scale) {
-  if constexpr (!C::kSumsInProducts) {
-    float* entry = reinterpret_cast<float*>(table) + row / 2 * 4 + row % 2;
-    entry[0] = lse == -INFINITY ? -INFINITY : -lse * attention::kLog2E;
+__device__ __forceinline__ void store_sums(const VlmkAttentionBwdParams& p, const Workspace& w,
+                                           int row, float lse, float of_dp) {
+  using T = typename C::Element;
+  char* workspace = static_cast<char*>(p.workspace);
+  const bool sees = lse != -INFINITY;
+  if constexpr (C::kSums == Sums::kNumbers) {
+    auto* entry =
+        reinterpret_cast<float*>(workspace + w.sums + blockIdx.x * int64_t{C::kSumsBytes}) +
+        row / 2 * 4 + row % 2;
+    entry[0] = sees ? -lse * attention::kLog2E : -INFINITY;
     entry[2] = of_dp;
+    return;
+  }
+  const uint4 of_scores = columns_of<T>(sees ? -lse / p.scale : -kLargest * kParts[0]);
+  if constexpr (C::kSums == Sums::kApart) {
+    auto* table =
+        reinterpret_cast<uint4*>(workspace + w.sums + blockIdx.x * int64_t{C::kSumsBytes});
+    table[row] = of_scores;
+    table[kQueries + row] = columns_of<T>(of_dp);
   } else {
-    using T = typename C::Element;
-    float a[3] = {-kLargest, 0, 0}, b[3];
-    if (lse != -INFINITY) split<T>(-lse / scale, a);
-    split<T>(of_dp, b);
-    auto* rows = reinterpret_cast<uint4*>(table);
-    rows[row] = make_uint4(pack<T>(a[0], a[1]), pack<T>(a[2], 0), 0, 0);
-    rows[kQueries + row] = make_uint4(pack<T>(b[0], b[1]), pack<T>(b[2], 0), 0, 0);
+    const int64_t end = 2 * (blockIdx.x * int64_t{kQueries} + row) + 1;
+    reinterpret_cast<uint4*>(workspace + w.query_ends)[end] = of_scores;
+    reinterpret_cast<uint4*>(workspace + w.dout_ends)[end] = columns_of<T>(of_dp);
   }
 }
 
 template <typename C>
-__device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, int batch, int head,
-                                             int tile, char* table) {
+__device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, const Workspace& w,
+                                             int batch, int head, int tile) {
   using T = typename C::Element;
+  char* workspace = static_cast<char*>(p.workspace);
   constexpr int kLanes = C::kWidth <= 64 ? 8 : 16;  // of a row
   constexpr int kStep = kRowThreads / kLanes, kSteps = kQueries / kStep;
   const int chunk = static_cast<int>(threadIdx.x) % kLanes;
@@ -95,7 +113,15 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, in
     if (chunk == 0) {
       const bool there = query < p.num_queries;
       const float lse = there ? p.lse[of_row] : -INFINITY;
-      store_sums<C>(table, row, lse, (there && p.dlse ? p.dlse[of_row] : 0) - delta, p.scale);
+      store_sums<C>(p, w, row, lse, (there && p.dlse ? p.dlse[of_row] : 0) - delta);
+    }
+    if (C::kSums == Sums::kBehind && chunk == kPanel / 8) {  // the 8 columns before those
+      const int64_t end = 2 * (blockIdx.x * int64_t{kQueries} + row);
+      const auto* q = static_cast<const T*>(p.q) + batch * p.q_stride_b + head * p.q_stride_h;
+      const bool there = query < p.num_queries && kPanel < p.dim;
+      reinterpret_cast<uint4*>(workspace + w.query_ends)[end] =
+          load_global(q + query * p.q_stride_s + kPanel, there);
+      reinterpret_cast<uint4*>(workspace + w.dout_ends)[end] = x[step];
     }
   }
 }
@@ -126,7 +152,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
   const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
   char* workspace = static_cast<char*>(p.workspace);
-  prepare_sums<C>(p, batch, head, tile, workspace + w.sums + blockIdx.x * int64_t{C::kSumsBytes});
+  prepare_sums<C>(p, w, batch, head, tile);
   if (head == 0 && threadIdx.x < kQueries && (batch == 0 || p.range_stride_b)) {
     const int row = static_cast<int>(threadIdx.x);
     const int2 seen = attention::cut(p, attention::range_of_query(p, batch, tile * kQueries + row));
