@@ -390,7 +390,8 @@ def test_workloads_have_distinct_names(suite: str) -> None:
 
 
 @pytest.mark.gpu
-def test_smoke_and_overhead_on_the_gpu(device: torch.device) -> None:
+def test_smoke_and_overhead_on_the_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "IMPORTS", 1)
     with use_backend(""):
         rows, _ = runner.run(suites.workloads("smoke", "overhead"), device, CEILINGS, Options(compile=False, budget_ms=1.0))
     ours = [row for row in rows if row.provider == OURS]

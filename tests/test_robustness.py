@@ -128,12 +128,15 @@ def test_no_leak_in_ten_thousand_calls(name: str) -> None:
 
     for _ in range(100):
         verify.evaluate(case, inputs, BACKEND)
-    before, free = in_use(), torch.cuda.mem_get_info()[0]
-    for _ in range(10_000):
-        verify.evaluate(case, inputs, BACKEND)
+    before, taken = in_use(), []
+    for _ in range(5):
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(2_000):
+            verify.evaluate(case, inputs, BACKEND)
+        taken.append(free - torch.cuda.mem_get_info()[0])
     assert in_use() == before
-    # What no cache of torch's knows; other processes of this GPU may take some.
-    assert free - torch.cuda.mem_get_info()[0] < 64 << 20
+    # What no cache of torch's knows: a leak takes some each time, other processes of this GPU now and then.
+    assert min(taken) < 8 << 20, taken
 
 
 class NoMemory(RuntimeError):

@@ -44,6 +44,16 @@ def test_files_exist() -> None:
     assert all((sanitize.ROOT / name).exists() for name in sanitize.FILES)
 
 
+def test_a_sample_is_from_all_over_a_file() -> None:
+    tests = [f"tests/test_a.py::{i}" for i in range(10)] + ["tests/test_b.py::0"]
+    parts = list(sanitize.parts_of("memcheck", tests, size=3, sample=4))
+    assert [part.tests for part in parts] == [
+        [f"tests/test_a.py::{i}" for i in (0, 2, 5)],
+        ["tests/test_a.py::7"],
+        ["tests/test_b.py::0"],
+    ]
+
+
 def test_a_run_is_kept_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two files in parts of two tests: a finding, a part that hangs, and a second call that runs the rest alone."""
     tool = tmp_path / "compute-sanitizer"
