@@ -42,11 +42,13 @@ OPTIONS = {"initcheck": ["--unwritten"]}
 FINDINGS_EXIT = 86
 #: What every line of the tools begins with.
 PREFIX = "========= "
+#: Before a function's name in C++, and how much is kept of the first finding of a kernel.
+SPACES, SHOWN = r"(?:\w+::|\(anonymous namespace\)::|<unnamed>::)*", 1200
 
 
 @dataclass
 class Part:
-    """Some tests of a file under one tool, and what came of them. ``ours`` and ``others``: findings by kernel."""
+    """Some tests of a file under one tool, and what came of them: findings by kernel, ``ours`` and ``others``, and the first."""
 
     tool: str
     file: str
@@ -57,6 +59,7 @@ class Part:
     findings: int = 0
     ours: dict[str, int] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -71,20 +74,24 @@ def own_kernels() -> set[str]:
     return set(re.findall(r"\b(\w+_kernel)\b", cuda)) | set(re.findall(r"def (\w+_kernel)\(", triton))
 
 
-def read_log(log: str, own: set[str]) -> tuple[int, Counter[str], Counter[str]]:
-    """How many findings a tool's log counts, and those that it shows by kernel: of ours, and of others."""
+def read_log(log: str, own: set[str]) -> tuple[int, Counter[str], Counter[str], dict[str, str]]:
+    """How many findings a tool's log counts, those by kernel, of ours and of others, and the first of each kernel."""
     total = sum(map(int, re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", log)))
     ours: Counter[str] = Counter()
     others: Counter[str] = Counter()
+    shown: dict[str, str] = {}
     # A finding begins with one space and goes on with several; racecheck names the kernel in its first line.
     for block in re.split(rf"\n(?={PREFIX}\S)", log):
         first = re.match(rf"{PREFIX}(?!COMPUTE-SANITIZER|\w+ SUMMARY|Target application|Process)(\S.*)", block)
         if first is None:
             continue
-        name = re.search(r"\bat (?:void )?(?:\w+::|\(anonymous namespace\)::|<unnamed>::)*(\w+)", block)
-        kernel = name[1] if name else first[1][:60]
-        (ours if kernel in own else others)[kernel] += 1
-    return total, ours, others
+        # A function that the compiler put inside the kernel comes first, the kernel last. A call of the API has neither.
+        device = block.partition("Saved host backtrace")[0]
+        frames = re.findall(rf"(?:\bat|Device Frame:) (?:void )?(?!0x)({SPACES})(\w+)", device)
+        space, name = frames[-1] if frames else ("", first[1][:60])
+        (ours if name in own or space.startswith("vlmk::") else others)[name] += 1
+        shown.setdefault(name, block[:SHOWN])
+    return total, ours, others, shown
 
 
 def parts_of(tool: str, tests: Iterable[str], size: int, sample: int | None = None) -> Iterator[Part]:
@@ -137,10 +144,10 @@ def run_part(part: Part, sanitizer: str, limit: float, own: set[str]) -> Part:
             if part.status == "crashed" or part.failed:
                 print(f"{part.tool} {part.file}: {done.stdout[-1500:]}{done.stderr[-500:]}", file=sys.stderr)
         text = log.read_text(errors="replace") if log.exists() else ""
-        part.findings, ours, others = read_log(text, own)
+        part.findings, ours, others, part.shown = read_log(text, own)
         part.ours, part.others = dict(ours), dict(others)
-        if ours:
-            print(text[:4000], file=sys.stderr)
+        for kernel in ours:
+            print(part.shown[kernel], file=sys.stderr)
     part.seconds = round(time.monotonic() - started, 1)
     return part
 

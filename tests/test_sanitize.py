@@ -9,30 +9,43 @@ import sanitize
 
 MEMCHECK = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 2 bytes
-=========     at void vlmk::attention_kernel<(int)64, (bool)1>(vlmk::Params)+0x3d0 in forward.cuh:12
+=========     at void vlmk::mma<(int)64>(float (&)[32])+0x3d0 in wgmma.h:12
 =========     by thread (0,0,0) in block (3,0,0)
-=========     Address 0x7f5d is out of bounds
+=========     Access to 0x7f5d00000402 is out of bounds
+=========     and is 3 bytes after the nearest allocation at 0x7f5d00000000 of size 1,024 bytes
+=========         Device Frame: void vlmk::attention_kernel<(int)64, (bool)1>(vlmk::Params)+0x3d0 in forward.cuh:12
 =========     Saved host backtrace up to driver entry point at kernel launch time
 =========
 ========= Invalid __global__ write of size 4 bytes
 =========     at void at::native::vectorized_elementwise_kernel<(int)4>(int)+0x10
 =========     by thread (1,0,0) in block (0,0,0)
 =========
-========= ERROR SUMMARY: 2 errors
+========= Program hit CUDA_ERROR_LAUNCH_FAILED (error 719) due to "unspecified launch failure" on CUDA API call to cuMemFree_v2.
+=========     Saved host backtrace up to driver entry point at error
+=========         Host Frame: torch::free() [0x10] in libtorch.so
+=========
+========= ERROR SUMMARY: 3 errors
 """
 RACECHECK = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at _rope_fwd_kernel+0x850 in rope.py:40
 =========     and Read access at _rope_fwd_kernel+0x930 in rope.py:41 [32 hazards]
 =========
-========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+========= Error: Race reported between Write access at void vlmk::attention::Consumer<float>::store(int)+0x850 in consumer.h:40
+=========     and Read access at void vlmk::attention::Consumer<float>::load(int)+0x930 in consumer.h:41 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
 """
 OWN = {"attention_kernel", "_rope_fwd_kernel"}
 
 
 def test_findings_by_kernel() -> None:
-    assert sanitize.read_log(MEMCHECK, OWN) == (2, {"attention_kernel": 1}, {"vectorized_elementwise_kernel": 1})
-    assert sanitize.read_log(RACECHECK, OWN) == (1, {"_rope_fwd_kernel": 1}, {})
-    assert sanitize.read_log("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", OWN) == (0, {}, {})
+    """Also where a function of ours stands for its kernel, and a call of the API for none."""
+    total, ours, others, shown = sanitize.read_log(MEMCHECK, OWN)
+    call = 'Program hit CUDA_ERROR_LAUNCH_FAILED (error 719) due to "uns'
+    assert (total, ours, others) == (3, {"attention_kernel": 1}, {"vectorized_elementwise_kernel": 1, call: 1})
+    assert "3 bytes after the nearest allocation" in shown["attention_kernel"]
+    assert sanitize.read_log(RACECHECK, OWN)[:3] == (2, {"_rope_fwd_kernel": 1, "Consumer": 1}, {})
+    assert sanitize.read_log("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", OWN) == (0, {}, {}, {})
 
 
 def test_own_kernels_are_found() -> None:
@@ -87,7 +100,7 @@ exit 86
         ("timeout", 0, {}),
     ]
     page = sanitize.PAGE.read_text()
-    assert "| memcheck | test_a.py | 3 | 2 | 2 | 0 | 0 |" in page and "| memcheck | test_b.py | 0 | 0 | 0 | 0 | 1 |" in page
+    assert "| memcheck | test_a.py | 3 | 2 | 4 | 0 | 0 |" in page and "| memcheck | test_b.py | 0 | 0 | 0 | 0 | 1 |" in page
     assert "memcheck, `attention_kernel`: 2" in page and page.startswith("before") and page.endswith("behind\n")
     assert (tmp_path / "calls").read_text() == "1\n1\n"
     names[3] = "tests/test_b.py::ends"

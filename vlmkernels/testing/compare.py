@@ -70,18 +70,19 @@ def compare(got: torch.Tensor, exact: torch.Tensor, rule: str, *, terms: float =
         return _different(rule, bound, _where("value", got != exact))
     exact = exact.double()
     got, rounded = got.double(), exact.to(dtype).double()
-    for what, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-        if note := _where(what, test(got) != test(rounded)):
-            return _different(rule, bound, note)
+    # A GPU is waited for twice, here and for the numbers at the end.
+    other = torch.stack([test(got) != test(rounded) for test in (torch.isnan, torch.isposinf, torch.isneginf)])
+    if other.any():
+        return _different(rule, bound, next(filter(None, map(_where, ("NaN", "+inf", "-inf"), other))))
     finite = torch.isfinite(rounded)
     if rule == "exact":
         return _different(rule, bound, _where("value", (got != rounded) & finite))
-    if not finite.any():
-        return Comparison(rule, 0.0, bound, 0.0, 0.0)
+    if got.numel() == 0:
+        return _different(rule, bound, "")
     eps = torch.finfo(dtype).eps
     off = torch.where(finite, got - exact, 0.0)
     exact = torch.where(finite, exact, 0.0)
-    count = finite.sum()
+    count = finite.sum().clamp(min=1)
     rms = (exact.square().sum() / count).sqrt()
     # A result that its dtype holds exactly (zeros, small integers) has no rounding error, and the rounding of values of all
     # magnitudes is 0.2 eps of their RMS: a little less stands in for it.
@@ -91,10 +92,10 @@ def compare(got: torch.Tensor, exact: torch.Tensor, rule: str, *, terms: float =
     around = exact.abs() + rms + terms + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0.0)
     unit = (eps * around).clamp(min=eps * torch.finfo(dtype).smallest_normal)  # no dtype is finer than its subnormal numbers
     peaks = off.abs() / unit
-    ratio = 0.0 if error == 0.0 else (error / floor).item()
-    peak = peaks.max().item()
+    numbers = torch.stack([torch.where(error == 0.0, 0.0, error / floor), error, floor, peaks.max()])
+    ratio, rms_error, rms_floor, peak = numbers.tolist()
     note = _where("peak", peaks == peak) if peak > PEAK * bound else ""
-    return Comparison(rule, ratio, bound, error.item(), floor.item(), peak, note)
+    return Comparison(rule, ratio, bound, rms_error, rms_floor, peak, note)
 
 
 def _where(what: str, differ: torch.Tensor) -> str:
