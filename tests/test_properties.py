@@ -127,40 +127,39 @@ def holds(case: Case, dtype: torch.dtype, backend: str, seed: int, layouts: list
     assert bands.intact, "something was written beside a tensor that was allocated"
 
 
-#: What a backend is tested in. The interpreter takes a second for most cases, and 9 for one of positions.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.bfloat16, torch.float16)}
-if not ON_GPU:
-    DTYPES["triton"] = (torch.bfloat16,)
-
-
+HALVES = (torch.bfloat16, torch.float16)
 #: A property is tested in so many parts, so that several processes share its cases.
 PARTS = 8 if is_thorough() else 1
 
 
-def property_of(*ops: str, few: int, dtypes: tuple[torch.dtype, ...] = verify.DTYPES) -> Callable[..., Any]:
+def property_of(
+    *ops: str, few: int, dtypes: tuple[torch.dtype, ...] = verify.DTYPES, cuda: tuple[torch.dtype, ...] = HALVES
+) -> Callable[..., Any]:
     """Test a function that draws a case, for a backend and a dtype by ``draw``, on each of both that run ``ops`` here.
 
-    A thorough test draws ``THOROUGH`` cases for the first backend, the one that a call gets, and a tenth of that for another:
-    Triton compiles for most of the cases.
+    CUDA takes fewer dtypes, and Triton's interpreter is given one: it takes a second for most cases, and 9 for one of positions.
+
+    A thorough test draws ``THOROUGH`` cases for a backend. Triton compiles for most of its cases: where another backend comes
+    first, a tenth.
     """
+    fewer = {"cuda": cuda} | ({} if ON_GPU else {"triton": (torch.bfloat16,)})
 
     def decorate(draw_case: Callable[[str, torch.dtype, Draw], Case]) -> Callable[..., None]:
         pairs = [
             (backend, dtype)
             for backend in runnable(*ops)
             for dtype in dtypes
-            if backend != "reference" and dtype in DTYPES.get(backend, verify.DTYPES)
+            if backend != "reference" and dtype in fewer.get(backend, dtypes)
         ]
-        first = pairs[0][0]
-        tests = PARTS * sum(backend == first for backend, _ in pairs)
+        backends = [backend for backend, _ in pairs]
         name = draw_case.__name__.removeprefix("test_")
 
         @pytest.mark.parametrize("part", range(PARTS))
         @pytest.mark.parametrize("backend, dtype", pairs, ids=lambda x: str(x).removeprefix("torch."))
         def test(backend: str, dtype: torch.dtype, part: int, record_property: Callable[[str, object], None]) -> None:
-            compared = 0
+            compared, part_of = 0, PARTS * backends.count(backend) * (10 if backend == "triton" != backends[0] else 1)
 
-            @examples(few, -(-THOROUGH // tests // (1 if backend == first else 10)))
+            @examples(few, -(-THOROUGH // part_of))
             @given(st.data(), st.integers(0, 2**31), st.lists(st.sampled_from(LAYOUTS), min_size=9, max_size=9))
             def run(data: Any, seed: int, layouts: list[str]) -> None:
                 nonlocal compared
@@ -259,7 +258,7 @@ def _patch_embed(
     side = patch[-1] if isinstance(patch, tuple) else patch
     layout = draw(of(*layouts))
     rows = layout == "rows"
-    size = 0 if rows else draw(sides or st.integers(3 * side, 6 * side))
+    size = 0 if rows else draw(st.integers(3 * side, 6 * side) if sides is None else sides)
     return verify._patch_embed_case(
         "generated",
         patch,
@@ -311,7 +310,7 @@ def test_pos_embed(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     return dataclasses.replace(case, rule="gemm") if dtype == torch.float32 else case
 
 
-@property_of("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd", few=3)
+@property_of("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd", few=3, cuda=(torch.bfloat16,))
 def test_contrastive(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Both losses, with as many texts as images or more, normalised here or before."""
     loss = draw(of(clip_loss, siglip_loss))

@@ -2,6 +2,7 @@
 """What a long run meets: many threads and streams at once, ten thousand calls, no memory left, a GPU of another generation."""
 
 import gc
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -110,10 +111,10 @@ def test_calls_leave_nothing_behind(name: str) -> None:
 
     repeat()
     repeat()
-    tensors, blocks = repeat()
-    tensors_after, blocks_after = repeat()
-    assert tensors_after == tensors
-    assert blocks_after - blocks < calls / 2
+    tensors, blocks = zip(*(repeat() for _ in range(4)), strict=True)
+    assert len(set(tensors)) == 1
+    # A leak is in each of them. One of contrastive had 75 blocks more (H200, torch 2.11).
+    assert min(after - before for before, after in itertools.pairwise(blocks)) < calls / 2, blocks
 
 
 @pytest.mark.gpu
