@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,17 +133,22 @@ def run_part(part: Part, sanitizer: str, limit: float, own: set[str]) -> Part:
         ]
         command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPTIONS.get(part.tool, []), *part.tests]
         environment = {**os.environ, **NO_CACHE.get(part.tool, {})}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=max(1.0, limit))
+            out, errors = process.communicate(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and pytest, which the tool started
+            process.communicate()
             part.status = "timeout"
         else:
             # pytest's last line tells whether it came to its end, whatever the tool made of the exit status.
-            counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-400:])}
+            counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", out[-400:])}
             part.passed, part.failed = counts.get("passed", 0), counts.get("failed", 0) + counts.get("error", 0)
-            part.status = "ended" if re.search(r"\b(passed|failed|skipped)\b.* in [\d.]+s", done.stdout[-400:]) else "crashed"
+            part.status = "ended" if re.search(r"\b(passed|failed|skipped)\b.* in [\d.]+s", out[-400:]) else "crashed"
             if part.status == "crashed" or part.failed:
-                print(f"{part.tool} {part.file}: {done.stdout[-1500:]}{done.stderr[-500:]}", file=sys.stderr)
+                print(f"{part.tool} {part.file}: {out[-1500:]}{errors[-500:]}", file=sys.stderr)
         text = log.read_text(errors="replace") if log.exists() else ""
         part.findings, ours, others, part.shown = read_log(text, own)
         part.ours, part.others = dict(ours), dict(others)
