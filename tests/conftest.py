@@ -26,6 +26,11 @@ ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
+# Tests are small, and there may be a process for each core: with one thread the losses of three models take 12 s of a CPU instead
+# of 28, as two mostly wait for each other (2 cores). Processes that tests start get it from the variable.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if not ON_GPU:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise RuntimeError("Triton was imported before tests/conftest.py could set TRITON_INTERPRET=1")
@@ -122,7 +127,7 @@ needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 def run_two_ranks(script: str, folder: Path, **variables: str) -> None:
     """Two processes run a script of this folder, with their rank, 2 and a file to meet at; both must succeed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "VLMKERNELS_BACKEND": "torch", "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": path, "VLMKERNELS_BACKEND": "torch", **variables}
     command = [sys.executable, str(ROOT / "tests" / script)]
     ranks = [
         subprocess.Popen([*command, str(rank), "2", str(folder / "store")], stderr=subprocess.PIPE, text=True, env=environment)

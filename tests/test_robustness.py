@@ -40,15 +40,6 @@ def unwritten_outputs_show() -> None:
     """Off: it replaces functions of torch for the time of a call, and here calls overlap."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of torch's own: two, on two cores that somebody else uses too, take six times as long for these small calls."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def made(case: Case, seed: int) -> tuple[Inputs, Inputs]:
     """The inputs on the device, and the exact results."""
     torch.manual_seed(seed)
