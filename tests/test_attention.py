@@ -22,7 +22,7 @@ DTYPES = [torch.float32, *HALF]
 # B, H, Hk, Sq, Sk, D, Dv
 SHAPES = {
     "self-S65-D32": (2, 2, 2, 65, 65, 32, 32),
-    "gqa-S70x130-D64": (1, 4, 2, 70, 130, 64, 64),
+    "gqa-S40x100-D64": (1, 4, 2, 40, 100, 64, 64),
     "mqa-S130x40-D16-Dv8": (1, 3, 1, 130, 40, 16, 8),
     "qformer-S32x77-D24-Dv40": (2, 1, 1, 32, 77, 24, 40),
 }
@@ -97,9 +97,10 @@ def check(inputs: list[torch.Tensor], ranges: KeyRanges | None, backend: str, **
         assert result, f"{name}: {result}"
 
 
+# The interpreter takes 2 s for most, and has no other code for fp16 than for bf16: scale and softcap are tested in both.
 @portable
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_attention(backend, shape, dtype, mask, device):
     inputs = make_qkv(shape, dtype, device)
