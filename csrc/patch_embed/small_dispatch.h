@@ -21,8 +21,9 @@ int embed_at_once(const VlmkPatchEmbedParams& p, void* stream, bool& done) {
   const int row_bytes = p.grid_x * C::kRowBytes, pieces = ceil_div(row_bytes, 16);
   const int segments = 1 + ceil_div(C::kPatches - 1, p.grid_x);
   if (C::kPatch == 14 && 15 + segments * (pieces * 16 - row_bytes) > C::kPadding) return 0;
-  // The statistics of a row come from one cluster, with no column outside the row.
-  if (C::kNormed && (p.dim % C::kColumns || groups > kMaxColumnGroups)) return 0;
+  // The statistics of a row come from one cluster, with no column outside the row. A block that is
+  // alone would send them to itself, where memcheck sees no cluster and ends the process.
+  if (C::kNormed && (p.dim % C::kColumns || groups == 1 || groups > kMaxColumnGroups)) return 0;
   const int cluster = C::kNormed ? groups : 1;
   int most = 0, processors = 0;
   int code = active_clusters<patch_embed_small_kernel<C>, kThreads, C::kSharedBytes>(cluster, most);
