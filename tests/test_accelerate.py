@@ -6,6 +6,7 @@ import pickle
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 import transformers as hf
 from accelerate_parity import check, count_calls, make, originals, run, tower
 from conftest import DEVICE
-from hf_models import CASES, NO_DROPOUT, TOWER
+from hf_models import CASES, IMAGE, NO_DROPOUT, TOWER
 from nn_parity import quick_backend
 from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from vlmkernels import accelerate, restore
 from vlmkernels.integrations._layers import REPLACEMENTS
@@ -200,6 +202,12 @@ def test_what_does_not_fit_is_left_with_the_reason() -> None:
     report = accelerate(former)
     assert not report.replaced
     assert [row.reason for row in report.left if row.layer == "Blip2QFormerEncoder"] == ["its activation is relu"]
+    siglip = hf.SiglipVisionModel(hf.SiglipVisionConfig(**TOWER, **IMAGE, hidden_act="relu"))
+    reasons = {row.layer: row.reason for row in accelerate(siglip).left}
+    assert reasons["SiglipMultiheadAttentionPoolingHead"] == "its activation is relu"
+    assert reasons["SiglipMLP"] == "its activation is ReLU, not the GELU with tanh"
+    gated = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=64, intermediate_size=90, hidden_act="relu"))
+    assert [row.reason for row in accelerate(gated).left if row.layer == "Qwen2_5_VLMLP"] == ["its activation is ReLU"]
     model, _ = tower()
     model.embeddings.forward = model.embeddings.forward
     model.encoder.layers[0].self_attn.q_proj = nn.Linear(64, 32)

@@ -241,11 +241,14 @@ def refusals() -> dict[str, tuple[str, dict]]:
         "k-batch": ("k: got", dict(q=x, k=x.expand(2, -1, -1, -1), v=x)),
         "v-length": ("v: got", dict(q=x, k=x, v=x[:, :3])),
         "heads": ("k: got", dict(q=x, k=x.repeat(1, 1, 2, 1)[:, :, :3], v=x.repeat(1, 1, 2, 1)[:, :, :3])),
+        "no channels": ("q: got a head dimension of 0", dict(q=x[..., :0], k=x[..., :0], v=x)),
+        "no values": ("v: got a head dimension of 0", dict(q=x, k=x, v=x[..., :0])),
         "dtype": ("q: got", dict(q=x.int(), k=x.int(), v=x.int())),
         "mixed": ("v: got", dict(q=x, k=x, v=x.double())),
         "strides": ("q: got", dict(q=x.transpose(2, 3).contiguous().transpose(2, 3), k=x, v=x)),
         "softcap": ("softcap: got", dict(q=x, k=x, v=x, softcap=-1.0)),
         "ranges": ("ranges: got", dict(q=x, k=x, v=x, ranges=range5)),
+        "ranges elsewhere": ("ranges: got on meta, wanted on q's cpu", dict(q=x, k=x, v=x, ranges=range4.to("meta"))),
         "backend": ("backend: got", dict(q=x, k=x, v=x, ranges=range4, backend="numpy")),
     }
 

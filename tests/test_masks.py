@@ -375,6 +375,12 @@ def test_is_a_pytree() -> None:
 
 
 INT32 = torch.zeros(1, 2, dtype=torch.int32)
+
+
+def int32(*rows: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor([row], dtype=torch.int32) for row in rows]
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dtype": (lambda: KeyRanges(INT32.long(), INT32), r"start: got torch.int64 of shape \(1, 2\), wanted torch.int32 of shape"),
     "rank": (lambda: KeyRanges(INT32, INT32[0]), r"stop: got torch.int32 of shape \(2,\)"),
@@ -384,12 +390,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "and, queries": (lambda: KeyRanges.full(2) & KeyRanges.full(3), r"other: got ranges of shape \(1, 3\)"),
     "and, batch": (lambda: KeyRanges.full(2).expand(2) & KeyRanges.full(2).expand(3), r"other: .* wanted a match for \(2, 2\)"),
     "and, device": (lambda: KeyRanges.full(2) & KeyRanges.full(2, device="meta"), "other: got ranges on meta"),
+    "or, apart": (
+        lambda: KeyRanges(*int32([0, 0], [2, 1])) | KeyRanges(*int32([2, 3], [4, 4])),
+        r"other: got keys \(3, 4\) for keys \(0, 1\) of batch 0, query 1, wanted ranges that overlap or touch",
+    ),
     "expand": (lambda: KeyRanges.full(2).expand(2).expand(3), "batch: got 3, wanted 2"),
     "index": (lambda: KeyRanges.full(2)[0], "queries: got 0, wanted a slice"),
     "window": (lambda: KeyRanges.causal(2, window=0), "window: got 0, wanted at least 1"),
     "windows": (lambda: KeyRanges.windows(0, 4), "window: got 0, wanted at least 1"),
     "rule": (lambda: KeyRanges.image_text(INT32, window_rule="x"), "window_rule: got 'x', wanted one of window_outside"),
     "types and ids": (lambda: KeyRanges.image_text(INT32, image_ids=INT32), "token_types, image_ids: got both or none"),
+    "no tensor of types": (lambda: KeyRanges.image_text([[0]]), "token_types: got a list, wanted a 2-D integer tensor"),
     "float types": (lambda: KeyRanges.image_text(INT32.float()), "token_types: got torch.float32"),
     "prefix": (lambda: KeyRanges.prefix_lm(2, INT32), r"prefix: got torch.int32 of shape \(1, 2\)"),
     "offset": (lambda: KeyRanges.causal(2, offset=INT32[0].float()), "offset: got torch.float32"),

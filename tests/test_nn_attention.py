@@ -356,6 +356,7 @@ def test_attention_dropout_cannot_train() -> None:
         (lambda: SelfAttention(C, H, layout="no such"), "layout"),
         (lambda: SelfAttention(C, H, qk_norm="batch"), "qk_norm"),
         (lambda: CrossAttention(C, H, layout="timm"), "layout"),
+        (lambda: CrossAttention(C, H, context_dim=C + 1, layout="timm"), "layout"),
         (lambda: AttentionLayout((), "out"), "projections"),
         (lambda: SelfAttention(C, H)(torch.zeros(1, 2, C + 1)), "x"),
         (lambda: SelfAttention(C, H)(torch.zeros(1, 1, 2, C)), "x"),

@@ -372,6 +372,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "weight columns": ("weight", lambda t: {"weight": t["weight"].flatten(1)[:, :-1]}),
     "int32 pixels": ("pixels", lambda t: {"pixels": t["pixels"].int()}),
     "3-D pixels": ("pixels", lambda t: {"pixels": t["pixels"][0]}),
+    "pixels elsewhere": ("pixels", lambda t: {"pixels": t["pixels"].to("meta")}),
     "four channels": ("pixels", lambda t: {"pixels": t["pixels"][:, :1].expand(-1, 4, -1, -1)}),
     "channels elsewhere": ("pixels", lambda t: {"layout": "channels_last"}),
     "image below a patch": ("pixels", lambda t: {"pixels": t["pixels"][:, :, :13]}),

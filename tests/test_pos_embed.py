@@ -280,6 +280,7 @@ def test_refusals(device: torch.device) -> None:
         ("grids: got", (table, grids[0], 16), {}),
         ("grids: got", (table, grids[:, :1], 16), {}),
         ("grids: got", (table, grids.float(), 16), {}),
+        ("grids: got device meta", (table, grids.to("meta"), 16), {}),
         ("layout: got", (table, grids, 16), {"layout": "ragged"}),
         ("padding: got", (table, grids, 16), {"padding": "last"}),
         ("padding: got", (table, grids, 16), {"padding": "first"}),

@@ -134,6 +134,9 @@ def test_refusals(device: torch.device) -> None:
         tile_bounds(ranges, -1)
     with pytest.raises(ValueError, match=r"num_keys: got 2147483584, wanted"):
         tile_bounds(ranges, 2**31 - 64)
+    long = ranges.start[:1, :1].expand(1, 2**31)
+    with pytest.raises(ValueError, match=r"ranges.start: got 2147483648 queries, wanted at most 2147483583"):
+        tile_bounds(KeyRanges(long, long), 10)
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -112,8 +112,6 @@ class ProjectedAttention(SideBySide):
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         names = self.layout.projections
-        if len(names) == 1 and context_dim != embed_dim:
-            raise bad_argument("layout", f"a fused {names[0]}", "separate projections where context_dim differs from embed_dim")
         kv = (num_kv_heads, num_kv_heads)
         splits = {1: ((num_heads, *kv),), 2: ((num_heads,), kv), 3: ((num_heads,), kv[:1], kv[1:])}[len(names)]
         # For each input projection, the first of the queries and the others of the context: its name, the heads of its parts.
