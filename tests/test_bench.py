@@ -374,13 +374,13 @@ def test_overhead_workloads_are_right() -> None:
 
 
 def test_overhead_that_a_cpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "IMPORTS", 2)
+    monkeypatch.setattr(runner, "IMPORTS", 1)
     work = [work for work in suites.workloads("overhead") if not work.gpu_only]
     rows = {row.clock: row for row in runner.run(work, CPU, CEILINGS, FAST)[0] if row.provider == OURS}
     assert set(rows) == {"host", "import"} and all(row.status == "ok" for row in rows.values()), rows
     # A call takes microseconds, an import a part of a second; a busy machine makes either longer.
     assert rows["host"].ms is not None and 0.001 < rows["host"].ms < 10
-    assert rows["import"].ms is not None and 5 < rows["import"].ms < 10000 and rows["import"].samples == 2
+    assert rows["import"].ms is not None and 5 < rows["import"].ms < 10000 and rows["import"].samples == 1
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)

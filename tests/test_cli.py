@@ -59,7 +59,9 @@ def test_verify_passes_and_writes_json(capsys: pytest.CaptureFixture[str], tmp_p
 
 def test_verify_fails_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plant(monkeypatch, "patch_embed_fwd")
-    assert main(["verify", "--device", "cpu", "--op", "patch_embed", "--backend", "torch"]) == 1
+    assert (
+        main(["verify", "--device", "cpu", "--op", "patch_embed", "--backend", "torch", "--case", "CLIP", "--case", "ViT"]) == 1
+    )
     out = capsys.readouterr().out
     assert "wrong " in out and "BAD" in out and " 0 bad" not in out
 
