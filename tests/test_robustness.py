@@ -2,7 +2,6 @@
 """What a long run meets: many threads and streams at once, ten thousand calls, no memory left, a GPU of another generation."""
 
 import gc
-import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -102,10 +101,14 @@ def test_calls_leave_nothing_behind(name: str) -> None:
 
     repeat()
     repeat()
-    tensors, blocks = zip(*(repeat() for _ in range(4)), strict=True)
-    assert len(set(tensors)) == 1
-    # A leak is in each of them. One of contrastive had 75 blocks more (H200, torch 2.11).
-    assert min(after - before for before, after in itertools.pairwise(blocks)) < calls / 2, blocks
+    tensors, blocks = repeat()
+    grown = []
+    while len(grown) < 3 and (not grown or grown[-1] >= calls / 2):
+        before, (tensors_after, blocks) = blocks, repeat()
+        assert tensors_after == tensors
+        grown.append(blocks - before)
+    # A leak is in each of them: one of contrastive had 75 once, and less when it was run again (H200, torch 2.11).
+    assert min(grown) < calls / 2, grown
 
 
 @pytest.mark.gpu
