@@ -12,7 +12,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerLayer
 
 from vlmkernels import KeyRanges
-from vlmkernels.nn import QFormerLayer
+from vlmkernels.nn import QFormerLayer, qformer
+from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
 B, Q, T, C, H, INNER, KEYS, WIDTH = 2, 6, 5, 48, 3, 80, 17, 40
@@ -133,6 +134,44 @@ def test_module_behaviour(device: torch.device) -> None:
         return layer(x, ranges, context, None, Q)
 
     check_module(ours(), call, randn(B, Q + T, C), randn(B, KEYS, WIDTH), zero_gradients=ZERO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "calls"), [(1, 4), (B, 4), (40, 0), (200, 1)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_with_what_follows_them(batch: int, calls: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel where nothing learns: for few rows sum and norm too, for many GELU alone. Hooked layers run by themselves."""
+    made: list[str] = []
+
+    def noted(name: str) -> None:
+        call = getattr(qformer, name)
+
+        def run(*arguments: Any, **more: Any) -> Tensor:
+            made.append(name)
+            return call(*arguments, **more)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(qformer, name, run)
+
+    layer = randomize(ours(text=False)).eval().to("cuda", torch.bfloat16)
+    x, context = randn(batch, Q, C).to("cuda", torch.bfloat16), randn(batch, KEYS, WIDTH).to("cuda", torch.bfloat16)
+    call = torch.compile(layer, dynamic=False) if compiled else layer
+    if not compiled:
+        noted("linear_gelu")
+        noted("linear_add_norm")
+    with torch.no_grad():
+        got = call(x, None, context, None, Q)
+    assert compiled or len(made) == calls
+    wide = ours(text=False).eval().to("cuda", torch.float64)
+    wide.load_state_dict(layer.state_dict())
+    assert compare(got, wide(x.double(), None, context.double(), None, Q), "model")
+    made.clear()
+    layer.intermediate_query.dense.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        layer(x, None, context, None, Q)
+    assert "linear_gelu" not in made
+    made.clear()
+    layer(x, None, context, None, Q).sum().backward()
+    assert not made
 
 
 def test_refusals() -> None:

@@ -60,14 +60,19 @@ class TanhFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first, second = (getattr(self, name) for name in self.names)
-        y: torch.Tensor = second(_fused(x, first) if _fits(x, first) else F.gelu(first(x), approximate="tanh"))
+        fused = inference(x, first) and not torch.compiler.is_compiling()
+        y: torch.Tensor = second(_fused(x, first) if fused else F.gelu(first(x), approximate="tanh"))
         return y
 
 
-def _fits(x: torch.Tensor, first: nn.Linear) -> bool:
-    learns = torch.is_grad_enabled() and (x.requires_grad or first.weight.requires_grad)
-    watched = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and plain(first) and not learns and not watched
+def inference(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether this linear layer, and the LayerNorm behind it, may be one kernel: in 16 bit on a GPU, where neither learns."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type) or learns:
+        return False
+    kinds = zip(layers, (nn.Linear, nn.LayerNorm), strict=False)
+    return all(parameter.dtype == x.dtype for parameter in parameters) and all(plain(layer, kind) for layer, kind in kinds)
 
 
 def _fused(x: torch.Tensor, first: nn.Linear) -> torch.Tensor:

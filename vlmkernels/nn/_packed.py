@@ -20,10 +20,10 @@ def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor
     return packed_linear(x, weights, [] if biases[0] is None else biases)
 
 
-def plain(m: nn.Module) -> bool:
-    """Whether ``m`` is torch's own linear layer and nobody waits for a call of it."""
+def plain(m: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether ``m`` is torch's own layer of this kind and nobody waits for a call of it."""
     hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return type(m) is nn.Linear and not hooked
+    return type(m) is kind and not hooked
 
 
 class SideBySide(nn.Module):

@@ -30,6 +30,7 @@ from vlmkernels.backends.triton._patch_embed_cut import (
     multiprocessors,
     written,
 )
+from vlmkernels.backends.triton._product import product_tile
 from vlmkernels.backends.triton._still import fold
 
 
@@ -76,20 +77,9 @@ def _patch_embed_gemm_kernel(
         first_m = tile // tiles_n * BLOCK_M
         first_n = tile % tiles_n * BLOCK_N
         offs_m = first_m + tl.arange(0, BLOCK_M)
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for first_k in range(0, K, BLOCK_K):
-            if USE_TMA:
-                a = a_src.load([first_m, first_k])
-                w = w_src.load([first_n, first_k])
-            else:
-                offs_k = first_k + tl.arange(0, BLOCK_K)
-                a_rows = a_src + offs_m.to(tl.int64)[:, None] * stride_am
-                w_rows = w_src + offs_n.to(tl.int64)[:, None] * stride_wd
-                mask_k = (offs_k < K)[None, :]
-                a = tl.load(a_rows + offs_k[None, :], mask=(offs_m < M)[:, None] & mask_k, other=0.0)
-                w = tl.load(w_rows + offs_k[None, :], mask=(offs_n < D)[:, None] & mask_k, other=0.0)
-            acc = tl.dot(a, w.T, acc, input_precision="ieee")
+        acc = product_tile(
+            a_src, w_src, M, stride_am, stride_wd, first_m, first_n, 0, K, D, K, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
 
         # The image and the patch of each row. A division by row costs more than the additions that the tile's epilogue does.
         n = first_m % n_patches + tl.arange(0, BLOCK_M)
