@@ -16,7 +16,9 @@ import torch
 
 from vlmkernels.bench import Unavailable, need, photos
 
-SEED = 0
+#: Of the weights. With the seed of the inputs, 0, a GPU drew both from one stream of numbers: 768 image tokens were 50 times the
+#: rows of a weight, and the gradient of the queries' weight was 4.4 floors off in every implementation instead of 2.6 (H200).
+SEED = 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlmkernels.ops._op import BACKENDS
 from vlmkernels.testing import interpreter
 from vlmkernels.verify import Check, verify
 
-OPERATORS = ("attention", "contrastive", "patch_embed", "pos_embed", "rope", "tile_bounds")
+OPERATORS = ("attention", "contrastive", "linear", "patch_embed", "pos_embed", "rope", "tile_bounds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
