@@ -136,6 +136,28 @@ def test_module_behaviour(device: torch.device) -> None:
     check_module(ours(), call, randn(B, Q + T, C), randn(B, KEYS, WIDTH), zero_gradients=ZERO)
 
 
+@pytest.mark.parametrize(("few", "many", "nodes"), [(64, 1024, ["add_norm", "add_norm", "gelu", "add_norm"]), (0, 1, ["gelu"])])
+def test_compiled_graphs_have_them(few: int, many: int, nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a break, as if the tensors were on a Hopper GPU."""
+    found: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        found.extend(
+            name for node in graph.graph.nodes for name in ("gelu", "add_norm") if f"linear_{name}_fwd" in str(node.target)
+        )
+        return graph.forward
+
+    monkeypatch.setattr(qformer, "inference", lambda x, *layers: True)
+    monkeypatch.setattr(qformer, "_FEW", few)
+    monkeypatch.setattr(qformer, "_MANY", many)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    layer = randomize(ours(text=False)).eval().requires_grad_(False)
+    x, context = randn(B, Q, C), randn(B, KEYS, WIDTH)
+    got = torch.compile(layer, backend=compiler, fullgraph=True, dynamic=False)(x, None, context, None, Q)
+    assert found == nodes
+    assert compare(got, layer.double()(x.double(), None, context.double(), None, Q), "model")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "calls"), [(1, 4), (B, 4), (40, 0), (200, 1)])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -154,7 +176,7 @@ def test_products_with_what_follows_them(batch: int, calls: int, compiled: bool,
 
     layer = randomize(ours(text=False)).eval().to("cuda", torch.bfloat16)
     x, context = randn(batch, Q, C).to("cuda", torch.bfloat16), randn(batch, KEYS, WIDTH).to("cuda", torch.bfloat16)
-    call = torch.compile(layer, dynamic=False) if compiled else layer
+    call = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
     if not compiled:
         noted("linear_gelu")
         noted("linear_add_norm")

@@ -25,6 +25,7 @@ def _rows(x: torch.Tensor) -> int:
     return x.shape[:-1].numel()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks while it traces
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
