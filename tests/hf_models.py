@@ -37,21 +37,31 @@ def ids(*shape: int) -> torch.Tensor:
     return torch.randint(5, 50, shape)
 
 
+def layers(prefix: str, layer: str, count: int) -> dict[str, int]:
+    """A tower's: around attention and feed-forward, and those."""
+    return dict.fromkeys((f"{prefix}{layer}", f"{prefix}Attention", f"{prefix}MLP"), count)
+
+
 def vit() -> Case:
     model = hf.ViTModel(hf.ViTConfig(**TOWER, **IMAGE))
-    return Case(model, {"pixel_values": pixels()}, ("last_hidden_state",), {"ViTEmbeddings": 1, "ViTAttention": 2})
+    return Case(model, {"pixel_values": pixels()}, ("last_hidden_state",), {"ViTEmbeddings": 1, **layers("ViT", "Layer", 2)})
 
 
 def clip() -> Case:
     model = hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config={**TOWER, **IMAGE}, projection_dim=32))
     inputs = {"input_ids": ids(3, 7), "pixel_values": pixels()}
-    return Case(model, inputs, ("image_embeds", "text_embeds"), {"CLIPVisionEmbeddings": 1, "CLIPAttention": 4, "CLIPModel": 1})
+    return Case(
+        model,
+        inputs,
+        ("image_embeds", "text_embeds"),
+        {"CLIPVisionEmbeddings": 1, **layers("CLIP", "EncoderLayer", 4), "CLIPModel": 1},
+    )
 
 
 def siglip() -> Case:
     model = hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(3, 7), "pixel_values": pixels()}
-    replaced = {"SiglipVisionEmbeddings": 1, "SiglipAttention": 4, "SiglipMLP": 4, "SiglipModel": 1}
+    replaced = {"SiglipVisionEmbeddings": 1, **layers("Siglip", "EncoderLayer", 4), "SiglipModel": 1}
     replaced["SiglipMultiheadAttentionPoolingHead"] = 1
     return Case(model, inputs, ("image_embeds", "text_embeds"), replaced)
 
@@ -61,7 +71,7 @@ def siglip2() -> Case:
     mask = torch.ones(2, 12, dtype=torch.int32)
     inputs = {"pixel_values": torch.randn(2, 12, 48), "pixel_attention_mask": mask}
     inputs["spatial_shapes"] = torch.tensor([[3, 4], [2, 6]])
-    replaced = {"Siglip2VisionEmbeddings": 1, "Siglip2Attention": 2, "Siglip2MLP": 2}
+    replaced = {"Siglip2VisionEmbeddings": 1, **layers("Siglip2", "EncoderLayer", 2)}
     replaced["Siglip2MultiheadAttentionPoolingHead"] = 1
     return Case(model, inputs, ("last_hidden_state", "pooler_output"), replaced)
 
@@ -73,7 +83,7 @@ def blip2() -> Case:
         vision_config={**TOWER, **IMAGE}, qformer_config=former, text_config=text, num_query_tokens=6, image_token_index=55
     )
     tokens = torch.cat((torch.full((2, 6), 55), ids(2, 5)), dim=1)
-    replaced = {"Blip2VisionEmbeddings": 1, "Blip2Attention": 2, "Blip2QFormerEncoder": 1, "OPTAttention": 2}
+    replaced = {"Blip2VisionEmbeddings": 1, **layers("Blip2", "EncoderLayer", 2), "Blip2QFormerEncoder": 1, "OPTAttention": 2}
     model = hf.Blip2ForConditionalGeneration(config)
     return Case(model, {"pixel_values": pixels(), "input_ids": tokens}, ("logits",), replaced)
 
@@ -85,7 +95,7 @@ def instructblip() -> Case:
         vision_config={**TOWER, **IMAGE}, qformer_config=former, text_config=text, num_query_tokens=6, image_token_index=55
     )
     tokens = torch.cat((torch.full((2, 6), 55), ids(2, 5)), dim=1)
-    replaced = {"InstructBlipVisionEmbeddings": 1, "InstructBlipAttention": 2, "InstructBlipQFormerEncoder": 1}
+    replaced = {"InstructBlipVisionEmbeddings": 1, **layers("InstructBlip", "EncoderLayer", 2), "InstructBlipQFormerEncoder": 1}
     replaced["OPTAttention"] = 2
     inputs = {"pixel_values": pixels(), "input_ids": tokens, "qformer_input_ids": ids(2, 4)}
     return Case(hf.InstructBlipForConditionalGeneration(config), inputs, ("logits",), replaced)
@@ -93,13 +103,19 @@ def instructblip() -> Case:
 
 def blip() -> Case:
     model = hf.BlipVisionModel(hf.BlipVisionConfig(**TOWER, **IMAGE))
-    return Case(model, {"pixel_values": pixels()}, ("last_hidden_state",), {"BlipVisionEmbeddings": 1, "BlipAttention": 2})
+    return Case(
+        model,
+        {"pixel_values": pixels()},
+        ("last_hidden_state",),
+        {"BlipVisionEmbeddings": 1, **layers("Blip", "EncoderLayer", 2)},
+    )
 
 
 def git() -> Case:
     model = hf.GitModel(hf.GitConfig(**TEXT, **NO_DROPOUT, vision_config={**TOWER, **IMAGE}))
     inputs = {"input_ids": ids(2, 7), "pixel_values": pixels()}
-    return Case(model, inputs, ("last_hidden_state",), {"GitVisionEmbeddings": 1, "GitVisionAttention": 2, "GitSelfAttention": 2})
+    replaced = {"GitVisionEmbeddings": 1, **layers("GitVision", "EncoderLayer", 2), "GitSelfAttention": 2, "GitIntermediate": 2}
+    return Case(model, inputs, ("last_hidden_state",), replaced)
 
 
 def kosmos2() -> Case:
@@ -109,7 +125,7 @@ def kosmos2() -> Case:
     where = torch.zeros(2, 10, dtype=torch.long)
     where[:, 1:7] = 1
     inputs = {"pixel_values": pixels(), "input_ids": ids(2, 10), "image_embeds_position_mask": where}
-    replaced = {"Kosmos2VisionEmbeddings": 1, "Kosmos2VisionAttention": 2, "Kosmos2ImageToTextProjection": 1}
+    replaced = {"Kosmos2VisionEmbeddings": 1, **layers("Kosmos2Vision", "EncoderLayer", 2), "Kosmos2ImageToTextProjection": 1}
     return Case(model, inputs, ("last_hidden_state",), replaced)
 
 
@@ -126,7 +142,7 @@ def idefics() -> Case:
         "pixel_values": pixels(2, 2),
         "image_attention_mask": torch.ones(2, 7, 2, dtype=torch.long),
     }
-    replaced = {"IdeficsVisionEmbeddings": 1, "IdeficsVisionAttention": 2, "IdeficsPerceiverResampler": 1}
+    replaced = {"IdeficsVisionEmbeddings": 1, **layers("IdeficsVision", "EncoderLayer", 2), "IdeficsPerceiverResampler": 1}
     return Case(hf.IdeficsModel(config), inputs, ("last_hidden_state",), replaced)
 
 
@@ -137,7 +153,9 @@ def _qwen(model: nn.Module, width: int, layer: str, attention: str) -> Case:
 
 def qwen2_vl() -> Case:
     config = hf.Qwen2VLConfig(vision_config={"embed_dim": 64, "hidden_size": 48, "num_heads": 4, "depth": 2, "patch_size": 4})
-    return _qwen(Qwen2VisionTransformerPretrainedModel(config.vision_config), 3 * 2 * 16, "PatchEmbed", "VisionAttention")
+    case = _qwen(Qwen2VisionTransformerPretrainedModel(config.vision_config), 3 * 2 * 16, "PatchEmbed", "VisionAttention")
+    case.replaced |= {"Qwen2VLVisionBlock": 2, "VisionMlp": 2}
+    return case
 
 
 def qwen2_5_vl() -> Case:
@@ -162,7 +180,8 @@ def bert() -> Case:
     """With padding in the middle of a batch."""
     model = hf.BertModel(hf.BertConfig(**TEXT, **NO_DROPOUT))
     mask = torch.arange(7) < torch.tensor([[7], [4]])
-    return Case(model, {"input_ids": ids(2, 7), "attention_mask": mask.long()}, ("last_hidden_state",), {"BertSelfAttention": 2})
+    replaced = {"BertSelfAttention": 2, "BertIntermediate": 2}
+    return Case(model, {"input_ids": ids(2, 7), "attention_mask": mask.long()}, ("last_hidden_state",), replaced)
 
 
 CASES: dict[str, Callable[[], Case]] = {

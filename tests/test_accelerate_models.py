@@ -3,24 +3,19 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate_parity import count_calls, scattered
-from conftest import DEVICE, ON_GPU
+from conftest import DEVICE
 from hf_vlms import WHOLE
+from nn_parity import quick_backend
 
-from vlmkernels import accelerate, restore, use_backend
+from vlmkernels import accelerate, restore
 from vlmkernels.testing import compare
 
-
-@pytest.fixture(autouse=True)
-def quick_backend() -> Iterator[None]:
-    # The originals' convolutions in fp32: on a GPU they were 25,000 floors off in TF32, which is cuDNN's default.
-    with use_backend("" if ON_GPU else "torch"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+__all__ = ["quick_backend"]
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -17,7 +17,8 @@ import sass
 import torch
 from cuda_build import NVCC, ROOT, build, run
 
-from vlmkernels.backends.cuda import _library, contrastive
+from vlmkernels.backends.cuda import _library, activated_linear, contrastive
+from vlmkernels.ops.activated_linear import ACTIVATIONS
 
 HEADER = (ROOT / "csrc" / "vlmkernels.h").read_text()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -132,8 +133,10 @@ def test_python_structures_have_the_layout_of_the_header(tmp_path: Path) -> None
 
 
 def test_python_constants_are_those_of_the_header() -> None:
-    defined = dict(re.findall(r"^#define (VLMK_\w+) (\d+)$", HEADER, re.MULTILINE))
+    defined = dict(re.findall(r"^#define (VLMK_\w+) (\d+)\b", HEADER, re.MULTILINE))
     assert int(defined["VLMK_LOSS_TILE"]) == contrastive.TILE and int(defined["VLMK_LOSS_PANELS"]) == contrastive.PANELS
+    assert {name: int(defined[f"VLMK_{name.upper()}"]) for name in activated_linear._ACTIVATIONS} == activated_linear._ACTIVATIONS
+    assert tuple(activated_linear._ACTIVATIONS) == ACTIVATIONS
 
 
 def setup_name(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn_parity import quick_backend, randn, randomize
-from torch import nn
 
 from vlmkernels.nn import _feed_forward
-from vlmkernels.nn._feed_forward import GatedFeedForward, TanhFeedForward
+from vlmkernels.nn._feed_forward import ActivatedLinear, FeedForward, GatedFeedForward
+from vlmkernels.ops.activated_linear import ACTIVATIONS
 from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
@@ -55,48 +55,39 @@ def test_gradients_of_gated(device: torch.device) -> None:
 
 def test_layers_that_are_watched_are_called(device: torch.device) -> None:
     x, calls = randn(2, 16).to(device), []
-    for module in (GatedFeedForward(16, 30), TanhFeedForward(16, 30)):
+    for module in (GatedFeedForward(16, 30), FeedForward(16, 30, "quick_gelu"), ActivatedLinear(16, 30, "gelu")):
         randomize(module).to(device)
         want = module(x)
         for layer in module.children():
             layer.register_forward_hook(lambda *_: calls.append(1))
-        assert compare(module(x), want.double(), "module")
-    assert len(calls) == 5
+        with torch.no_grad():
+            assert compare(module(x), want.double(), "module")
+    assert len(calls) == 6
 
 
-def test_tanh_names_and_result(device: torch.device) -> None:
-    module = randomize(TanhFeedForward(16, 30, names=("linear_fc1", "linear_fc2"))).to(device)
-    x = randn(3, 5, 16).to(device)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain(activation: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation without gradients; with them, under autocast and in another dtype the layers are called."""
+    module = randomize(FeedForward(16, 30, activation, names=("linear_fc1", "linear_fc2"))).to(device, dtype)
+    x = randn(3, 5, 16).to(device, dtype)
     assert set(module.state_dict()) == {f"linear_fc{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
-    first, second = module.linear_fc1, module.linear_fc2
+    calls, fused = [], _feed_forward.activated_linear
 
-    def by_hand(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = second(F.gelu(first(x), approximate="tanh"))
-        return y
+    def noted(*args: Any) -> torch.Tensor:
+        calls.append(args[-1])
+        return fused(*args)
 
-    got = module(x)
-    assert compare(got, by_hand(module.double() and x.double()), "module")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tanh_fused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = randomize(TanhFeedForward(64, 136)).to("cuda", dtype)
-    x = randn(3, 5, 64).to("cuda", dtype)
-    fused, calls = _feed_forward._fused, []
-
-    def noted(x: torch.Tensor, first: nn.Linear) -> torch.Tensor:
-        calls.append(1)
-        return fused(x, first)
-
-    monkeypatch.setattr(_feed_forward, "_fused", noted)
+    monkeypatch.setattr(_feed_forward, "activated_linear", noted)
     with torch.no_grad():
-        got = module(x)
-    assert len(calls) == 1
-    module(x).sum().backward()
-    with torch.autocast("cuda", dtype):
-        module(x)
-    assert len(calls) == 1
-    wide = TanhFeedForward(64, 136).to("cuda", torch.float64)
+        got, half = module(x), module(x, projected=False)
+    assert calls == [activation] * 2
+    learnt = module(x)
+    learnt.sum().backward()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        module(x.float())
+    assert calls == [activation] * 2
+    wide = FeedForward(16, 30, activation, names=("linear_fc1", "linear_fc2")).to(device, torch.float64)
     wide.load_state_dict(module.state_dict())
-    assert compare(got, wide(x.double()), "module")
+    assert compare(got, wide(x.double()), "module") and compare(learnt, wide(x.double()), "module")
+    assert compare(half, wide(x.double(), projected=False), "module")

@@ -19,6 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vlmkernels import BackendError, KeyRanges, clip_loss, siglip_loss, verify
+from vlmkernels.backends.cuda.activated_linear import MIN_TILES
+from vlmkernels.ops.activated_linear import ACTIVATIONS
 from vlmkernels.ops.cross_attention import cross_attention
 from vlmkernels.testing import compare
 from vlmkernels.verify import Case, Inputs
@@ -315,6 +317,24 @@ def test_pos_embed(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     case = verify._pos_embed_case("generated", table, grids, rows if padded else 3 * rows, options)
     # Of few different results the floor is left to luck: 10 in fp32, where a wrong formula is 1e4 (CPU, torch).
     return dataclasses.replace(case, rule="gemm") if dtype == torch.float32 else case
+
+
+@property_of("activated_linear_fwd", few=3)
+def test_activated_linear(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
+    """Each activation; in CUDA enough tiles, with rests of rows, depth and columns."""
+    activation = draw(of(*ACTIVATIONS))
+    if backend == "cuda":
+        depth, dim = 512 + 8 * draw(st.integers(0, 80)), 8 * draw(st.integers(64, 300))
+        rows = 256 * -(-MIN_TILES // -(-dim // 256)) + draw(st.integers(-255, 300))
+    else:
+        rows, depth, dim = draw(st.integers(1, 70)), draw(st.integers(8, 70)), draw(st.integers(8, 70))
+    return verify._activated_linear_case("generated", activation, rows, depth, dim)
+
+
+@property_of("layer_norm_fwd", few=3)
+def test_layer_norm(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
+    """Rows of any width."""
+    return verify._layer_norm_case("generated", draw(st.integers(1, 40)), draw(st.integers(8, 3000 if ON_GPU else 300)))
 
 
 @property_of("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd", few=3, cuda=(torch.bfloat16,))

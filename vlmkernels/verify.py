@@ -10,8 +10,10 @@ import torch
 
 from vlmkernels import BackendError, KeyRanges
 from vlmkernels.ops._op import BACKENDS
+from vlmkernels.ops.activated_linear import ACTIVATIONS, activated_linear
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.contrastive import clip_loss, siglip_loss
+from vlmkernels.ops.layer_norm import layer_norm
 from vlmkernels.ops.linear import linear_add_norm, linear_gelu
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
@@ -79,7 +81,34 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
     patches = (*_patch_embed_cases(small), *_pos_embed_cases(small))
     others = (*_rope_cases(), *_contrastive_cases(small), *_linear_cases(small), *_tile_bounds_cases())
-    return [*_attention_cases(dims, small), *patches, *others]
+    towers = (*_activated_linear_cases(small), _layer_norm_case("SigLIP", 77, 1152))
+    return [*_attention_cases(dims, small), *patches, *others, *towers]
+
+
+def _activated_linear_cases(small: bool) -> Iterator[Case]:
+    """The first half of a feed-forward, of CLIP-L's width; large enough for the kernel on a GPU."""
+    for activation in ACTIVATIONS:
+        yield _activated_linear_case(activation, activation, *((33, 96, 136) if small else (9000, 1024, 4096)))
+
+
+def _activated_linear_case(name: str, activation: str, rows: int, depth: int, dim: int) -> Case:
+    def inputs() -> Inputs:
+        return {"x": torch.randn(rows, depth), "weight": torch.randn(dim, depth) * depth**-0.5, "bias": torch.randn(dim)}
+
+    def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        return (activated_linear(t["x"], t["weight"], t["bias"], activation, backend=backend),)
+
+    return Case("activated_linear", name, "module", inputs, run)
+
+
+def _layer_norm_case(name: str, rows: int, dim: int) -> Case:
+    def inputs() -> Inputs:
+        return {"x": 3 * torch.randn(rows, dim) + 1, **{name: torch.randn(dim) for name in ("weight", "bias", "shift")}}
+
+    def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        return layer_norm(t["x"], t["weight"], t["bias"], t["shift"], 1e-6, backend=backend)
+
+    return Case("layer_norm", name, "norm", inputs, run)
 
 
 def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of the contrastive losses are made of: tiles of 256 rows that the two blocks of
 // a cluster share, and the ring of stages through which both sides of a product come.
-//
-// Both blocks need the same columns, and each copies half of them for both: so 800 TFLOP/s take
-// 6.3 TB/s from L2, and in tiles of 128 x 256 by themselves 9.4.
 #pragma once
 
 #include <cuda.h>
@@ -12,6 +9,7 @@
 #include <cstdint>
 
 #include "common/hopper.h"
+#include "common/pairs.h"
 #include "common/ring.h"
 #include "common/tensor_map.h"
 #include "common/threads.h"
@@ -21,23 +19,11 @@
 namespace vlmk {
 namespace contrastive {
 
-constexpr int kBlocks = 2;  // of a cluster, kRows of its tile each
-constexpr int kGroups = 2;  // warpgroups of a block that multiply, 64 rows each
-constexpr int kThreads = 128 * (kGroups + 1);
-constexpr int kRows = 64 * kGroups;
-constexpr int kTile = kBlocks * kRows;  // rows of a cluster's tile, and columns of one of logits
-constexpr int kSums = kTile / 2;        // products of each thread
-constexpr int kDepth = 64;              // of a stage
-constexpr int kRowBytes = kDepth * 2;
-constexpr int kBoxBytes = 64 * kRowBytes;  // 64 rows of 64 columns
-constexpr int kLeftBytes = kRows * kRowBytes;
-// Together no more than a block of this size is launched with: more are waited for without end.
-constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
-static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
+using namespace pairs;
 
-// How far the first warpgroup is ahead of the second, in stages: while one finishes a tile, the
-// other still multiplies.
-constexpr int kAhead = 3;
+constexpr int kSums = kTile / 2;           // products of each thread
+constexpr int kBoxBytes = 64 * kRowBytes;  // 64 rows of 64 columns
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 
 // Named barriers. Of each warpgroup that multiplies: its own, and with the warp that publishes what
 // it stored, before and behind that. And for the second warpgroup to wait for the first.
@@ -72,60 +58,6 @@ struct Panel {
   int32_t row_tiles, column_tiles;
   int32_t kept_row;  // where the first row is in the panels that are kept, or which launch it is
 };
-
-__device__ __forceinline__ int cluster_index() { return static_cast<int>(blockIdx.x) / kBlocks; }
-__device__ __forceinline__ int clusters() { return static_cast<int>(gridDim.x) / kBlocks; }
-__device__ __forceinline__ int block_in_cluster() { return static_cast<int>(cluster_rank()); }
-
-// The frame of every kernel: a thread copies, two warpgroups work, and a warp beside each of those
-// may help it.
-template <typename Copy, typename Work, typename Help>
-__device__ __forceinline__ void run(char* shared, Copy copy, Work work, Help help) {
-  const int warp = warp_index();
-  const StageRing ring(shared_address(shared));
-  if (threadIdx.x == 0) {
-    for (StageRing each = ring; each.parity == 0; each.advance()) {
-      barrier_init(each.full(), 1);
-      barrier_init(each.empty(), kBlocks * kGroups);
-    }
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warp >= 4 * kGroups) {
-    shrink_registers<kProducerRegisters>();
-    const int helper = warp - 4 * kGroups - 1;
-    if (helper < 0) {
-      if (lane_index() == 0) copy(ring);
-    } else if (helper < kGroups) {
-      help(helper);
-    }
-    __syncwarp();
-  } else {
-    grow_registers<kConsumerRegisters>();
-    work(ring, warp / 4);
-  }
-  // A block is copied to and arrived at until the other is done.
-  cluster_sync();
-}
-
-// A tile's stages, one after another: `copy(stage, barrier, step)` starts the copies of one, of so
-// many bytes.
-template <int kBytes, typename Copy>
-__device__ __forceinline__ void copy_stages(StageRing& ring, int steps, Copy copy) {
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    barrier_wait(ring.empty(), ring.parity ^ 1);
-    barrier_expect(ring.full(), kBytes);
-    copy(ring.stage(), ring.full(), step);
-    ring.advance();
-  }
-}
-
-// Both blocks may fill the stage before again, as far as this warpgroup is concerned.
-__device__ __forceinline__ void release_before(const StageRing& ring) {
-  const int thread = group_thread();
-  if (thread < kBlocks) barrier_arrive_in_block(in_block(ring.empty_before(), thread));
-}
 
 // The products of a tile. Rows along K: 64 of them for each 64 columns, else K along the rows.
 template <int kColumns, bool kLeftAlongK, bool kRightAlongK>

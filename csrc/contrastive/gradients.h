@@ -112,8 +112,8 @@ template <typename Work, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     contrastive_gradients_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
-  run(
-      shared, [&](StageRing ring) { copy_all<kColumns>(p, maps, ring); },
+  run<kConsumerRegisters, kProducerRegisters>(
+      StageRing(shared_address(shared)), [&](StageRing ring) { copy_all<kColumns>(p, maps, ring); },
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);

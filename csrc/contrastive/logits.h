@@ -4,28 +4,18 @@
 
 #include <cstdint>
 
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "contrastive/config.h"
 
 namespace vlmk {
 namespace contrastive {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 // Row tiles that go through all columns together: with them 66 clusters have 6 column tiles at a
 // time, and every band of features comes from L2 after the first.
 constexpr int kBand = 11;
 constexpr int kEights = kTile / 32;  // of neighbouring columns, of a thread in each of its two rows
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_approximate(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Which of a thread's products is of its row `half`, and of this column of its eight.
 __device__ __forceinline__ constexpr int product_at(int eight, int half, int column) {
@@ -120,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       one(tile);
     }
   };
-  run(
-      shared,
+  run<kConsumerRegisters, kProducerRegisters>(
+      StageRing(shared_address(shared)),
       [&](StageRing ring) {
         for_tiles([&](int tile) { copy_logits(p, maps, panel, tile, ring); });
       },

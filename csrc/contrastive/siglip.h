@@ -7,12 +7,6 @@
 namespace vlmk {
 namespace contrastive {
 
-__device__ __forceinline__ float reciprocal_approximate(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 template <bool kGradients>
 struct SigLip {
   const VlmkContrastiveParams& p;

@@ -19,7 +19,10 @@ from vlmkernels.ops._op import BACKENDS
 from vlmkernels.testing import interpreter
 from vlmkernels.verify import Check, verify
 
-OPERATORS = ("attention", "contrastive", "linear", "patch_embed", "pos_embed", "rope", "tile_bounds")
+OPERATORS = (
+    *("activated_linear", "attention", "contrastive", "layer_norm", "linear"),
+    *("patch_embed", "pos_embed", "rope", "tile_bounds"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,16 +63,21 @@ class Attention(Swapped):
             device="meta",
         )
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def arguments(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        """What the module gets beside the tokens, or None where the original answers."""
         other = any(value is not None for value in args) or masked({**kwargs, "mask": attention_mask})
         drops = self.training and rate(self) > 0
         if other or drops or asked(self.config, kwargs, "output_attentions"):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return None
         tokens = hidden_states.shape[1]
         ranges = fitting(attention_mask, tokens, tokens)
         if ranges is None and kwargs.get("is_causal"):
             ranges = KeyRanges.causal(tokens, tokens, device=hidden_states.device)
-        return self.fast(hidden_states, ranges), None
+        return (ranges,)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = self.arguments(hidden_states, *args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if given is None else (self.fast(hidden_states, *given), None)
 
 
 class CaptionAttention(Swapped):
@@ -202,14 +207,19 @@ class PackedAttention(Swapped):
         width, heads = layer.qkv.in_features, layer.num_heads
         return SelfAttention(width, heads, layout="timm", scale=layer.scaling, device="meta")
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def arguments(self, hidden_states: Tensor, cu_seqlens: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        """What the module gets beside the tokens, or None where the original answers."""
         tables = kwargs.get("position_embeddings")
         drops = self.training and rate(self) > 0
         if args or tables is None or cu_seqlens is None or drops:
-            return super().forward(hidden_states, cu_seqlens, *args, **kwargs)
+            return None
         total = hidden_states.shape[0]
         ranges = once(cu_seqlens, (total, "ranges"), lambda: KeyRanges.packed(cu_seqlens, total))
-        return self.fast(hidden_states, ranges, tuple(_half(table) for table in tables))
+        return ranges, tuple(_half(table) for table in tables)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = self.arguments(hidden_states, *args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if given is None else self.fast(hidden_states, *given)
 
 
 def _half(table: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from vlmkernels.integrations._attention_layers import (
     rate,
 )
 from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, unhooked
+from vlmkernels.integrations._tower_layers import TowerLayer
 from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
@@ -35,7 +36,7 @@ from vlmkernels.nn import (
     PerceiverResampler,
     QFormer,
 )
-from vlmkernels.nn._feed_forward import GatedFeedForward, TanhFeedForward
+from vlmkernels.nn._feed_forward import ActivatedLinear, FeedForward, GatedFeedForward
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
@@ -199,23 +200,41 @@ class Gated(Swapped):
         return super().forward(hidden_state) if autocast(hidden_state) or not unhooked(self.act_fn) else self.fast(hidden_state)
 
 
-class Tanh(Swapped):
-    """A feed-forward with the approximate GELU."""
+def _activation(layer: nn.Module) -> str:
+    """What the op ``activated_linear`` calls the activation of this class."""
+    kind, approximate = type(layer).__name__, getattr(layer, "approximate", "none")
+    known = {"QuickGELUActivation": "quick_gelu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
+    if kind == "GELU":
+        return "gelu_tanh" if approximate == "tanh" else "gelu"
+    if kind not in known:
+        raise Unfit(f"its activation is {kind}")
+    return known[kind]
+
+
+class Activated(Swapped):
+    """A layer and the activation behind it: BERT's and GIT's first half of a feed-forward."""
+
+    activation = "intermediate_act_fn"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        dense = layer.dense
+        return ActivatedLinear(dense.in_features, dense.out_features, _activation(layer.intermediate_act_fn), device="meta")
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.fast(hidden_states) if unhooked(getattr(self, self.activation)) else super().forward(hidden_states)
+
+
+class Plain(Activated):
+    """A feed-forward of two layers, the first with its activation in one go."""
 
     names = ("fc1", "fc2")
     activation = "activation_fn"
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        activation = getattr(layer, cls.activation)
-        if type(activation).__name__ != "GELUTanh" and getattr(activation, "approximate", "none") != "tanh":
-            raise Unfit(f"its activation is {type(activation).__name__}, not the GELU with tanh")
-        first = getattr(layer, cls.names[0])
-        return TanhFeedForward(first.in_features, first.out_features, names=cls.names, device="meta")
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        hooked = not unhooked(getattr(self, self.activation))
-        return super().forward(hidden_states) if hooked else self.fast(hidden_states)
+        first, activation = getattr(layer, cls.names[0]), _activation(getattr(layer, cls.activation))
+        return FeedForward(first.in_features, first.out_features, activation, names=cls.names, device="meta")
 
 
 class Perceiver(Swapped):
@@ -330,6 +349,36 @@ REPLACEMENTS: dict[str, Replacement] = {
         "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention",
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention",
     ),
+    **_rows(
+        TowerLayer,
+        "blip.modeling_blip.BlipEncoderLayer",
+        "blip_2.modeling_blip_2.Blip2EncoderLayer",
+        "instructblip.modeling_instructblip.InstructBlipEncoderLayer",
+        last="projection",
+    ),
+    **_rows(
+        TowerLayer,
+        "clip.modeling_clip.CLIPEncoderLayer",
+        "git.modeling_git.GitVisionEncoderLayer",
+        "idefics.vision.IdeficsVisionEncoderLayer",
+        "kosmos2.modeling_kosmos2.Kosmos2VisionEncoderLayer",
+        "siglip.modeling_siglip.SiglipEncoderLayer",
+        "siglip2.modeling_siglip2.Siglip2EncoderLayer",
+    ),
+    **_rows(
+        TowerLayer,
+        "vit.modeling_vit.ViTLayer",
+        part=("layernorm_before", "layernorm_after"),
+        attends="attention",
+        last="o_proj",
+    ),
+    **_rows(
+        TowerLayer,
+        "qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock",
+        part=("norm1", "norm2"),
+        attends="attn",
+        last="proj",
+    ),
     **_rows(Embeddings, "vit.modeling_vit.ViTEmbeddings", layout="vit"),
     **_rows(
         Embeddings,
@@ -376,8 +425,22 @@ REPLACEMENTS: dict[str, Replacement] = {
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm",
     ),
     **_rows(Gated, "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP"),
-    **_rows(Tanh, "siglip.modeling_siglip.SiglipMLP", "siglip2.modeling_siglip2.Siglip2MLP"),
-    **_rows(Tanh, "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionMLP", names=("linear_fc1", "linear_fc2"), activation="act_fn"),
+    **_rows(
+        Plain,
+        "blip.modeling_blip.BlipMLP",
+        "blip_2.modeling_blip_2.Blip2MLP",
+        "clip.modeling_clip.CLIPMLP",
+        "git.modeling_git.GitVisionMLP",
+        "idefics.vision.IdeficsVisionMLP",
+        "instructblip.modeling_instructblip.InstructBlipMLP",
+        "kosmos2.modeling_kosmos2.Kosmos2VisionMLP",
+        "siglip.modeling_siglip.SiglipMLP",
+        "siglip2.modeling_siglip2.Siglip2MLP",
+        "vit.modeling_vit.ViTMLP",
+    ),
+    **_rows(Plain, "qwen2_vl.modeling_qwen2_vl.VisionMlp", activation="act"),
+    **_rows(Plain, "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionMLP", names=("linear_fc1", "linear_fc2"), activation="act_fn"),
+    **_rows(Activated, "bert.modeling_bert.BertIntermediate", "git.modeling_git.GitIntermediate"),
     **_rows(Contrastive, "clip.modeling_clip.CLIPModel", losses=ClipLoss),
     **_rows(
         Contrastive, "siglip.modeling_siglip.SiglipModel", "siglip2.modeling_siglip2.Siglip2Model", losses=SigLipLoss, bias=True

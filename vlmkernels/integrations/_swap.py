@@ -112,11 +112,11 @@ def swap(layer: nn.Module, kind: type[Swapped], arguments: tuple[tuple[str, Any]
         raise Unfit("its forward was exchanged")
     made = swapped_class((kind, type(layer), arguments))
     fast = made.build(layer)
-    _check_names(fast, layer, kind)
+    _check_names(fast, layer, made)
     adopt(fast, layer)
     lay(fast)
     vars(layer)["fast"] = fast
-    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, kind))
+    vars(layer)["_vlmkernels_passed"] = tuple(_passed_over(layer, made))
     layer.__class__ = made
 
 

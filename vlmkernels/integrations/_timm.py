@@ -148,8 +148,8 @@ class RotarySelfAttention(SelfAttention):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         return self._heads(0, (F.linear(x, get(self, "qkv.weight"), bias),))
 
-    def _out(self, y: Tensor) -> Tensor:
-        return super()._out(self.norm(y.flatten(-2)).unflatten(-1, y.shape[-2:]))
+    def _project_out(self, y: Tensor) -> Tensor:
+        return super()._project_out(self.norm(y))
 
 
 def _tables_of_halves() -> bool:

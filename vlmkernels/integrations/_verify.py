@@ -26,7 +26,8 @@ class Errors(NamedTuple):
 def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
     """The errors of every swapped layer that ``model(**inputs)`` calls, by name; of several calls those of the last.
 
-    A model of whose work a module does a part is not measured: it would be copied as a whole.
+    Layers of whose work a module does a part have a call of the model of their own: what is measured inside of them is called by
+    itself. A model with a loss of ours is not measured: it would be copied as a whole.
     """
     errors: dict[str, Errors] = {}
 
@@ -37,16 +38,19 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Errors]:
 
         return check
 
+    swapped = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Swapped)]
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [
-        layer.register_forward_hook(hook(name), with_kwargs=True)
-        for name, layer in model.named_modules()
-        if isinstance(layer, Swapped) and layer.part is None
-    ]
+    hooks: list[Any] = []
     try:
         model.eval()
-        with torch.no_grad(), _without_cache(model):
-            model(**inputs)
+        for whole in (True, False):
+            chosen = [(name, layer) for name, layer in swapped if (layer.part is None if whole else layer.part)]
+            hooks = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in chosen]
+            with torch.no_grad(), _without_cache(model):
+                if hooks or whole:
+                    model(**inputs)
+            while hooks:
+                hooks.pop().remove()
     finally:
         for handle in hooks:
             handle.remove()

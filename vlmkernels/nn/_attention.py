@@ -162,14 +162,13 @@ class ProjectedAttention(SideBySide):
         return (q, k) if tables is None else rope(q, k, *tables, interleaved=self.interleaved)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None) -> torch.Tensor:
-        """The output, ``[..., embed_dim]``."""
+        """The output before its projection, ``[..., H * D]``."""
         y = attention(q, k, v, ranges, causal=self.causal, scale=self.scale, softcap=self.softcap)
         assert isinstance(y, torch.Tensor)
-        return self._out(y)
+        return y.flatten(-2)
 
-    def _out(self, y: torch.Tensor) -> torch.Tensor:
-        """The output of heads ``[..., H, D]``."""
-        y = y.flatten(-2)
+    def _project_out(self, y: torch.Tensor) -> torch.Tensor:
+        """The output of heads ``[..., H * D]``."""
         return y if self.layout.out is None else getattr(self, self.layout.out)(y)
 
     def _check_dropout(self) -> None:

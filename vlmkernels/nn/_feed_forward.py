@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forwards whose products cuBLAS can do better than layer by layer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.nn._packed import SideBySide, plain, project
+from vlmkernels.ops.activated_linear import activated_linear
 
 
 class GatedFeedForward(SideBySide):
@@ -40,43 +43,80 @@ class GatedFeedForward(SideBySide):
         return F.linear(F.pad(hidden, (0, missing)), F.pad(down.weight, (0, missing)), down.bias)
 
 
-class TanhFeedForward(nn.Module):
-    """``second(gelu(first(x)))`` with the tanh in GELU that cuBLAS has behind a product of 16 bit.
+#: By the name that ``vlmkernels.ops.activated_linear`` has for it.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
-    It takes 35 us for it where a pass of its own takes 115 (SigLIP-So400m, 32 images of 729 tokens, H200). A backward pass needs
-    what GELU was given, and torch.compile has its own way: there the layers are called.
+
+class ActivatedLinear(nn.Module):
+    """``activation(layer(x))`` in one go where nobody learns; a backward pass needs what the activation was given.
+
+    Args:
+        activation: one of ``vlmkernels.ops.activated_linear.ACTIVATIONS``.
+        name: of the layer.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        activation: str,
+        *,
+        name: str = "dense",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.activation = name, activation
+        self.add_module(name, nn.Linear(embed_dim, hidden_dim, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = getattr(self, self.name)
+        if unlearning(x, layer):
+            return activated_linear(x, layer.weight, layer.bias, self.activation)
+        return _ACTIVATIONS[self.activation](layer(x))
+
+
+class FeedForward(ActivatedLinear):
+    """``second(activation(first(x)))``.
 
     Args:
         names: of the two layers.
     """
 
     def __init__(
-        self, embed_dim: int, hidden_dim: int, *, names: tuple[str, str] = ("fc1", "fc2"), device: Any = None, dtype: Any = None
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        activation: str,
+        *,
+        names: tuple[str, str] = ("fc1", "fc2"),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.names = names
-        self.add_module(names[0], nn.Linear(embed_dim, hidden_dim, device=device, dtype=dtype))
+        super().__init__(embed_dim, hidden_dim, activation, name=names[0], device=device, dtype=dtype)
+        self.second = names[1]
         self.add_module(names[1], nn.Linear(hidden_dim, embed_dim, device=device, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = (getattr(self, name) for name in self.names)
-        fused = inference(x, first) and not torch.compiler.is_compiling()
-        y: torch.Tensor = second(_fused(x, first) if fused else F.gelu(first(x), approximate="tanh"))
-        return y
+    def forward(self, x: torch.Tensor, projected: bool = True) -> torch.Tensor:
+        """``projected``: whether the second layer is called, or left to the caller."""
+        y = super().forward(x)
+        return getattr(self, self.second)(y) if projected else y
 
 
-def inference(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether this linear layer, and the LayerNorm behind it, may be one kernel: in 16 bit on a GPU, where neither learns."""
+def unlearning(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether nobody learns or watches this linear layer, and the LayerNorm behind it."""
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type) or learns:
+    if torch.is_autocast_enabled(x.device.type) or learns:
         return False
     kinds = zip(layers, (nn.Linear, nn.LayerNorm), strict=False)
     return all(parameter.dtype == x.dtype for parameter in parameters) and all(plain(layer, kind) for layer, kind in kinds)
 
 
-def _fused(x: torch.Tensor, first: nn.Linear) -> torch.Tensor:
-    # torch's own encoder layers call it; on a GPU it is this GELU.
-    flat = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
-    y: torch.Tensor = flat.unflatten(0, x.shape[:-1])
-    return y
+def inference(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether these may be one kernel: in 16 bit on a GPU, where neither learns."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and unlearning(x, *layers)

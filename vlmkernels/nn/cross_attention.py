@@ -110,7 +110,7 @@ class CrossAttention(ProjectedAttention):
         q, k = self._position(q, k, None)
         if x.dim() == 3:
             q, k, v, ranges = one_batch(q, k, v, ranges)
-        y = self._attend(q, k, v, ranges)
+        y = self._project_out(self._attend(q, k, v, ranges))
         return y if x.dim() == 2 else y.view(batches[1] if batches[0] == 1 else batches[0], x.shape[1], y.shape[-1])
 
     def keys_values(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -78,6 +78,7 @@ class SelfAttention(ProjectedAttention):
         ranges: KeyRanges | None = None,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         cached: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        projected: bool = True,
     ) -> torch.Tensor:
         """Attend within each row of the batch, or within a packed sequence.
 
@@ -88,9 +89,10 @@ class SelfAttention(ProjectedAttention):
                 what Hugging Face passes as ``position_embeddings``: ``cos[..., : R // 2]``. None: no rotary embedding.
             cached: puts k and v ``[B, S, Hk, D]`` into a cache and returns all of its keys and values, ``[B, Sk, Hk, D]``; the
                 ranges are of those then.
+            projected: whether the output projection is made, or left to the caller.
 
         Returns:
-            Like ``x``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
+            Like ``x``; without an output projection (also layout ``"bert"``) ``[..., H * D]``.
 
         Raises:
             ValueError: a shape that doesn't fit, or training with ``attention_dropout > 0``.
@@ -102,4 +104,5 @@ class SelfAttention(ProjectedAttention):
         q, k = self._position(q, k, rope)
         if cached is not None:
             k, v = cached(k, v)
-        return self._attend(q, k, v, ranges)
+        y = self._attend(q, k, v, ranges)
+        return self._project_out(y) if projected else y

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -105,6 +105,15 @@ class ContrastiveParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("panel", "low_a", "low_b", "counters", "da", "db", "sums")),
         *((f"{name}_stride", ctypes.c_int64) for name in "ab"),
         *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "slots", "wide_b")),
+    ]
+
+
+class ActivatedLinearParams(ctypes.Structure):
+    """``VlmkActivatedLinearParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_int32) for name in ("rows", "depth", "dim", "activation", "type")),
     ]
 
 

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// A linear layer and its activation. One thread copies, two warpgroups multiply, 64 rows by all
+// columns of a tile each. What they get waits in registers, rounded, and is activated and stored
+// during the products of the next tile: only the bias is added between the products of two tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "activated_linear/activation.h"
+#include "activated_linear/config.h"
+#include "common/float16.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "common/threads.h"
+#include "common/wgmma.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace activated_linear {
+
+// The thread that copies: this block's rows, and half of the columns for both blocks.
+template <typename C>
+__device__ __forceinline__ void copy_tiles(const VlmkActivatedLinearParams& p, const Schedule& s,
+                                           const Maps& maps, uint32_t shared, TileRing<C> ring) {
+  const int rank = block_in_cluster();
+  int bias_slot = 0;
+#pragma unroll 1
+  for (int tile = cluster_index(); tile < s.tiles; tile += clusters(), bias_slot ^= 1) {
+    const int row_tile = tile / s.column_tiles, column_tile = tile - row_tile * s.column_tiles;
+    const int row = row_tile * kTile + rank * kRows, column = column_tile * C::kColumns;
+    const int bias_bytes = 2 * min(C::kColumns, p.dim - column);
+#pragma unroll 1
+    for (int step = 0; step < s.steps; ++step) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+      barrier_expect(ring.full(), C::kStageBytes + (step == 0 ? bias_bytes : 0));
+      if (step == 0) {
+        copy_from_global(shared + C::kBias + bias_slot * C::kBiasBytes,
+                         static_cast<const typename C::Token*>(p.bias) + column, bias_bytes,
+                         ring.full());
+      }
+      copy_tile(ring.stage(), maps.rows, step * kDepth, row, 0, 0, ring.full());
+      copy_tile_to_blocks(ring.stage() + kLeftBytes + rank * (C::kColumns / 2) * kRowBytes,
+                          maps.weight, step * kDepth, 0, column / 8, 2 * rank, ring.full(), 3);
+      ring.advance();
+    }
+  }
+}
+
+// A thread's part of a tile that waits: eights of columns in two rows.
+template <typename C>
+struct Waiting {
+  using Token = typename C::Token;
+  uint4 eights[C::kEights][2];
+  int row[2] = {-1, -1};  // -1 where there is none
+  int column = 0;         // the first: there are 8 in every 32
+
+  __device__ __forceinline__ bool there(const VlmkActivatedLinearParams& p, int h, int g) const {
+    return row[h] >= 0 && column + 32 * g < p.dim;
+  }
+
+  __device__ __forceinline__ void finish(const VlmkActivatedLinearParams& p, int g) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint4 x = eights[g][h];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = to_floats<Token>((&x.x)[i]);
+        (&x.x)[i] = pack<Token>(activate<C::kActivation>(pair.x), activate<C::kActivation>(pair.y));
+      }
+      auto* out = static_cast<Token*>(p.out) + int64_t{row[h]} * p.dim + column + 32 * g;
+      if (there(p, h, g)) store_global(out, x);
+    }
+  }
+
+  // The sums of a tile with their bias, rounded.
+  __device__ __forceinline__ void take(const VlmkActivatedLinearParams& p, const int (&next)[2],
+                                       int next_column, const float (&sum)[C::kSums],
+                                       uint32_t bias) {
+    row[0] = next[0], row[1] = next[1], column = next_column;
+#pragma unroll
+    for (int g = 0; g < C::kEights; ++g) {
+      uint4 added;
+      load_shared(bias + 64 * g, added);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const float2 b = to_floats<Token>((&added.x)[u]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float* x = &sum[4 * (u * C::kEights + g) + 2 * h];
+          (&eights[g][h].x)[u] = pack<Token>(x[0] + b.x, x[1] + b.y);
+        }
+      }
+    }
+  }
+};
+
+// All tiles of one warpgroup.
+template <typename C>
+__device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& p,
+                                               const Schedule& s, uint32_t shared, int group,
+                                               TileRing<C> ring) {
+  const uint64_t left = swizzled_descriptor(ring.stages + group * 64 * kRowBytes, 16);
+  const uint64_t right = swizzled_descriptor(ring.stages + kLeftBytes, 16);
+  const int thread = group_thread(), lane = lane_index();
+  const int own_row =
+      static_cast<int>(cluster_rank()) * kRows + group * 64 + thread / 32 * 16 + lane / 4;
+  const uint32_t bias = shared + C::kBias + lane % 4 * 16;
+  int bias_slot = 0;
+  bool ahead = false;  // whether the distance between the warpgroups is there
+  float sum[C::kSums];
+  Waiting<C> waiting;
+  // The products of a stage, and `meanwhile`.
+  const auto multiply = [&](bool first, auto meanwhile) {
+    barrier_wait(ring.full(), ring.parity);
+    mma_fence();
+    const uint32_t slot = ring.slot * C::kStageBytes >> 4;
+#pragma unroll
+    for (int i = 0; i < kDepth / 16; ++i) {
+      mma<typename C::Token, C::kColumns>(sum, left + slot + 2 * i, right + slot + 2 * i,
+                                          !first || i > 0);
+    }
+    mma_commit();
+    meanwhile();
+    mma_wait<1>();
+    if (!first) release_before(ring);
+    ring.advance();
+  };
+  if (group == 1) named_wait<256>(kAheadBarrier);
+#pragma unroll 1
+  for (int tile = cluster_index(); tile < s.tiles; tile += clusters()) {
+    const int row_tile = tile / s.column_tiles, column_tile = tile - row_tile * s.column_tiles;
+    const int row = row_tile * kTile + own_row;
+    const int rows[2] = {row < p.rows ? row : -1, row + 8 < p.rows ? row + 8 : -1};
+    const int column = column_tile * C::kColumns + lane % 4 * 8;
+#pragma unroll
+    for (int step = 0; step < C::kEights; ++step) {
+      multiply(step == 0, [&] {
+        stay_behind(p.rows < 0);  // ptxas would have the products wait for activations
+        waiting.finish(p, step);
+      });
+      if (step == kAhead - 1 && !ahead && group == 0) named_arrive<256>(kAheadBarrier);
+    }
+    ahead = true;
+#pragma unroll 1
+    for (int step = C::kEights; step < s.steps; ++step) multiply(false, [] {});
+    mma_wait<0>();
+    release_before(ring);
+    keep(sum);
+    waiting.take(p, rows, column, sum, bias + bias_slot * C::kBiasBytes);
+    bias_slot ^= 1;
+  }
+#pragma unroll
+  for (int g = 0; g < C::kEights; ++g) waiting.finish(p, g);
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 1)
+    activated_linear_fwd_kernel(const __grid_constant__ VlmkActivatedLinearParams p,
+                                const __grid_constant__ Schedule s,
+                                const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) char storage[];
+  const uint32_t shared = shared_address(storage);
+  run<kConsumerRegisters, kProducerRegisters>(
+      TileRing<C>(shared),
+      [&](const TileRing<C>& ring) { copy_tiles<C>(p, s, maps, shared, ring); },
+      [&](const TileRing<C>& ring, int group) { multiply_tiles<C>(p, s, shared, group, ring); },
+      [](int) {});
+}
+
+}  // namespace activated_linear
+}  // namespace vlmk

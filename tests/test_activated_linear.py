@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with its activation: every backend against fp64, what is refused, compiled and captured."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ON_GPU, capture, runnable
+from nn_parity import randn
+from torch import Tensor
+from torch.library import opcheck
+
+from vlmkernels import BackendError
+from vlmkernels.ops._op import OPS
+from vlmkernels.ops.activated_linear import ACTIVATIONS, activated_linear
+from vlmkernels.testing import compare
+
+every_backend = pytest.mark.backends("activated_linear_fwd", exclude=("cuda",))
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+MATH: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+}
+
+
+def leaves(rows: int, depth: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of the size of one, where an activation bends most."""
+    found = randn(rows, depth), randn(dim, depth) * depth**-0.5, randn(dim)
+    x, weight, bias = (tensor.to(device, dtype) for tensor in found)
+    return x, weight, bias
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    y: Tensor = MATH[activation](F.linear(x.double(), weight.double(), bias.double()))
+    return y
+
+
+def rule(backend: str) -> str:
+    """torch's quick GELU is three operations, each of which rounds."""
+    return "module" if backend == "torch" else "gemm"
+
+
+def ran(backend: str, activation: str) -> str | None:
+    """None where Triton leaves it to cuBLAS."""
+    return None if backend == "triton" and activation == "gelu_tanh" else backend
+
+
+@every_backend
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward(activation: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    tensors = leaves(33, 40, 24, dtype, device)
+    for x in (tensors[0], tensors[0].view(3, 11, 40), tensors[0][::2]):
+        got = activated_linear(x, *tensors[1:], activation, backend=ran(backend, activation))
+        assert got.is_contiguous() and compare(got, exact(x, *tensors[1:], activation), rule(backend))
+    assert activated_linear(tensors[0][:0], *tensors[1:], activation, backend=ran(backend, activation)).shape == (0, 24)
+
+
+@every_backend
+@every_activation
+def test_no_numbers_stay_in_their_columns(activation: str, backend: str, device: torch.device) -> None:
+    x, weight, bias = leaves(8, 16, 24, torch.bfloat16, device)
+    want = exact(x, weight, bias, activation)
+    bias[3], bias[5] = torch.nan, torch.inf
+    got = activated_linear(x, weight, bias, activation, backend=ran(backend, activation))
+    assert got[:, 3].isnan().all() and got[:, 5].isposinf().all()
+    others = [i for i in range(24) if i not in (3, 5)]
+    assert compare(got[:, others], want[:, others], rule(backend))
+
+
+@pytest.mark.backends("activated_linear_fwd", exclude=("cuda",) if ON_GPU else ("cuda", "triton"))
+def test_opcheck_and_compile(backend: str, device: torch.device) -> None:
+    tensors = leaves(8, 16, 24, torch.float32, device)
+    opcheck(torch.ops.vlmkernels.activated_linear_fwd, (*tensors, "gelu", backend))
+    compiled = torch.compile(activated_linear, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+    with torch.no_grad():
+        got = compiled(*tensors, "quick_gelu", backend=backend)
+    assert compare(got, exact(*tensors, "quick_gelu"), "gemm")
+
+
+def test_refusals(device: torch.device) -> None:
+    x, weight, bias = leaves(8, 16, 24, torch.float32, device)
+    for arguments, name in (
+        ((x.long(), weight, bias, "gelu"), "x"),
+        ((x, weight[:, 1:], bias, "gelu"), "weight"),
+        ((x, weight.double(), bias, "gelu"), "weight"),
+        ((x, weight, bias[1:], "gelu"), "bias"),
+        ((x, weight, bias, "relu"), "activation"),
+        ((x.requires_grad_(), weight, bias, "gelu"), "x, weight, bias"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            activated_linear(*arguments)
+    with torch.no_grad():
+        assert activated_linear(x, weight, bias, "gelu").shape == (8, 24)
+
+
+# Rows, depth, columns: all widths of tiles (256, 192 and 128 columns), and rests of rows, depth and columns.
+SIZES = {
+    "CLIP-L": (18464, 1024, 4096),
+    "BERT": (16384, 768, 3072),
+    "EVA-g": (16448, 1408, 6144),
+    "SigLIP": (23328, 1152, 4304),
+    "least depth": (9000, 512, 1000),
+    "rests": (34001, 584, 264),
+    "narrow": (33792, 640, 128),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_library")
+@every_activation
+@pytest.mark.parametrize("name", SIZES)
+def test_cuda(name: str, activation: str, device: torch.device) -> None:
+    dtype = torch.float16 if name == "rests" else torch.bfloat16
+    tensors = leaves(*SIZES[name], dtype, device)
+    assert OPS["activated_linear_fwd"].why_not("cuda", device, *tensors, activation) is None
+    got = activated_linear(*tensors, activation)
+    assert compare(got, exact(*tensors, activation), "gemm")
+    assert torch.equal(activated_linear(*tensors, activation), got), "with the plan, and the same bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_library")
+@every_activation
+def test_cuda_far_from_zero(activation: str, device: torch.device) -> None:
+    """Every bf16 number from 2^-20 to 64 and its negative comes as a bias, and what is no number stays in its column."""
+    x, weight, _ = leaves(33792, 512, 6664, torch.bfloat16, device)
+    sizes = torch.arange(0x3580, 0x4280, dtype=torch.int16, device=device).view(torch.bfloat16)
+    special = torch.tensor([torch.nan, torch.inf, 1e30, -1e30], device=device).bfloat16()
+    bias = torch.cat([sizes, -sizes, special, special])
+    got = activated_linear(x, weight.zero_(), bias, activation, backend="cuda")
+    want = MATH[activation](bias[: 2 * len(sizes)].double())
+    error = (got[:, : 2 * len(sizes)].double() - want).abs().amax(0)
+    assert (error <= want.abs() * 2**-8 * 1.02 + 1e-8).all(), "half a unit in the last place"
+    assert got[:, -4].isnan().all() and got[:, -3].isposinf().all()
+    assert (got[:, -2] > 9e29).all() and (got[:, -1].abs() < 1e-8).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_library")
+def test_cuda_leaves_and_captures(device: torch.device) -> None:
+    tensors = leaves(18464, 1024, 4096, torch.bfloat16, device)
+    for x, reason in ((tensors[0][:577], "fewer than"), (tensors[0][:, :512].contiguous(), "")):
+        weight = tensors[1][:, : x.shape[1]].contiguous()
+        if reason:
+            with pytest.raises(BackendError, match=reason):
+                activated_linear(x, weight, tensors[2], "gelu", backend="cuda")
+        assert compare(activated_linear(x, weight, tensors[2], "gelu"), exact(x, weight, tensors[2], "gelu"), "gemm")
+    with pytest.raises(BackendError, match="bfloat16 and float16"):
+        activated_linear(*(tensor.float() for tensor in tensors), "gelu", backend="cuda")
+    graph, got = capture(lambda: activated_linear(*tensors, "quick_gelu"))
+    tensors[0].copy_(tensors[0].flip(0))
+    graph.replay()
+    assert compare(got, exact(*tensors, "quick_gelu"), "gemm")
+    assert "cuda" in runnable("activated_linear_fwd")

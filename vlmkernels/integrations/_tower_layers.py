@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of towers around attention and feed-forward, which are replaced by themselves: norms and residuals."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmkernels.integrations._attention_layers import Attention, PackedAttention
+from vlmkernels.integrations._swap import Swapped, Unfit, autocast, unhooked
+from vlmkernels.nn._packed import plain
+from vlmkernels.nn._pre_norm import PreNorm
+
+Tensor = torch.Tensor
+
+
+class TowerLayer(Swapped):
+    """A pre-norm layer without gradients; torch.compile makes its own passes, and gets the original's."""
+
+    #: The two norms.
+    part: tuple[str, ...] = ("layer_norm1", "layer_norm2")
+    #: The name of the attention, and that of its last layer.
+    attends, last = "self_attn", "out_proj"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        first, second = (getattr(layer, name) for name in cls.part)
+        if type(first) is not nn.LayerNorm or type(second) is not nn.LayerNorm:
+            raise Unfit(f"its norms are {type(first).__name__} and {type(second).__name__}")
+        return PreNorm(first.normalized_shape[0], (first.eps, second.eps), cls.part, device="meta")
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attention, feed = getattr(self, self.attends), self.mlp
+        given = self._given(attention, feed, hidden_states, args, kwargs)
+        if given is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        out, second = getattr(attention, self.last), getattr(feed, feed.fast.second)
+        return self.fast(
+            hidden_states,
+            (lambda x: attention.fast(x, *given, projected=False), out),
+            (lambda x: feed.fast(x, projected=False), second),
+        )
+
+    def _given(
+        self, attention: Any, feed: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """What attention gets beside its tokens, or None where the original answers."""
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or autocast(x):
+            return None
+        swapped = isinstance(attention, (Attention, PackedAttention)) and isinstance(feed, Swapped)
+        if not swapped or not unhooked(attention) or not unhooked(feed) or not self.untouched():
+            return None
+        layers = getattr(attention, self.last), getattr(feed, feed.fast.second)
+        if not all(plain(layer) and layer.bias is not None and layer.weight.dtype == x.dtype for layer in layers):
+            return None
+        if not unhooked(getattr(feed, feed.activation)) or getattr(self, self.part[0]).weight.dtype != x.dtype:
+            return None
+        given: tuple[Any, ...] | None = attention.arguments(x, *args, **kwargs)
+        return given

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerNorm of a residual stream, and in the same pass the stream with the bias of what will be added to it; no gradients."""
+
+from typing import Any
+
+import torch
+
+from vlmkernels.ops._op import Op, bad_argument, forced_backend
+
+
+def _fake(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_fwd = Op(
+    "layer_norm",
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor shift, float eps, str backend) -> (Tensor, Tensor)",
+    _fake,
+    complete=True,
+)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, and ``x + shift``.
+
+    A product adds to the second in place: ``shift`` is its bias, which cuBLAS can't add beside what is there.
+
+    Args:
+        x: ``[..., D]``; fp32, bf16, fp16 or fp64. The mathematics is in fp32 (fp64 for fp64).
+        weight, bias, shift: ``[D]`` of the dtype of ``x``.
+        eps: added to the variance.
+        backend: the backend that must run; by default the first that can.
+
+    Returns:
+        Both like ``x``, new and contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit, or a gradient that is needed.
+        BackendError: the forced backend can't run these inputs.
+    """
+    settings, tensors = (float(eps), forced_backend(backend)), (x, weight, bias, shift)
+    plan = _fwd.planned(settings, tensors)
+    if plan is not None:
+        planned: tuple[torch.Tensor, torch.Tensor] = plan(*tensors)
+        return planned
+    if x.dim() < 1 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., D] of a floating dtype")
+    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
+        if tensor.shape != x.shape[-1:] or tensor.dtype != x.dtype or tensor.device != x.device:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise bad_argument(name, got, f"[{x.shape[-1]}] {x.dtype} on {x.device}, as x has")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise bad_argument("x, weight, bias, shift", "a tensor that requires grad", "none, or torch.no_grad()")
+    out: tuple[torch.Tensor, torch.Tensor] = _fwd(*tensors, *settings)
+    _fwd.plan(settings, tensors, (*tensors, *settings))
+    return out
