@@ -70,6 +70,45 @@ def test_no_numbers_stay_in_their_columns(activation: str, backend: str, device:
     assert compare(got[:, others], want[:, others], rule(backend))
 
 
+@pytest.mark.parametrize("rows", [1, 17, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_gelu(rows: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own: tiles of few rows up to 16, of many from 17 on, small enough for an interpreter; rows of any stride."""
+    if "triton" not in runnable("activated_linear_fwd"):
+        pytest.skip("no Triton")
+    from vlmkernels.backends.triton import linear_add_norm as module
+
+    monkeypatch.setattr(module, "FEW", 16)
+    monkeypatch.setattr(module, "MANY", 17)
+    monkeypatch.setattr(module, "MANY_CONFIG", module.Config(32, 32, 32, 4, 2))
+    for pad in (0, 8, 1):
+        x, weight, bias = leaves(rows, 40 + pad, 24, dtype, device)
+        x, weight = x[:, pad:], weight[:, pad:]
+        got = activated_linear(x, weight, bias, "gelu", backend="triton")
+        assert got.is_contiguous() and compare(got, exact(x, weight, bias, "gelu"), "gemm")
+
+
+@every_backend
+def test_gelu_of_all_magnitudes(backend: str, device: torch.device) -> None:
+    """From where it is x to where it is nothing, and what isn't finite stays in its place."""
+    x = torch.tensor([-300.0, -20.0, -6.0, -3.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 3.0, 6.0, 20.0, 300.0], dtype=torch.bfloat16)
+    one = torch.eye(16, dtype=torch.bfloat16, device=device)[:1]
+    nothing = torch.zeros(1, dtype=torch.bfloat16, device=device)
+    y = activated_linear(x.to(device)[:, None] * one, one, nothing, "gelu", backend=backend)
+    assert compare(y[:, 0], F.gelu(x.double()), "norm")
+    odd = torch.tensor([float("nan"), float("inf"), 1.0], dtype=torch.bfloat16, device=device)
+    y = activated_linear(odd[:, None] * one[:, :1], one[:, :1], nothing, "gelu", backend=backend)[:, 0]
+    assert y[0].isnan() and y[1] == float("inf") and y[2].isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 32, 63, 64, 65, 1023, 2048, 2049])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_widths_of_a_qformer(rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = leaves(rows, 768, 3072, dtype, device)
+    assert compare(activated_linear(*tensors, "gelu", backend="triton"), exact(*tensors, "gelu"), "gemm")
+
+
 @pytest.mark.backends("activated_linear_fwd", exclude=("cuda",) if ON_GPU else ("cuda", "triton"))
 def test_opcheck_and_compile(backend: str, device: torch.device) -> None:
     tensors = leaves(8, 16, 24, torch.float32, device)

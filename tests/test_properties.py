@@ -295,11 +295,11 @@ def test_rope(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     return scaled(dataclasses.replace(case, inputs=inputs), "q", draw(of(1.0, 0.01, 100.0)))
 
 
-@property_of("linear_gelu_fwd", "linear_add_norm_fwd", few=3)
-def test_linear(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
+@property_of("linear_add_norm_fwd", few=3)
+def test_linear_add_norm(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     rows = draw(st.one_of(st.integers(0, 70), st.integers(1000, 2100) if ON_GPU else st.nothing()))
     width, columns = (draw(st.integers(1, 800 if ON_GPU else 100)) for _ in range(2))
-    return verify._linear_case(rows, width, columns, draw(st.booleans()))
+    return verify._linear_add_norm_case(rows, width, columns, draw(st.booleans()))
 
 
 @property_of("pos_embed_fwd", "pos_embed_bwd", few=3, dtypes=verify.DTYPES if ON_GPU else (torch.float32,))

@@ -14,7 +14,7 @@ from vlmkernels.ops.activated_linear import ACTIVATIONS, activated_linear
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.contrastive import clip_loss, siglip_loss
 from vlmkernels.ops.layer_norm import layer_norm
-from vlmkernels.ops.linear import linear_add_norm, linear_gelu
+from vlmkernels.ops.linear_add_norm import linear_add_norm
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.pos_embed import resample_pos_embed
 from vlmkernels.ops.rope import rope, rope_qkv_
@@ -80,7 +80,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     small = device.type != "cuda"
     dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
     patches = (*_patch_embed_cases(small), *_pos_embed_cases(small))
-    others = (*_rope_cases(), *_contrastive_cases(small), *_linear_cases(small), *_tile_bounds_cases())
+    others = (*_rope_cases(), *_contrastive_cases(small), *_linear_add_norm_cases(small), *_tile_bounds_cases())
     towers = (*_activated_linear_cases(small), _layer_norm_case("SigLIP", 77, 1152))
     return [*_attention_cases(dims, small), *patches, *others, *towers]
 
@@ -294,30 +294,28 @@ def _rope_case(name: str, dim: int, rotated: int, interleaved: bool, norm: bool)
     return Case("rope", name, "norm", inputs, run, ("q", "k", *(("q_weight", "k_weight") if norm else ())))
 
 
-def _linear_cases(small: bool) -> Iterator[Case]:
+def _linear_add_norm_cases(small: bool) -> Iterator[Case]:
     for rows in (3, 32) if small else (1, 32, 64, 2048):
-        yield _linear_case(rows, *((40, 72) if small else (768, 3072)))
+        yield _linear_add_norm_case(rows, *((72, 40) if small else (3072, 768)))
 
 
-def _linear_case(rows: int, width: int, columns: int, bias: bool = True) -> Case:
-    """Both functions, as in a feed-forward."""
+def _linear_add_norm_case(rows: int, width: int, columns: int, bias: bool = True) -> Case:
 
     def inputs() -> Inputs:
         tensors = {
             "x": torch.randn(rows, width),
-            "up": torch.randn(columns, width) / width**0.5,
-            "down": torch.randn(width, columns) / columns**0.5,
-            "norm_weight": torch.randn(width),
-            "norm_bias": torch.randn(width),
+            "weight": torch.randn(columns, width) / width**0.5,
+            "residual": torch.randn(rows, columns),
+            "norm_weight": torch.randn(columns),
+            "norm_bias": torch.randn(columns),
         }
-        return tensors | ({"up_bias": torch.randn(columns), "down_bias": torch.randn(width)} if bias else {})
+        return tensors | ({"bias": torch.randn(columns)} if bias else {})
 
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
         norm: dict[str, Any] = {"norm_weight": t["norm_weight"], "norm_bias": t["norm_bias"], "eps": 1e-5}
-        hidden = linear_gelu(t["x"], t["up"], t.get("up_bias"), backend=backend)
-        return hidden, linear_add_norm(hidden, t["down"], t.get("down_bias"), t["x"], **norm, backend=backend)
+        return (linear_add_norm(t["x"], t["weight"], t.get("bias"), t["residual"], **norm, backend=backend),)
 
-    return Case("linear", f"{rows} rows{'' if bias else ', no bias'}", "module", inputs, run)
+    return Case("linear_add_norm", f"{rows} rows{'' if bias else ', no bias'}", "module", inputs, run)
 
 
 def _contrastive_cases(small: bool) -> Iterator[Case]:

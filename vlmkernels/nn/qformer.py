@@ -5,29 +5,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn._feed_forward import inference
+from vlmkernels.nn._feed_forward import ActivatedLinear, inference
 from vlmkernels.nn._packed import SideBySide, plain, project
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.self_attention import SelfAttention
 from vlmkernels.ops._op import bad_argument, check_sizes
-from vlmkernels.ops.linear import linear_add_norm, linear_gelu
+from vlmkernels.ops.linear_add_norm import linear_add_norm
 
-#: Rows for which a product and what follows it are faster in one kernel: an image or two, and from a batch of 32 on, where
-#: GELU takes half as long as its product. Between them cuBLAS has the better tiles (32 queries each, H200).
-_FEW, _MANY = 64, 1024
-
-
-def _rows(x: torch.Tensor) -> int:
-    return x.shape[:-1].numel()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks while it traces
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+#: Rows for which a product and the LayerNorm behind it are faster together: an image or two (32 queries each, H200).
+_FEW = 64
 
 
 class _AddNorm(nn.Module):
@@ -42,23 +31,10 @@ class _AddNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         dense, norm, drops = self.dense, self.LayerNorm, self.training and self.dropout.p > 0
         alike = not drops and plain(self.dropout, nn.Dropout) and residual.shape[:-1] == x.shape[:-1]
-        if _rows(x) <= _FEW and alike and inference(x, dense, norm):
+        if x.shape[:-1].numel() <= _FEW and alike and inference(x, dense, norm):
             return linear_add_norm(x, dense.weight, dense.bias, residual, norm.weight, norm.bias, eps=norm.eps)
         y: torch.Tensor = norm(self.dropout(dense(x)) + residual)
         return y
-
-
-class _Dense(nn.Module):
-    """``gelu(dense(x))``, the first half of a feed-forward."""
-
-    def __init__(self, in_features: int, out_features: int, **made: Any) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_features, out_features, **made)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if inference(x, self.dense) and (_rows(x) <= _FEW or (_rows(x) >= _MANY and _is_hopper(x.device))):
-            return linear_gelu(x, self.dense.weight, self.dense.bias)
-        return F.gelu(self.dense(x))
 
 
 class _Block(nn.Module):
@@ -120,9 +96,9 @@ class QFormerLayer(nn.Module):
         if cross_attention:
             reader = CrossAttention(embed_dim, num_heads, context_dim=context_dim, **heads)
             self.crossattention = _Block(reader, add_norm(embed_dim))
-        self.intermediate = _Dense(embed_dim, inner, **made) if text else None
+        self.intermediate = ActivatedLinear(embed_dim, inner, "gelu", **made) if text else None
         self.output = add_norm(inner) if text else None
-        self.intermediate_query = _Dense(embed_dim, inner, **made)
+        self.intermediate_query = ActivatedLinear(embed_dim, inner, "gelu", **made)
         self.output_query = add_norm(inner)
 
     def forward(

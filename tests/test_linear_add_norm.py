@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers with GELU, or a sum and a LayerNorm, behind them."""
+"""A linear layer with a sum and a LayerNorm behind it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import capture, runnable
 
-from vlmkernels.ops.linear import linear_add_norm, linear_gelu
+from vlmkernels.ops.linear_add_norm import linear_add_norm
 from vlmkernels.testing import compare
 
-OPS = ("linear_gelu_fwd", "linear_add_norm_fwd")
+OP = "linear_add_norm_fwd"
 EPS = 1e-5
-TRITON = "triton" in runnable(*OPS)
+TRITON = "triton" in runnable(OP)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: rows, width, columns; rows have the tiles of few up to 64.
@@ -32,26 +32,22 @@ def tensors(
     return {name: x.to(device, dtype) for name, x in made.items() if bias or name != "bias"}
 
 
-def gelu(t: dict[str, torch.Tensor], backend: str | None = None) -> torch.Tensor:
-    return linear_gelu(t["x"], t["weight"], t.get("bias"), backend=backend)
-
-
 def add_norm(t: dict[str, torch.Tensor], backend: str | None = None) -> torch.Tensor:
     rest = (t["residual"], t["norm_weight"], t["norm_bias"])
     return linear_add_norm(t["x"], t["weight"], t.get("bias"), *rest, eps=EPS, backend=backend)
 
 
-def exact(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both functions mean, in fp64 by torch's own functions."""
+def exact(t: dict[str, torch.Tensor]) -> torch.Tensor:
+    """In fp64 by torch's own functions."""
     w = {name: x.double() for name, x in t.items()}
-    y = F.linear(w["x"], w["weight"], w.get("bias"))
-    return F.gelu(y), F.layer_norm(y + w["residual"], (y.shape[-1],), w["norm_weight"], w["norm_bias"], EPS)
+    y = F.linear(w["x"], w["weight"], w.get("bias")) + w["residual"]
+    return F.layer_norm(y, (y.shape[-1],), w["norm_weight"], w["norm_bias"], EPS)
 
 
 def few_rows_are_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of many rows from 17 rows on, small enough for an interpreter."""
     if TRITON:
-        from vlmkernels.backends.triton import linear as module
+        from vlmkernels.backends.triton import linear_add_norm as module
 
         monkeypatch.setattr(module, "FEW", 16)
         monkeypatch.setattr(module, "MANY_CONFIG", module.Config(32, 32, 32, 4, 2))
@@ -60,7 +56,7 @@ def few_rows_are_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.backends(*OPS)
+@pytest.mark.backends(OP)
 def test_against_fp64(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -73,33 +69,20 @@ def test_against_fp64(
     if backend == "triton" and dtype == torch.float32:
         pytest.skip("Triton has no fp32 here: torch's products may be set to TF32 or not")
     t = tensors(*shape, dtype, device, bias)
-    for got, wanted in zip((gelu(t, backend), add_norm(t, backend)), exact(t), strict=True):
-        assert got.dtype == dtype and got.is_contiguous()
-        assert compare(got, wanted, "module" if backend == "torch" else "gemm")
+    got = add_norm(t, backend)
+    assert got.dtype == dtype and got.is_contiguous()
+    assert compare(got, exact(t), "module" if backend == "torch" else "gemm")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 32, 63, 64, 65, 2048, 2049])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_widths_of_a_qformer(rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    up, down = tensors(rows, 768, 3072, dtype, device), tensors(rows, 3072, 768, dtype, device)
-    assert compare(gelu(up, "triton"), exact(up)[0], "gemm")
-    assert compare(add_norm(down, "triton"), exact(down)[1], "gemm")
+    t = tensors(rows, 3072, 768, dtype, device)
+    assert compare(add_norm(t, "triton"), exact(t), "gemm")
 
 
-@pytest.mark.backends("linear_gelu_fwd")
-def test_gelu_of_all_magnitudes(device: torch.device, backend: str) -> None:
-    """From where it is x to where it is nothing, and what isn't finite stays in its place."""
-    x = torch.tensor([-300.0, -20.0, -6.0, -3.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 3.0, 6.0, 20.0, 300.0], dtype=torch.bfloat16)
-    one = torch.eye(16, dtype=torch.bfloat16, device=device)[:1]  # columns are padded with zeros
-    y = linear_gelu(x.to(device)[:, None] * one, one, None, backend=backend)
-    assert compare(y[:, 0], F.gelu(x.double()), "norm")
-    odd = torch.tensor([float("nan"), float("inf"), 1.0], dtype=torch.bfloat16, device=device)
-    y = linear_gelu(odd[:, None] * one[:, :1], one[:, :1], None, backend=backend)[:, 0]
-    assert y[0].isnan() and y[1] == float("inf") and y[2].isfinite()
-
-
-@pytest.mark.backends(*OPS)
+@pytest.mark.backends(OP)
 def test_rows_of_any_stride(device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of wider rows, whole tensors of more dimensions, offsets that no copy engine can take; inputs stay as they were."""
     few_rows_are_sixteen(monkeypatch)
@@ -111,47 +94,39 @@ def test_rows_of_any_stride(device: torch.device, backend: str, monkeypatch: pyt
             t[name] = wide[..., pad:-pad]
         t |= {name: t[name].unflatten(0, (2, rows)) for name in ("x", "residual")}
         before = {name: x.clone() for name, x in t.items()}
-        for got, wanted in zip((gelu(t, backend), add_norm(t, backend)), exact(t), strict=True):
-            assert got.shape == (2, rows, 40)
-            assert compare(got, wanted, "module" if backend == "torch" else "gemm")
+        got = add_norm(t, backend)
+        assert got.shape == (2, rows, 40)
+        assert compare(got, exact(t), "module" if backend == "torch" else "gemm")
         assert all(torch.equal(t[name], before[name]) for name in t)
 
 
-@pytest.mark.backends(*OPS)
+@pytest.mark.backends(OP)
 def test_opcheck(device: torch.device, backend: str) -> None:
     t = tensors(5, 24, 16, torch.bfloat16, device)
     arguments = (t["x"], t["weight"], t["bias"])
     norm = (t["residual"], t["norm_weight"], t["norm_bias"], EPS)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.vlmkernels.linear_gelu_fwd.default, (*arguments, backend), test_utils=tests)
     torch.library.opcheck(torch.ops.vlmkernels.linear_add_norm_fwd.default, (*arguments, *norm, backend), test_utils=tests)
 
 
-@pytest.mark.backends(*OPS)
+@pytest.mark.backends(OP)
 def test_a_call_that_comes_again(device: torch.device, backend: str) -> None:
     """With other values, by the plan of the first."""
     for _ in range(3):
         t = tensors(5, 24, 16, torch.bfloat16, device)
-        for got, wanted in zip((gelu(t, backend), add_norm(t, backend)), exact(t), strict=True):
-            assert compare(got, wanted, "module" if backend == "torch" else "gemm")
+        assert compare(add_norm(t, backend), exact(t), "module" if backend == "torch" else "gemm")
 
 
 @pytest.mark.gpu
 def test_compiled_and_in_a_graph(device: torch.device) -> None:
     t = tensors(32, 768, 768, torch.bfloat16, device)
 
-    def both() -> tuple[torch.Tensor, torch.Tensor]:
-        return gelu(t), add_norm(t)
-
     wanted = exact(t)
-    for got, right in zip(torch.compile(both, fullgraph=True)(), wanted, strict=True):
-        assert compare(got, right, "gemm")
-    graph, captured = capture(both)
-    for y in captured:
-        y.zero_()
+    assert compare(torch.compile(lambda: add_norm(t), fullgraph=True)(), wanted, "gemm")
+    graph, captured = capture(lambda: add_norm(t))
+    captured.zero_()
     graph.replay()
-    for got, right in zip(captured, wanted, strict=True):
-        assert compare(got, right, "gemm")
+    assert compare(captured, wanted, "gemm")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +152,6 @@ def test_what_learns_is_refused_but_where_nothing_does(device: torch.device) -> 
     t = tensors(5, 24, 16, torch.float32, device)
     t["weight"].requires_grad_()
     with pytest.raises(ValueError, match="^weight: got a tensor that needs a gradient"):
-        gelu(t)
+        add_norm(t)
     with torch.no_grad():
-        assert compare(gelu(t), exact(t)[0], "gemm")
+        assert compare(add_norm(t), exact(t), "gemm")

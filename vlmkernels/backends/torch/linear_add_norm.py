@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer and what follows it, each by stock torch."""
+"""A linear layer, the sum and the LayerNorm behind it, each by stock torch."""
 
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias))
 
 
 def linear_add_norm_fwd(

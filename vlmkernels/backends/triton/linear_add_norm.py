@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers with what follows them, in Triton: GELU behind the product, or a sum and a LayerNorm.
+"""``linear_add_norm`` in Triton, and products with GELU behind them.
 
 A few rows are a product that reads the weight and does little else: its columns, and where a LayerNorm follows its depth too, are
 shared out among programs, whose shares the kernel of the norm adds up. A product of some thousand rows is large enough for
@@ -87,8 +87,10 @@ class Config(NamedTuple):
     stages: int
 
 
-#: Up to how many rows there are too few for tiles of many.
-FEW = 64
+#: Up to how many rows there are too few for tiles of many, and from how many on GELU is faster behind a product of these: an
+#: image or two of a Q-Former, and a batch of 32 on, where GELU takes half as long as its product. Between them cuBLAS has the
+#: better tiles (32 queries each, H200).
+FEW, MANY = 64, 1024
 FEW_CONFIG, MANY_CONFIG = Config(32, 32, 128, 4, 4), Config(128, 128, 64, 8, 3)
 #: The depth of a product of few rows is shared out until there are so many programs, or so little depth for each.
 _PROGRAMS, _MIN_SHARE = 96, 128
@@ -99,11 +101,16 @@ def _config(rows: int) -> Config:
 
 
 @functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
+def _generation(device: torch.device) -> int:
+    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
 
 
-def _why_not(x: Tensor, *rest: Tensor | None) -> str | None:
+def is_faster_with_gelu(rows: int, device: torch.device) -> bool:
+    return rows <= FEW or (rows >= MANY and _generation(device) == 9)
+
+
+def takes(x: Tensor, *rest: Tensor | None) -> str | None:
+    """Why not, for a product of these."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"it has no {x.dtype}"
     if any(t is not None and t.stride(-1) != 1 for t in (x, *rest)):
@@ -111,14 +118,10 @@ def _why_not(x: Tensor, *rest: Tensor | None) -> str | None:
     return None
 
 
-def why_not_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return _why_not(x, weight, bias)
-
-
 def why_not_linear_add_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> str | None:
-    return _why_not(x, weight, bias, residual, norm_weight, norm_bias)
+    return takes(x, weight, bias, residual, norm_weight, norm_bias)
 
 
 @functools.lru_cache(maxsize=LAUNCHES)
@@ -139,10 +142,10 @@ def _product_launch(
     )  # fmt: skip
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, shares: int, share: int) -> Launch:
+def product_launch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, shares: int, share: int) -> Launch:
     (m, k), n, strides = x.shape, weight.shape[0], (x.stride(0), weight.stride(0))
     aligned = not any(stride % 8 for stride in strides) and not (x.data_ptr() | weight.data_ptr()) % 16
-    use_tma = m > FEW and aligned and _has_tma(x.device)
+    use_tma = m > FEW and aligned and _generation(x.device) >= 9
     return _product_launch(x.device, x.dtype, m, n, k, strides, use_tma, bias is not None, gelu, shares, share)
 
 
@@ -155,23 +158,6 @@ def _norm_launch(
         _add_norm_kernel, (m,), (m, stride_r, eps),
         N=n, SHARES=shares, BLOCK_N=block_n, num_warps=min(16, max(1, block_n // 256)),
     )  # fmt: skip
-
-
-def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return plan_linear_gelu_fwd(x, weight, bias)(x, weight, bias)
-
-
-def plan_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    (m, k), n = x.shape, weight.shape[0]
-    product = _product(x, weight, bias, True, 1, max(k, 1)) if m and n else None
-
-    def plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = x.new_empty(m, n)
-        if product is not None:
-            product(x, weight, bias, out)
-        return out
-
-    return plan
 
 
 def linear_add_norm_fwd(
@@ -190,7 +176,7 @@ def plan_linear_add_norm_fwd(
     share = max(_MIN_SHARE, cdiv(cdiv(k, wanted), c.block_k) * c.block_k)
     shares = max(1, cdiv(k, share))
     if m and n:
-        product = _product(x, weight, None, False, shares, share)
+        product = product_launch(x, weight, None, False, shares, share)
         norm = _norm_launch(x.device, x.dtype, m, n, residual.stride(0), bias is not None, shares, eps)
 
     def plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
@@ -208,9 +194,8 @@ def aot_cases() -> list[AotCase]:
     """The Q-Former's feed-forward for 64 images and for one, and the smallest."""
 
     def call(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
-        x, up, down = (torch.empty(*shape, dtype=dtype) for shape in ((rows, width), (inner, width), (width, inner)))
+        x, hidden, down = (torch.empty(*shape, dtype=dtype) for shape in ((rows, width), (rows, inner), (width, inner)))
         vector = torch.empty(width, dtype=dtype)
-        hidden = linear_gelu_fwd(x, up, torch.empty(inner, dtype=dtype))
         linear_add_norm_fwd(hidden, down, vector, x, vector, vector, 1e-12)
 
     shapes = (("64 images bf16", 2048, 768, 3072, torch.bfloat16), ("an image fp16", 32, 768, 3072, torch.float16),
