@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tile of a matrix product, for kernels that do something with it before it is written."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Config(NamedTuple):
+    """Tile, warps and pipeline stages of the product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
 
 
 @triton.jit

@@ -8,7 +8,7 @@ bits.
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +23,12 @@ from vlmkernels.backends.triton._contrastive_tiles import (
     _merge_lse_kernel,
     _siglip_kernel,
 )
+from vlmkernels.backends.triton._product import Config
 
 #: The most rows and columns of a panel of gradients, 128 MiB in bf16.
 PANEL = 8192
 #: Rows whose shares of the log-sum-exps, 4 bytes for each tile of a row or a column, are there at a time.
 STRIP = 4096
-
-
-class Config(NamedTuple):
-    """Tile, warps and pipeline stages."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
 
 
 # Two programs of one warpgroup share a multiprocessor, and one multiplies while the other finishes its tile: 4.67 ms for the

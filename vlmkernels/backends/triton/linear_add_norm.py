@@ -8,7 +8,7 @@ cuBLAS, but a GELU of its own takes half as long again.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
-from vlmkernels.backends.triton._product import product_tile
+from vlmkernels.backends.triton._product import Config, product_tile
 
 
 @triton.jit
@@ -75,16 +75,6 @@ def _add_norm_kernel(
     y *= tl.load(norm_weight_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
     y += tl.load(norm_bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class Config(NamedTuple):
-    """Tile, warps and pipeline stages of the product."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
 
 
 #: Up to how many rows there are too few for tiles of many, and from how many on GELU is faster behind a product of these: an
