@@ -57,13 +57,17 @@ def test_activation_checkpointing(reentrant, photos):
 
 
 def test_autocast(photos):
-    """Parameters in fp32, attention in bf16: gradients in fp32, as near to the exact ones as those of the reference."""
+    """Parameters in fp32, attention in bf16: gradients in fp32, as near to the exact ones as those of the reference.
+
+    On a CPU torch adds up what a thread gives to the gradients of a LayerNorm in bf16, wherever the attention comes from.
+    """
     model = make_model(photos[1])
-    exact = gradients(model, model.loss(*photos))
+    learned = [x for name, x in model.named_parameters() if ON_GPU or "norm" not in name]
+    exact = torch.autograd.grad(model.loss(*photos), learned)
 
     def error(backend):
         with torch.autocast(DEVICE.type, torch.bfloat16), backend:
-            got = gradients(model, model.loss(*photos))
+            got = torch.autograd.grad(model.loss(*photos), learned)
         assert all(x.dtype == torch.float32 for x in got)
         return sum((x - y).norm() for x, y in zip(got, exact, strict=True)) / sum(y.norm() for y in exact)
 
