@@ -23,18 +23,18 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
 def test_clip_retrieval() -> None:
     """It has learnt to find a crop's caption more often than by chance, which is one in eight."""
     found = run("clip_retrieval", "--steps", "60", "--width", "32")
-    assert found["replaced"] == 6 and found["right"] > 0.25
+    assert found["replaced"] == 14 and found["right"] > 0.25
     assert found["same"] == 1 and 0 < found["error"] < 1e-5
 
 
 def test_blip2_captions() -> None:
     found = run("blip2_captions", "--photos", "3", "--new", "5", "--width", "64", "--layers", "2")
-    assert found["replaced"] == 6 and found["tokens"] >= 15 and found["same"] == 1
+    assert found["replaced"] == 10 and found["tokens"] >= 15 and found["same"] == 1
 
 
 def test_gemma3_prefill() -> None:
     found = run("gemma3_prefill", "--width", "64", "--layers", "2", "--text", "9")
-    assert found["replaced"] == 8 and found["tokens"] == 5 * 16 + 7 * 9
+    assert found["replaced"] == 10 and found["tokens"] == 5 * 16 + 7 * 9
     assert found["original"] < 1e-5 and found["fused"] <= 2 * found["original"]
 
 

@@ -105,7 +105,7 @@ def test_calls_leave_nothing_behind(name: str) -> None:
     grown = []
     while len(grown) < 3 and (not grown or grown[-1] >= calls / 2):
         before, (tensors_after, blocks) = blocks, repeat()
-        assert tensors_after == tensors
+        assert tensors_after <= tensors
         grown.append(blocks - before)
     # A leak is in each of them: one of contrastive had 75 once, and less when it was run again (H200, torch 2.11).
     assert min(grown) < calls / 2, grown
