@@ -30,7 +30,8 @@ FILES = [
     for name in (
         *("attention_cuda", "attention_few_cuda", "attention_bwd_cuda", "attention_bwd_few_cuda", "contrastive_cuda"),
         *("patch_embed_cuda", "patch_embed_bwd_cuda", "properties", "attention", "tile_bounds", "patch_embed", "patch_embed_bwd"),
-        *("patch_embed_still", "pos_embed", "rope", "contrastive", "contrastive_triton", "linear_add_norm", "activated_linear"),
+        *("patch_embed_still", "pos_embed", "rope", "contrastive", "contrastive_triton"),
+        *("linear_add_norm", "activated_linear", "layer_norm"),
     )
 ]
 #: A CUDA graph can't be captured without torch's cache of memory, compilers start processes, tensors past 2 GiB take minutes, and

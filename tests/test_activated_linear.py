@@ -70,21 +70,24 @@ def test_no_numbers_stay_in_their_columns(activation: str, backend: str, device:
     assert compare(got[:, others], want[:, others], rule(backend))
 
 
+@pytest.mark.backends("activated_linear_fwd", exclude=("cuda", "torch", "reference"))
 @pytest.mark.parametrize("rows", [1, 17, 65])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_with_gelu(rows: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_with_gelu(
+    rows: int, dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton's own: tiles of few rows up to 16, of many from 17 on, small enough for an interpreter; rows of any stride."""
-    if "triton" not in runnable("activated_linear_fwd"):
-        pytest.skip("no Triton")
-    from vlmkernels.backends.triton import linear_add_norm as module
+    from vlmkernels.backends.triton import _product
+    from vlmkernels.backends.triton import activated_linear as module
 
-    monkeypatch.setattr(module, "FEW", 16)
+    for where in (_product, module):
+        monkeypatch.setattr(where, "FEW", 16)
     monkeypatch.setattr(module, "MANY", 17)
-    monkeypatch.setattr(module, "MANY_CONFIG", module.Config(32, 32, 32, 4, 2))
+    monkeypatch.setattr(_product, "MANY_CONFIG", _product.Config(32, 32, 32, 4, 2))
     for pad in (0, 8, 1):
         x, weight, bias = leaves(rows, 40 + pad, 24, dtype, device)
         x, weight = x[:, pad:], weight[:, pad:]
-        got = activated_linear(x, weight, bias, "gelu", backend="triton")
+        got = activated_linear(x, weight, bias, "gelu", backend=backend)
         assert got.is_contiguous() and compare(got, exact(x, weight, bias, "gelu"), "gemm")
 
 

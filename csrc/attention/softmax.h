@@ -6,19 +6,12 @@
 
 #include "attention/config.h"
 #include "attention/ranges.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 
 namespace vlmk {
 namespace attention {
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // softcap * tanh(scale * s / softcap), in units of log2: tanh(x) = 1 - 2 / (exp(2 x) + 1) overflows
 // at neither end.

@@ -9,9 +9,9 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
-#include "attention/softmax.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/store.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/mma.h"
@@ -173,7 +173,7 @@ struct KeyGroup {
   template <bool kMasked, int kRows>
   __device__ __forceinline__ void weigh(Scores<kRows>& x, int first_key,
                                         const float2 (&lse)[kRows / 8]) {
-    const float scale = p.scale * attention::kLog2E;
+    const float scale = p.scale * kLog2E;
     const uint32_t table = at(C::ranges_at(queries.stage)) + lane_index() % 4 * 16;
     const int key =
         first_key + group * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_index() / 4;
@@ -186,7 +186,7 @@ struct KeyGroup {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = x.scores[4 * i + 2 * half + j];
-          score = attention::exp2_approximate(
+          score = exp2_approximate(
               C::kSumsInProducts ? score * scale : fmaf(score, scale, j ? lse[i].y : lse[i].x));
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;

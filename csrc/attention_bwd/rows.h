@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
-#include "attention/softmax.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/store.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "vlmkernels.h"
@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_sums(const VlmkAttentionBwdParams& p, cons
     auto* entry =
         reinterpret_cast<float*>(workspace + w.sums + blockIdx.x * int64_t{C::kSumsBytes}) +
         row / 2 * 4 + row % 2;
-    entry[0] = sees ? -lse * attention::kLog2E : -INFINITY;
+    entry[0] = sees ? -lse * kLog2E : -INFINITY;
     entry[2] = of_dp;
     return;
   }

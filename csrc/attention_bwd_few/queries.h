@@ -7,8 +7,8 @@
 
 #include "attention/ranges.h"
 #include "attention/rows.h"
-#include "attention/softmax.h"
 #include "attention_bwd_few/config.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
@@ -94,7 +94,7 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
     const int row = step * kStep + static_cast<int>(threadIdx.x) / kLanes;
     if (chunk == 0 && row < C::kRows) {
       const int at = row / 2 * 4 + row % 2;
-      sums[at] = lse[step] == -INFINITY ? -INFINITY : -lse[step] * attention::kLog2E;
+      sums[at] = lse[step] == -INFINITY ? -INFINITY : -lse[step] * kLog2E;
       sums[at + 2] = delta - dlse[step];
       const int2 seen = attention::cut(p, range[step]);
       ranges[at] = seen.x;

@@ -9,9 +9,9 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
-#include "attention/softmax.h"
 #include "attention_bwd_few/config.h"
 #include "attention_bwd_few/queries.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
@@ -152,7 +152,7 @@ struct Tiles {
   // Scores become weights, dP becomes dS; what a row does not see is 0 in both, whatever it was.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(int first_key) {
-    const float scale = p.scale * attention::kLog2E;
+    const float scale = p.scale * kLog2E;
     const uint32_t rows = shared_address(shared) + C::kSumsAt + lane_index() % 4 * 16;
     const int key = first_key + warp() * 16 + lane_index() / 4;
 #pragma unroll
@@ -168,7 +168,7 @@ struct Tiles {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int at = 4 * i + 2 * half + j;
-          weight[j] = attention::exp2_approximate(fmaf(scores[at], scale, lse[j]));
+          weight[j] = exp2_approximate(fmaf(scores[at], scale, lse[j]));
           gradient[j] = weight[j] * (dp[at] - delta[j]);
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;

@@ -8,6 +8,7 @@
 #include "attention/store.h"
 #include "attention_few/config.h"
 #include "attention_few/tiles.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "vlmkernels.h"
@@ -77,7 +78,6 @@ __device__ __forceinline__ void store_rows(const Tiles<C>& tiles) {
 template <typename C>
 __device__ __forceinline__ void combine_totals(attention::Softmax& softmax, uint32_t totals,
                                                float2* shares, int ranks) {
-  using attention::exp2_approximate;
   constexpr int kOwn = kMaxSplits / 4;
   float4 x[kOwn];
 #pragma unroll

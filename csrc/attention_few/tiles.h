@@ -9,6 +9,7 @@
 #include "attention/softmax.h"
 #include "attention_few/config.h"
 #include "attention_few/loader.h"
+#include "common/approximate.h"
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/mma.h"
@@ -135,7 +136,7 @@ struct Tiles {
 
   // Scores become weights, relative to the maximum; where that grows, the sums so far shrink.
   __device__ __forceinline__ void weigh(int first_key) {
-    float unit = p.scale * attention::kLog2E;
+    float unit = p.scale * kLog2E;
     if (p.softcap > 0) {
       attention::cap_scores<C::kKeys / 2>(scores, unit, p.softcap);
       unit = 1;

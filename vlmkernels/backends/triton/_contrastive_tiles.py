@@ -8,6 +8,8 @@ of its columns, sums, or the gradient of its products in the dtype of the featur
 import triton
 import triton.language as tl
 
+from vlmkernels.backends.triton._product import product_tile
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # How far apart the log-sum-exps of a tile may be for one exponential to serve rows and columns: 2**60 times 2**-60 is exact.
@@ -36,19 +38,9 @@ def _products(
     """``[BLOCK_M, BLOCK_N]`` fp32, of unit vectors where inverse norms are given; zeros past the last row and column."""
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first_k in range(0, D, BLOCK_K):
-        if USE_TMA:
-            a = a_src.load([first_m, first_k])
-            b = b_src.load([first_n, first_k])
-        else:
-            offs_k = first_k + tl.arange(0, BLOCK_K)
-            a_rows = a_src + offs_m.to(tl.int64)[:, None] * stride_am
-            b_rows = b_src + offs_n.to(tl.int64)[:, None] * stride_bn
-            mask_k = (offs_k < D)[None, :]
-            a = tl.load(a_rows + offs_k[None, :], mask=(offs_m < M)[:, None] & mask_k, other=0.0)
-            b = tl.load(b_rows + offs_k[None, :], mask=(offs_n < N)[:, None] & mask_k, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    acc = product_tile(
+        a_src, b_src, M, stride_am, stride_bn, first_m, first_n, 0, D, N, D, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     if inverse_a_ptr is not None:
         acc *= tl.load(inverse_a_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
         acc *= tl.load(inverse_b_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]

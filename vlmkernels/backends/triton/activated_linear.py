@@ -13,10 +13,13 @@ from torch import Tensor
 
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
-from vlmkernels.backends.triton.linear_add_norm import is_faster_with_gelu, product_launch, takes
+from vlmkernels.backends.triton._product import FEW, generation, product_launch, takes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK, _WARPS = 2048, 4
+#: From how many rows on GELU is faster behind a product of Triton's again, as up to ``FEW``: from a batch of 32 of a Q-Former on,
+#: 32 queries each, a GELU of its own takes half as long as its product. Between them cuBLAS has the better tiles (H200).
+MANY = 1024
 
 
 @triton.jit
@@ -34,6 +37,10 @@ def _launch(device: torch.device, dtype: torch.dtype, size: int, activation: str
     return Launch(_activated_linear_kernel, (triton.cdiv(size, _BLOCK),), (size,), **options)
 
 
+def _is_one_kernel(rows: int, device: torch.device) -> bool:
+    return rows <= FEW or (rows >= MANY and generation(device) == 9)
+
+
 def why_not_activated_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> str | None:
     if x.dtype not in _DTYPES:
         return f"it takes fp32, bf16 and fp16, not {x.dtype}"
@@ -44,7 +51,7 @@ def plan_activated_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activatio
     rows, depth, dim = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     if rows * dim == 0:
         return None
-    if activation == "gelu" and is_faster_with_gelu(rows, x.device) and takes(x, weight, bias) is None:
+    if activation == "gelu" and _is_one_kernel(rows, x.device) and takes(x, weight, bias) is None:
         product, shape = product_launch(x.reshape(rows, depth), weight, bias, True, 1, max(depth, 1)), (*x.shape[:-1], dim)
 
         def plan_of_one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

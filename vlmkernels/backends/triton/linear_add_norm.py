@@ -1,59 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_add_norm`` in Triton, and products with GELU behind them.
+"""``linear_add_norm`` as a product and a kernel for the sum and the norm.
 
-A few rows are a product that reads the weight and does little else: its columns, and where a LayerNorm follows its depth too, are
-shared out among programs, whose shares the kernel of the norm adds up. A product of some thousand rows is large enough for
-cuBLAS, but a GELU of its own takes half as long again.
+A few rows are a product that reads the weight and does little else: its columns and its depth are shared out among programs,
+whose shares the kernel of the norm adds up.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
+from vlmkernels.backends.triton import cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
-from vlmkernels.backends.triton._product import Config, product_tile
-
-
-@triton.jit
-def _gelu(x):
-    """``max(x, 0) - |x| P(-|x|)``, P of the normal distribution: Abramowitz and Stegun's 7.1.26, which is off by 1e-7."""
-    size = tl.minimum(tl.abs(x), 16.0)  # there P is 0
-    t = 1.0 / (1.0 + 0.23164189 * size)
-    p = ((((0.5307027145 * t - 0.726576013) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - size * p * tl.exp2(-0.7213475204 * size * size)
-
-
-@triton.jit
-def _linear_kernel(
-    x_src, w_src, bias_ptr, out_ptr, M, stride_xm, stride_wn,
-    N: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr, GELU: tl.constexpr, USE_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A tile of ``x w.T`` over SHARE of the K columns; of more than one share, the result is ``[shares, M, N]``."""
-    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    first_m = tl.program_id(0) // tiles_n * BLOCK_M
-    first_n = tl.program_id(0) % tiles_n * BLOCK_N
-    share = tl.program_id(1)
-    acc = product_tile(
-        x_src, w_src, M, stride_xm, stride_wn, first_m, first_n, share * SHARE, share * SHARE + SHARE, N, K, USE_TMA,
-        BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        acc = _gelu(acc)
-    rows = share.to(tl.int64) * M + offs_m
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    tl.store(out_ptr + rows[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+from vlmkernels.backends.triton._product import config, product_launch, takes
 
 
 @triton.jit
@@ -77,66 +40,14 @@ def _add_norm_kernel(
     tl.store(out_ptr + row * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-#: Up to how many rows there are too few for tiles of many, and from how many on GELU is faster behind a product of these: an
-#: image or two of a Q-Former, and a batch of 32 on, where GELU takes half as long as its product. Between them cuBLAS has the
-#: better tiles (32 queries each, H200).
-FEW, MANY = 64, 1024
-FEW_CONFIG, MANY_CONFIG = Config(32, 32, 128, 4, 4), Config(128, 128, 64, 8, 3)
 #: The depth of a product of few rows is shared out until there are so many programs, or so little depth for each.
 _PROGRAMS, _MIN_SHARE = 96, 128
-
-
-def _config(rows: int) -> Config:
-    return FEW_CONFIG if rows <= FEW else MANY_CONFIG
-
-
-@functools.cache
-def _generation(device: torch.device) -> int:
-    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
-
-
-def is_faster_with_gelu(rows: int, device: torch.device) -> bool:
-    return rows <= FEW or (rows >= MANY and _generation(device) == 9)
-
-
-def takes(x: Tensor, *rest: Tensor | None) -> str | None:
-    """Why not, for a product of these."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"it has no {x.dtype}"
-    if any(t is not None and t.stride(-1) != 1 for t in (x, *rest)):
-        return "it takes rows of neighbouring elements"
-    return None
 
 
 def why_not_linear_add_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> str | None:
     return takes(x, weight, bias, residual, norm_weight, norm_bias)
-
-
-@functools.lru_cache(maxsize=LAUNCHES)
-def _product_launch(
-    device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, strides: tuple[int, int], use_tma: bool, has_bias: bool,
-    gelu: bool, shares: int, share: int,
-) -> Launch:  # fmt: skip
-    c = _config(m)
-    c = c._replace(block_n=min(c.block_n, max(16, next_power_of_2(n))))
-    descriptors: dict[int, Any] = {}
-    if use_tma:
-        descriptors[0] = ([m, k], [strides[0], 1], [c.block_m, c.block_k])
-        descriptors[1] = ([n, k], [strides[1], 1], [c.block_n, c.block_k])
-    return Launch(
-        _linear_kernel, (cdiv(m, c.block_m) * cdiv(n, c.block_n), shares), (m, *strides), descriptors,
-        N=n, K=k, SHARE=share, GELU=gelu, USE_TMA=use_tma, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-        num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
-
-
-def product_launch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, shares: int, share: int) -> Launch:
-    (m, k), n, strides = x.shape, weight.shape[0], (x.stride(0), weight.stride(0))
-    aligned = not any(stride % 8 for stride in strides) and not (x.data_ptr() | weight.data_ptr()) % 16
-    use_tma = m > FEW and aligned and _generation(x.device) >= 9
-    return _product_launch(x.device, x.dtype, m, n, k, strides, use_tma, bias is not None, gelu, shares, share)
 
 
 @functools.lru_cache(maxsize=LAUNCHES)
@@ -161,7 +72,7 @@ def plan_linear_add_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> Callable[..., Tensor]:
     (m, k), n = x.shape, weight.shape[0]
-    c = _config(m)
+    c = config(m)
     wanted = max(1, _PROGRAMS // max(1, cdiv(m, c.block_m) * cdiv(n, c.block_n)))
     share = max(_MIN_SHARE, cdiv(cdiv(k, wanted), c.block_k) * c.block_k)
     shares = max(1, cdiv(k, share))
