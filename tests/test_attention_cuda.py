@@ -117,6 +117,22 @@ def test_packed(dim, device):
     assert torch.equal(out[-(-bad[1] // tile) * tile :], clean[-(-bad[1] // tile) * tile :])
 
 
+@pytest.mark.parametrize(("total", "heads"), [(30_000, 6), (110_000, 1)])
+@pytest.mark.parametrize("dim", [72, 128])
+def test_longest_first(dim, total, heads, device):
+    """Tiles of an uneven row are sorted; of the longer row there are more than that is done for."""
+    lengths, rest = [], total
+    while rest:
+        lengths.append(min(rest, int(torch.randint(1, 900, ()))))
+        rest -= lengths[-1]
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    q, k, v = (torch.randn(total, heads, dim, device=device).bfloat16() for _ in range(3))
+    out = attention(q, k, v, KeyRanges.packed(cu_seqlens, total), backend="cuda")
+    parts = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    exact = torch.cat([attention(*(x[None] for x in part), backend="reference")[0] for part in parts])
+    assert compare(out, exact, "gemm")
+
+
 def test_padding_of_nan(device):
     q, k, v = make_qkv((2, 4, 4, 70, 300, 64, 64), torch.bfloat16, device)
     q, k, v = q.detach(), k.detach(), v.detach()

@@ -24,9 +24,36 @@ constexpr int kPanel = 64;  // columns
 constexpr int kRowBytes = 2 * kPanel;
 constexpr int kTailQueries = 8;  // at most
 constexpr int kTailWarps = 3;
+constexpr int kMaxSorted = 512;  // entries
+
+// How a tile of queries, keys or results lies in shared memory: in panels of 64 columns, the widest
+// that can be swizzled, and in a narrower one what is left, if it is no more than 32. The copy
+// engine takes as long for a row of 32 bytes as for one of 128: in panels of 16 columns D 72 at
+// 4,096 keys ran at 350 TFLOP/s instead of 430 (H100).
+template <int kColumns>
+struct Panels {
+  static constexpr int kCount = ceil_div(kColumns, kPanel);
+  static constexpr int kRest = kColumns - (kCount - 1) * kPanel;
+  static constexpr int kLast = kRest <= 16 ? 16 : kRest <= 32 ? 32 : kPanel;  // columns
+  static constexpr bool kNarrow = kLast < kPanel;
+  static constexpr int kRow = (kCount - 1) * kRowBytes + 2 * kLast;
+
+  static __host__ __device__ constexpr int row_bytes(int panel) {
+    return panel == kCount - 1 ? 2 * kLast : kRowBytes;
+  }
+  // Either half of 16 columns of a row, in a tile of so many rows: words of 16 bytes, which change
+  // places by the number of the row.
+  template <int kRows>
+  static __device__ __forceinline__ uint32_t word_at(int row, int step, int half) {
+    const int panel = step / 4, bytes = row_bytes(panel);
+    const uint32_t first = row * bytes + ((row * bytes / kRowBytes % (bytes / 16) ^ half) << 4);
+    return panel * kRows * kRowBytes + (first ^ step % 4 << 5);
+  }
+};
 
 struct Maps {
   CUtensorMap queries, keys, values, out;
+  CUtensorMap last_queries, last_keys, last_out;  // panels, where they are narrow
 };
 
 // What a block works on: its queries' tile, and the keys that any of them sees. Written by the
@@ -44,7 +71,9 @@ struct Schedule {
   int32_t main_queries;  // of a head, in tiles; the others are a tail
   int32_t tiles;         // of all heads
   int32_t tiles_of_head;
-  int32_t chunk;  // tiles of a head at a time
+  int32_t chunk;        // tiles of a head at a time
+  int32_t entries;      // tiles of one head of all images
+  int32_t sorted_from;  // the entry from which on they are sorted (order.h)
   // Whoever is free takes the next tile. Else they are dealt out, in turns that shift: the last
   // tile of a head has few rows, and must not always fall to the same blocks.
   int32_t dynamic;
@@ -79,20 +108,21 @@ struct Config {
   static_assert(kGroups >= 2 && kGroups <= 4);
   static_assert(kKeys % 16 == 0 && kKeys <= 256);
 
-  // A tile lies in panels of 64 columns, the widest that can be swizzled; the last one is filled up
-  // with zeros. Narrower panels would waste no memory, but the copy engine takes as long for a row
-  // of 32 bytes as for one of 128: D 72 at 4,096 keys ran at 350 TFLOP/s in panels of 16 columns
-  // (H100).
-  static constexpr int kPanels = ceil_div(kDepth, kPanel);
-  static constexpr int kRow = kPanels * kRowBytes;
+  // Values are multiplied across panels, which must be alike for that.
+  using Columns = Panels<kDepth>;
+  static constexpr int kValuePanels = ceil_div(kWidth, kPanel);
 
   // As many stages as fit of tiles of keys and of values, and a second one of queries for the next
   // piece of work if there is room.
-  static constexpr int kQueryBytes = kQueries * kRow;
-  static constexpr int kTileBytes = kKeys * kRow;
-  static constexpr int kExtraBytes = 1024;  // barriers and Work
+  static constexpr int kQueryBytes = kQueries * Columns::kRow;
+  static constexpr int kKeyBytes = ceil_div(kKeys * Columns::kRow, 1024) * 1024;
+  static constexpr int kValueBytes = kKeys * kValuePanels * kRowBytes;
+  static constexpr int kBarrierBytes = 1024;  // and Work
+  static constexpr int kOrderBytes = kMasked ? 3 * kMaxSorted : 0;
+  static constexpr int kExtraBytes = kBarrierBytes + kOrderBytes;
   static constexpr int kRoom = kSharedLimit - kExtraBytes;
-  static constexpr int kQueryStages = kRoom >= 2 * kQueryBytes + 4 * kTileBytes ? 2 : 1;
+  static constexpr int kStageBytes = kKeyBytes + kValueBytes;
+  static constexpr int kQueryStages = kRoom >= 2 * (kQueryBytes + kStageBytes) ? 2 : 1;
   // With a second stage, a tile's results are gathered where its queries were.
   static constexpr bool kStaged = kQueryStages == 2;
   // Without a mask all warpgroups see all tiles: the first scores of a tile of queries can always
@@ -102,9 +132,9 @@ struct Config {
   static constexpr int kProducerRegisters = kTails ? kTailRegisters : kGroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = registers_beside(kProducerRegisters);
   // A tile is weighed with the maximum at hand, and its keys are kept until that turns out to do.
-  // Where memory is slow to bring rows that begin within its bursts, or two stages of keys are all
-  // there is, that costs more than it saves: D 88 5 %, D 104 3 %, D 256 2 % (H100).
-  static constexpr bool kTrusting = kWidth <= 80 || kWidth == 96 || kWidth == 128;
+  // Where two stages of keys are all there is, that costs more than it saves: D 104 3 %, D 256 2 %
+  // (H100).
+  static constexpr bool kTrusting = kWidth <= 96 || kWidth == 128;
   // Weights are packed beside the exponentials of the others, where registers allow it: 2 to 4 %,
   // with a mask up to 7 % (H200). Four warpgroups hide it anyway.
   static constexpr bool kPackEarly =
@@ -113,19 +143,20 @@ struct Config {
   // softcap.
   static constexpr bool kTight = kMasked && kGroups == 4;
   // The next warpgroup's turn comes as soon as this one's scores are under way, not its sums too.
-  // 1 to 3 % faster here; tiles of 96 keys at D 64 to 96 lose 4 to 13 % (H200).
-  static constexpr bool kTurnOfScores = kWidth > 96 || (kGroups == 3 && kKeys <= 80);
-  static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / (2 * kTileBytes);
+  // 1 to 3 % faster here; tiles of 96 keys at D 64 to 96 lose 4 to 13 %, of 80 up to 3 % (H200).
+  static constexpr bool kTurnOfScores = kWidth > 96;
+  static constexpr int kFitting = (kRoom - kQueryStages * kQueryBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
 
   // Bytes from the beginning of shared memory.
   static constexpr int kKeysAt = kQueryStages * kQueryBytes;
-  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
-  static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kKeyBytes;
+  static constexpr int kBarriersAt = kValuesAt + kStages * kValueBytes;
   static constexpr int kWorkAt = kBarriersAt + (4 * kMaxStages + 2 * kMaxQueryStages) * 8;
   // Of each warpgroup's queries: lo, hi, full_lo, full_hi.
   static constexpr int kBoundsAt = kWorkAt + kMaxQueryStages * static_cast<int>(sizeof(Work));
+  static constexpr int kOrderAt = kBarriersAt + kBarrierBytes;
   // What two of the tail's warps have for the third: sums, maxima, sums of weights.
   static constexpr int kExchangeAt = kBarriersAt + kExtraBytes;
   static constexpr int kExchangeBytes =

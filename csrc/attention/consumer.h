@@ -27,6 +27,7 @@ constexpr int kGroupBarrier = 5;  // the same
 
 template <typename C>
 struct Consumer {
+  using Columns = typename C::Columns;
   const VlmkAttentionParams& p;
   const Maps& maps;
   const Schedule& schedule;
@@ -53,19 +54,18 @@ struct Consumer {
 
   // scores = queries times keys of the stage at hand.
   __device__ __forceinline__ void start_scores() {
-    const uint32_t q =
-        shared_address(shared) + queries.stage * C::kQueryBytes + group * kGroupQueries * kRowBytes;
-    const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes;
-    const uint64_t a = swizzled_descriptor(q, 16);
-    const uint64_t b = swizzled_descriptor(k, 16);
+    const uint32_t q = shared_address(shared) + queries.stage * C::kQueryBytes;
+    const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kKeyBytes;
     keep(scores);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<typename C::Element, C::kKeys>(
-          scores, a + ((panel * C::kQueries * kRowBytes + inside) >> 4),
-          b + ((panel * C::kKeys * kRowBytes + inside) >> 4), step > 0);
+      const int bytes = Columns::row_bytes(panel);
+      const uint64_t a = row_descriptor(
+          q + panel * C::kQueries * kRowBytes + group * kGroupQueries * bytes, bytes);
+      const uint64_t b = row_descriptor(k + panel * C::kKeys * kRowBytes, bytes);
+      mma<typename C::Element, C::kKeys>(scores, a + (inside >> 4), b + (inside >> 4), step > 0);
     }
     mma_commit();
   }
@@ -73,22 +73,21 @@ struct Consumer {
   // This warp's scores of the same stage once more, by its own products.
   __device__ __forceinline__ void multiply_keys_again() {
     const int thread = thread_again(), lane = thread % 32, first = thread / 32 * 16;
-    // Of the first 16 columns: the addresses of the others differ in bits, as rows are swizzled.
-    const uint32_t q = shared_address(shared) + queries.stage * C::kQueryBytes +
-                       (first + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
-    const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes +
-                       (lane % 8 + lane / 16 * 8) * kRowBytes + ((lane / 8 % 2 ^ lane % 8) << 4);
+    const uint32_t q = shared_address(shared) + queries.stage * C::kQueryBytes;
+    const uint32_t k = shared_address(shared) + C::kKeysAt + keys.stage * C::kKeyBytes;
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) scores[i] = 0;
 #pragma unroll 1
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
       uint32_t a[4], b[4];
-      load_matrices(a, (q ^ inside) + panel * C::kQueries * kRowBytes);
-      const uint32_t rows = (k ^ inside) + panel * C::kKeys * kRowBytes;
+      load_matrices(a,
+                    q + Columns::template word_at<C::kQueries>(first + lane % 16, step, lane / 16));
+      const uint32_t rows =
+          k + Columns::template word_at<C::kKeys>(lane % 8 + lane / 16 * 8, step, lane / 8 % 2);
+      const int bytes = Columns::row_bytes(step * 16 / kPanel);
 #pragma unroll
       for (int i = 0; i < C::kKeys / 16; ++i) {
-        load_matrices(b, rows + i * 16 * kRowBytes);
+        load_matrices(b, rows + i * 16 * bytes);
         mma_add<typename C::Element>(&scores[8 * i], a, b[0], b[1]);
         mma_add<typename C::Element>(&scores[8 * i + 4], a, b[2], b[3]);
       }
@@ -107,7 +106,7 @@ struct Consumer {
 
   // sums += weights times values of the stage at hand.
   __device__ __forceinline__ void start_sums(bool add) {
-    const uint32_t v = shared_address(shared) + C::kValuesAt + values.stage * C::kTileBytes;
+    const uint32_t v = shared_address(shared) + C::kValuesAt + values.stage * C::kValueBytes;
     const uint64_t b = swizzled_descriptor(v, C::kKeys * kRowBytes);
     keep(sums);
     keep(weights);
@@ -138,11 +137,11 @@ struct Consumer {
   __device__ __forceinline__ void clear_unseen() {
     const int first = work.stop_key - work.first_key - (work.num_tiles - 1) * C::kKeys;
     if (first == C::kKeys || work.stop_key == p.num_keys) return;
-    char* tile = shared + C::kValuesAt + values.stage * C::kTileBytes;
+    char* tile = shared + C::kValuesAt + values.stage * C::kValueBytes;
     constexpr int kWords = kRowBytes / 16;
     const int count = (C::kKeys - first) * kWords;
 #pragma unroll 1
-    for (int panel = 0; panel < C::kPanels; ++panel) {
+    for (int panel = 0; panel < C::kValuePanels; ++panel) {
       auto* words = reinterpret_cast<uint4*>(tile + panel * C::kKeys * kRowBytes) + first * kWords;
       for (int i = static_cast<int>(threadIdx.x) % 128; i < count; i += 128) {
         words[i] = make_uint4(0, 0, 0, 0);
@@ -375,7 +374,7 @@ struct Consumer {
     if constexpr (C::kStaged) {
       const Work done = work_at(stage);
       store_lse(p, done, own_query(done), softmax);
-      store_staged<C>(p, maps.out, done, shared_address(shared) + stage * C::kQueryBytes, sums,
+      store_staged<C>(p, maps, done, shared_address(shared) + stage * C::kQueryBytes, sums,
                       softmax);
       store_wait_read();
       release(barriers.queries_empty(stage));

@@ -5,6 +5,7 @@
 
 #include "attention/config.h"
 #include "attention/consumer.h"
+#include "attention/order.h"
 #include "attention/producer.h"
 #include "attention/tail.h"
 #include "common/hopper.h"
@@ -41,6 +42,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int helper = warp - 4 * C::kGroups - 1;
     if (helper < 0) {
       Producer<C>{p, maps, s, shared, barriers}.run();
+    } else if (C::kMasked) {
+      Order<C>{p, s, shared, helper}.run();
     } else if (tails) {
       if constexpr (C::kTails) {
         Tail<C>{p, s, shared, barriers, helper}.run();

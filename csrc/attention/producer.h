@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention/config.h"
+#include "attention/order.h"
 #include "attention/ranges.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
@@ -14,23 +15,22 @@
 namespace vlmk {
 namespace attention {
 
-// Tiles of queries go in chunks, from the end of an image: one head's tiles of a chunk, then the
-// next head's. The longest rows of a causal mask start first, the keys that tiles share stay in L2,
-// and so do memory's bursts that lie across two heads' rows. Lane g is given the bounds of
-// warpgroup g's queries.
+// Tiles of queries go in chunks, from the end of an image or as order.h has sorted them: one head's
+// tiles of a chunk, then the next head's. The longest rows start first, the keys that tiles share
+// stay in L2, and so do memory's bursts that lie across two heads' rows. Lane g is given the bounds
+// of warpgroup g's queries.
 template <typename C>
 __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const Schedule& s,
-                                             int tile, int4& own_bounds) {
-  const int per_image = p.num_heads * s.tiles_of_head, per_chunk = p.num_heads * s.chunk;
-  const int image = tile / per_image, in_image = tile - image * per_image;
-  const int chunk = in_image / per_chunk, in_chunk = in_image - chunk * per_chunk;
-  const int tiles = min(s.chunk, s.tiles_of_head - chunk * s.chunk);
-  const int head = in_chunk / tiles;
-  const int from_end = chunk * s.chunk + in_chunk - head * tiles;
+                                             const uint16_t* order, int tile, int4& own_bounds) {
+  const int per_chunk = p.num_heads * s.chunk;
+  const int chunk = tile / per_chunk, in_chunk = tile - chunk * per_chunk;
+  const int first = chunk * s.chunk, tiles = min(s.chunk, s.entries - first);
+  const int head = in_chunk / tiles, index = first + in_chunk - head * tiles;
+  const Entry entry(s, C::kMasked && index >= s.sorted_from ? order[index - s.sorted_from] : index);
   Work work;
-  work.batch = image;
+  work.batch = entry.image;
   work.head = head;
-  work.first_query = (s.tiles_of_head - 1 - from_end) * C::kQueries;
+  work.first_query = entry.template first_query<C>(s);
   int lo = C::kMasked ? p.num_keys : 0, hi = C::kMasked ? 0 : p.num_keys;
   if constexpr (C::kMasked) {
 #pragma unroll
@@ -50,6 +50,7 @@ __device__ __forceinline__ Work work_of_tile(const VlmkAttentionParams& p, const
 
 template <typename C>
 struct Producer {
+  using Columns = typename C::Columns;
   const VlmkAttentionParams& p;
   const Maps& maps;
   const Schedule& schedule;
@@ -59,17 +60,19 @@ struct Producer {
   Ring<C::kQueryStages> queries{1};
   Ring<C::kStages> keys{1}, values{1};
   int tile = static_cast<int>(blockIdx.x), round = 0;
+  bool ordered = false;
 
   // All panels of a tile.
-  template <int kRows>
-  __device__ __forceinline__ void copy(uint32_t destination, const CUtensorMap& map, int row,
-                                       int head, int batch, uint32_t barrier) {
+  template <int kRows, int kPanels>
+  __device__ __forceinline__ void copy(uint32_t destination, const CUtensorMap& map,
+                                       const CUtensorMap& last_map, int bytes, int row, int head,
+                                       int batch, uint32_t barrier) {
     if (lane_index() != 0) return;
-    barrier_expect(barrier, kRows * C::kRow);
+    barrier_expect(barrier, bytes);
 #pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      copy_tile(destination + panel * kRows * kRowBytes, map, panel * kPanel, row, head, batch,
-                barrier);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      copy_tile(destination + panel * kRows * kRowBytes, panel < kPanels - 1 ? map : last_map,
+                panel * kPanel, row, head, batch, barrier);
     }
   }
 
@@ -78,11 +81,20 @@ struct Producer {
     const bool more = tile < schedule.tiles;
     int taken = 0;
     // Asked for before it is needed: the answer takes a microsecond.
-    if (schedule.dynamic && more && lane_index() == 0) taken = atomicAdd(p.counter, 1);
+    if (schedule.dynamic && more && lane_index() == 0) {
+      taken = atomicInc(reinterpret_cast<unsigned*>(p.counter), schedule.tiles - 1);
+    }
     int4 bounds = make_int4(0, 0, 0, 0);
     Work work;
     work.num_tiles = kNoMore;
-    if (more) work = work_of_tile<C>(p, schedule, tile, bounds);
+    if (C::kMasked && !ordered && tile >= schedule.sorted_from * p.num_heads &&
+        schedule.sorted_from < schedule.entries) {
+      __syncwarp();
+      named_wait<64>(kOrderedBarrier);
+      ordered = true;
+    }
+    const auto* order = reinterpret_cast<const uint16_t*>(shared + C::kOrderAt);
+    if (more) work = work_of_tile<C>(p, schedule, order, tile, bounds);
     const int stage = queries.stage;
     barrier_wait(barriers.queries_empty(stage), queries.parity);
     if (lane_index() == 0) reinterpret_cast<Work*>(shared + C::kWorkAt)[stage] = work;
@@ -93,8 +105,10 @@ struct Producer {
     if (work.num_tiles <= 0) {
       if (lane_index() == 0) barrier_arrive(barriers.queries_full(stage));
     } else {
-      copy<C::kQueries>(shared_address(shared) + stage * C::kQueryBytes, maps.queries,
-                        work.first_query, work.head, work.batch, barriers.queries_full(stage));
+      copy<C::kQueries, Columns::kCount>(
+          shared_address(shared) + stage * C::kQueryBytes, maps.queries,
+          Columns::kNarrow ? maps.last_queries : maps.queries, C::kQueryBytes, work.first_query,
+          work.head, work.batch, barriers.queries_full(stage));
     }
     queries.advance();
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
@@ -106,15 +120,18 @@ struct Producer {
 
   __device__ __forceinline__ void copy_keys(int row, int head, int batch) {
     barrier_wait(barriers.keys_empty(keys.stage), keys.parity);
-    copy<C::kKeys>(shared_address(shared) + C::kKeysAt + keys.stage * C::kTileBytes, maps.keys, row,
-                   head, batch, barriers.keys_full(keys.stage));
+    copy<C::kKeys, Columns::kCount>(shared_address(shared) + C::kKeysAt + keys.stage * C::kKeyBytes,
+                                    maps.keys, Columns::kNarrow ? maps.last_keys : maps.keys,
+                                    C::kKeys * Columns::kRow, row, head, batch,
+                                    barriers.keys_full(keys.stage));
     keys.advance();
   }
 
   __device__ __forceinline__ void copy_values(int row, int head, int batch) {
     barrier_wait(barriers.values_empty(values.stage), values.parity);
-    copy<C::kKeys>(shared_address(shared) + C::kValuesAt + values.stage * C::kTileBytes,
-                   maps.values, row, head, batch, barriers.values_full(values.stage));
+    copy<C::kKeys, C::kValuePanels>(
+        shared_address(shared) + C::kValuesAt + values.stage * C::kValueBytes, maps.values,
+        maps.values, C::kValueBytes, row, head, batch, barriers.values_full(values.stage));
     values.advance();
   }
 

@@ -35,17 +35,16 @@ __device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Wo
 
 // By way of shared memory, where the warp's queries were. The copy goes on until store_wait_read().
 template <typename C>
-__device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const CUtensorMap& map,
+__device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const Maps& maps,
                                              const Work& work, uint32_t stage,
                                              const float (&sums)[C::kWidth / 2],
                                              const Softmax& softmax) {
+  using Columns = typename C::Columns;
   const int thread = thread_again(), lane = thread % 32, first = thread / 32 * 16;
-  const uint32_t rows = stage + first * kRowBytes;
-  // Rows of 128 bytes, swizzled: words of 16 bytes change places by the number of the row.
-  const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
   for (int block = 0; block < C::kWidth / 8; block += 2) {
-    const uint32_t at = (row + block / 8 * C::kQueries * kRowBytes) ^ (block % 8 << 4);
+    const uint32_t at =
+        stage + Columns::template word_at<C::kQueries>(first + lane % 16, block / 2, lane / 16);
     const float* x = &sums[4 * block];
     const uint32_t low = quotient<C>(x[0], x[1], softmax.sum[0]);
     const uint32_t high = quotient<C>(x[2], x[3], softmax.sum[1]);
@@ -60,9 +59,12 @@ __device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const
   __syncwarp();
   if (lane == 0 && work.first_query + first < p.num_queries) {
 #pragma unroll
-    for (int panel = 0; panel < ceil_div(C::kWidth, kPanel); ++panel) {
-      store_tile(map, rows + panel * C::kQueries * kRowBytes, panel * kPanel,
-                 work.first_query + first, work.head, work.batch);
+    for (int panel = 0; panel < Columns::kCount; ++panel) {
+      const bool last = Columns::kNarrow && panel == Columns::kCount - 1;
+      const uint32_t rows =
+          stage + panel * C::kQueries * kRowBytes + first * Columns::row_bytes(panel);
+      store_tile(last ? maps.last_out : maps.out, rows, panel * kPanel, work.first_query + first,
+                 work.head, work.batch);
     }
     store_commit();
   }

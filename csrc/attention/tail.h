@@ -28,7 +28,6 @@ struct Tail {
   using Softmax = SoftmaxOver<4, 32>;
   static constexpr int kSteps = C::kKeys / 16;
   static constexpr int kOwnSteps = ceil_div(kSteps, kTailWarps);
-  static constexpr int kStepBytes = 16 * kRowBytes;
   static constexpr int kRows = ceil_div(C::kWidth, 16) * 16;  // of sums: columns of a value
 
   const VlmkAttentionParams& p;
@@ -47,20 +46,11 @@ struct Tail {
   // The n-th of this warp's steps in a tile.
   __device__ __forceinline__ int step_at(int n) const { return warp + n * kTailWarps; }
 
-  // Of a tile that lies in swizzled panels, from `first` on, the row and the word of 16 bytes (of 0
-  // and 1) that this lane names; and the same words 16 columns further, `i` times.
-  __device__ __forceinline__ uint32_t own_word(uint32_t first, int row, int word) const {
-    return first + row * kRowBytes + ((word ^ row % 8) << 4);
-  }
-  static __device__ __forceinline__ uint32_t further(uint32_t word, int i) {
-    return (word ^ (32 * i % kRowBytes)) + 32 * i / kRowBytes * C::kKeys * kRowBytes;
-  }
-
   // Scores of this warp's keys in the tile; -inf from `count` on.
   __device__ __forceinline__ void score(int count) {
-    const uint32_t first =
-        shared_address(shared) + C::kKeysAt + stages.stage * C::kTileBytes + warp * kStepBytes;
-    const uint32_t word = own_word(first, lane_index() % 16, lane_index() / 16);
+    using Columns = typename C::Columns;
+    const uint32_t tile = shared_address(shared) + C::kKeysAt + stages.stage * C::kKeyBytes;
+    const int lane = thread_again() % 32;
     uint32_t query[C::kDepth / 8];
 #pragma unroll
     for (int i = 0; i < C::kDepth / 8; ++i) query[i] = 8 * i < own_columns ? own_query[4 * i] : 0;
@@ -69,11 +59,13 @@ struct Tail {
     barrier_wait(barriers.keys_full(stages.stage), stages.parity);
 #pragma unroll
     for (int i = 0; i < C::kDepth / 16; ++i) {
+      const uint32_t word =
+          tile + Columns::template word_at<C::kKeys>(16 * warp + lane % 16, i, lane / 16);
 #pragma unroll
       for (int n = 0; n < kOwnSteps; ++n) {
         if (16 * step_at(n) >= count) continue;
         uint32_t a[4];
-        load_matrices(a, further(word, i) + n * kTailWarps * kStepBytes);
+        load_matrices(a, word + n * kTailWarps * 16 * Columns::row_bytes(i / 4));
         mma_add<typename C::Element>(&scores[4 * n], a, query[2 * i], query[2 * i + 1]);
       }
     }
@@ -85,16 +77,15 @@ struct Tail {
     release(barriers.keys_empty(stages.stage));
 #pragma unroll
     for (int i = 0; i < 4 * kOwnSteps; ++i) {
-      if (16 * step_at(i / 4) + lane_index() / 4 + i % 2 * 8 >= count) scores[i] = -INFINITY;
+      if (16 * step_at(i / 4) + lane / 4 + i % 2 * 8 >= count) scores[i] = -INFINITY;
     }
   }
 
   // sums += weights times values, of this warp's keys in the tile.
   __device__ __forceinline__ void add_values(int count) {
-    const uint32_t first =
-        shared_address(shared) + C::kValuesAt + stages.stage * C::kTileBytes + warp * kStepBytes;
-    const int lane = lane_index();
-    const uint32_t word = own_word(first, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    using Columns = Panels<C::kValuePanels * kPanel>;
+    const uint32_t tile = shared_address(shared) + C::kValuesAt + stages.stage * C::kValueBytes;
+    const int lane = thread_again() % 32;
     uint32_t weights[2 * kOwnSteps];
 #pragma unroll
     for (int i = 0; i < 2 * kOwnSteps; ++i) {
@@ -107,8 +98,10 @@ struct Tail {
       if (16 * step_at(n) >= count) continue;
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {
+        const uint32_t word = tile + Columns::template word_at<C::kKeys>(
+                                         16 * warp + lane % 8 + lane / 16 * 8, i, lane / 8 % 2);
         uint32_t a[4];
-        load_transposed(a, further(word, i) + n * kTailWarps * kStepBytes);
+        load_transposed(a, word + n * kTailWarps * 16 * kRowBytes);
         mma_add<typename C::Element>(&sums[4 * i], a, weights[2 * n], weights[2 * n + 1]);
       }
     }

@@ -33,6 +33,13 @@ inline CUtensorMapDataType map_type(bool half) {
   return half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
+// Of rows of 16, 32 or 64 columns of 16-bit floats.
+inline CUtensorMapSwizzle swizzle_of(int columns) {
+  return columns == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
+         : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                         : CU_TENSOR_MAP_SWIZZLE_128B;
+}
+
 // A tensor of four dimensions, the first of them contiguous, of 16-bit floats, with strides in
 // bytes; a tile is a box of it, swizzled in 128 bytes; what lies outside of the tensor is 0.
 //
@@ -55,18 +62,21 @@ inline int encode_tiles(CUtensorMap& map, const void* data, bool half, const cuu
 
 // A tensor [batch, rows, heads, columns] of 16-bit floats, columns contiguous, strides in elements
 // and multiples of 8; where there is one batch or one head, its stride does not matter. A tile is
-// `tile_rows` rows of 64 columns of one head.
+// `tile_rows` rows of 16, 32 or 64 columns of one head, swizzled in as many bytes as a row has.
 inline int encode_tensor_map(CUtensorMap& map, const void* data, bool half, int64_t batch,
                              int64_t rows, int64_t heads, int64_t columns, int64_t stride_b,
-                             int64_t stride_s, int64_t stride_h, int tile_rows) {
+                             int64_t stride_s, int64_t stride_h, int tile_rows,
+                             int tile_columns = 64) {
   const auto bytes = [](int64_t count, int64_t stride) {
     return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
   };
-  return encode_tiles(map, data, half,
-                      {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                       static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)},
-                      {bytes(rows, stride_s), bytes(heads, stride_h), bytes(batch, stride_b)},
-                      {64, static_cast<cuuint32_t>(tile_rows), 1, 1});
+  return encode_tiles(
+      map, data, half,
+      {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+       static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)},
+      {bytes(rows, stride_s), bytes(heads, stride_h), bytes(batch, stride_b)},
+      {static_cast<cuuint32_t>(tile_columns), static_cast<cuuint32_t>(tile_rows), 1, 1},
+      swizzle_of(tile_columns));
 }
 
 // A tensor [batch, depth, height, width, columns] of 16-bit floats, columns contiguous, the other
@@ -84,13 +94,10 @@ inline int encode_gathering(CUtensorMap& map, const void* data, bool half,
   // Corners are in the order of width, height, depth, contrary to the manual.
   const int from[] = {0, 0, 0}, to[] = {0, 0, 1 - static_cast<int>(sizes[3])};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
-  const CUtensorMapSwizzle swizzle = run == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
-                                     : run == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                 : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult code =
       encode(&map, map_type(half), 5, const_cast<void*>(data), sizes, strides, from, to,
              static_cast<cuuint32_t>(run), static_cast<cuuint32_t>(count), steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(run), CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VLMK_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeIm2col: error %d", static_cast<int>(code));
   return 0;
