@@ -133,6 +133,24 @@ def test_longest_first(dim, total, heads, device):
     assert compare(out, exact, "gemm")
 
 
+def test_streams_and_graphs(device):
+    """Blocks count their tiles by a number that launches share on a stream, but not with those of a graph or of other streams."""
+    q, k, v = (torch.randn(2, 800, 24, 64, device=device).bfloat16() for _ in range(3))
+    expected = attention(q, k, v, causal=True, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [attention(q, k, v, causal=True, backend="cuda") for _ in range(2)]
+    results = []
+    torch.cuda.synchronize()
+    for i in range(80):  # more streams than there are numbers for
+        if i % 10 == 0:
+            graph.replay()
+        with torch.cuda.stream(torch.cuda.Stream(priority=-(i % 4))):
+            results += [attention(q, k, v, causal=True, backend="cuda") for _ in range(2)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in [*results, *captured])
+
+
 def test_padding_of_nan(device):
     q, k, v = make_qkv((2, 4, 4, 70, 300, 64, 64), torch.bfloat16, device)
     q, k, v = q.detach(), k.detach(), v.detach()

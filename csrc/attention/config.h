@@ -199,6 +199,9 @@ struct Ring {
 int check_strides(const char* name, int64_t rows, int64_t heads, int64_t batch, int64_t stride_s,
                   int64_t stride_h, int64_t stride_b);
 
+// A number that is 0, by which a launch's blocks count, and which they leave as 0.
+int find_counter(const VlmkAttentionParams& p, void* stream, int32_t*& counter);
+
 int forward_bfloat16(const VlmkAttentionParams& p, void* stream);
 int forward_float16(const VlmkAttentionParams& p, void* stream);
 

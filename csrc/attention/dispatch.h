@@ -77,11 +77,11 @@ int run(const VlmkAttentionParams& p, void* stream) {
   const int64_t dealt = int64_t{ceil_div(2 * blocks, p.num_heads * s.chunk)} * s.chunk;
   const bool sorted = s.dynamic && p.start && dealt < entries && entries - dealt <= kMaxSorted;
   s.sorted_from = sorted ? static_cast<int32_t>(dealt) : s.entries;
-  if (s.dynamic) {
-    VLMK_CUDA(cudaMemsetAsync(p.counter, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream)));
-  }
+  VlmkAttentionParams counted = p;
+  if (s.dynamic) code = find_counter(p, stream, counted.counter);
+  if (code) return code;
   return launch("attention_kernel", attention_kernel<C>, dim3(blocks), dim3(C::kThreads),
-                C::kSharedBytes, stream, p, maps, s);
+                C::kSharedBytes, stream, counted, maps, s);
 }
 
 // With a softcap too, whose registers only masked variants have.
