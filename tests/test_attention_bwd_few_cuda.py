@@ -86,13 +86,13 @@ def check_offsets_past_2_31(where, far_rows, near_rows, device):
     check([far, near, near] if where == "q" else [near, far, far])
 
 
-def check_refusal(shape, softcap, reason, device):
+def check_no_softcap(shape, device):
     """It goes to another backend where none is forced."""
     inputs = make_qkv(shape, torch.bfloat16, device)
-    out = attention(*inputs, softcap=softcap, backend="cuda")
-    with pytest.raises(BackendError, match=f"cuda: the backward {reason}"):
+    out = attention(*inputs, softcap=5.0, backend="cuda")
+    with pytest.raises(BackendError, match="cuda: the backward takes no softcap"):
         torch.autograd.grad(out.sum(), inputs)
-    got = torch.autograd.grad(attention(*inputs, softcap=softcap).sum(), inputs)
+    got = torch.autograd.grad(attention(*inputs, softcap=5.0).sum(), inputs)
     assert all(x.isfinite().all() for x in got)
 
 
@@ -242,12 +242,5 @@ def test_it_is_chosen(device):
     assert all(torch.equal(x, y) for x, y in zip(chosen, forced, strict=True))
 
 
-@pytest.mark.parametrize(
-    "shape, softcap, reason",
-    [
-        ((1, 2, 2, 20, 40, 136, 136), 0.0, "takes head dims of 8 to 128 in steps of 8, this is 136"),
-        ((1, 2, 2, 20, 40, 64, 64), 5.0, "takes no softcap"),
-    ],
-)
-def test_refusals(shape, softcap, reason, device):
-    check_refusal(shape, softcap, reason, device)
+def test_no_softcap(device):
+    check_no_softcap((1, 2, 2, 20, 40, 64, 64), device)

@@ -34,7 +34,7 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   const int width = width_for(std::max(p.dim, p.value_dim));
   const int64_t of_tile = int64_t{kQueries} * width * 4;
   const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
-  s.tiles_of_head = ceil_div(p.num_keys, kKeys);
+  s.tiles_of_head = ceil_div(p.num_keys, keys_of_tile(width));
   VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / kQueries,
              "more than 2^30 tiles of keys, or 2^31 queries of all heads");
   s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
@@ -70,7 +70,7 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
 // Whether the kernels for few queries run: those of all query heads that read a key head together.
 static bool few_queries(const VlmkAttentionBwdParams& p) {
   return int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads) <= attention::kMaxRows &&
-         p.dim == p.value_dim;
+         p.dim == p.value_dim && p.dim <= attention_bwd_few::kMaxWidth;
 }
 
 static int check_sizes(const VlmkAttentionBwdParams& p) {
@@ -79,10 +79,9 @@ static int check_sizes(const VlmkAttentionBwdParams& p) {
                  p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0,
              "batch %d, %d queries, %d keys, %d heads, %d heads of keys", p.batch, p.num_queries,
              p.num_keys, p.num_heads, p.num_kv_heads);
-  const int most = few_queries(p) ? attention_bwd_few::kMaxWidth : kMaxWidth;
   for (int dim : {p.dim, p.value_dim}) {
-    VLMK_CHECK(dim >= 8 && dim <= most && dim % 8 == 0,
-               "the backward takes head dims of 8 to %d in steps of 8, this is %d", most, dim);
+    VLMK_CHECK(dim >= 8 && dim <= kMaxWidth && dim % 8 == 0,
+               "the backward takes head dims of 8 to %d in steps of 8, this is %d", kMaxWidth, dim);
   }
   // Tiles reach beyond the end.
   VLMK_CHECK(p.num_queries < INT_MAX / 2 && p.num_keys < INT_MAX / 2, "more than 2^30 tokens");

@@ -23,9 +23,8 @@ using attention::Ring;
 
 constexpr int kQueries = 64;  // of a tile
 constexpr int kTail = 16;     // of a head's last tile, if it has no more: 197 and 577 leave 5 and 1
-constexpr int kKeys = 128;    // of a tile: 64 of each of two warpgroups
 constexpr int kKeyGroups = 2;
-constexpr int kMaxWidth = 128;
+constexpr int kMaxWidth = 256;
 constexpr int kMaxStages = 4;
 constexpr int kMaxScoreStages = 3;
 
@@ -95,6 +94,18 @@ struct Barriers {
   __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
+// The width of the variant that takes heads of so many columns.
+constexpr int width_for(int columns) {
+  return columns <= 64   ? 64
+         : columns <= 88 ? ceil_div(columns, 8) * 8
+         : columns <= 96 ? 96
+                         : ceil_div(columns, 128) * 128;
+}
+
+// Of a tile: 64 of each of two warpgroups. Above 128 columns the two share 64, as their registers
+// hold the sums of no more.
+constexpr int keys_of_tile(int width) { return width <= 128 ? 128 : 64; }
+
 // What a query adds to its scores and to dP. Read as numbers, two of them, they are a fifth of all
 // that passes through shared memory (D 64, H200), as 8 threads read alike. Up to 64 columns they
 // are further columns of Q and dO that lie apart, 16 bytes for each of the two, which keys of
@@ -128,6 +139,15 @@ struct Config {
 
   // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
   static constexpr bool kWide = kWidth > 88;
+  // And above 128 columns a warpgroup has half of the queries of a tile for its scores, then half
+  // of the columns of all sums (halves.h); else half of the keys, and of the columns of dQ alone.
+  static constexpr bool kHalves = kWidth > 128;
+  static constexpr int kKeys = keys_of_tile(kWidth);
+  static constexpr int kItemStages = kHalves ? 1 : 2;
+  static constexpr int kOwnColumns = kHalves ? kWidth / 2 : kWidth;  // of dK and dV
+  static constexpr int kOwnQueries = kHalves ? kQueries / 2 : kQueries;
+  __device__ static constexpr int own_key(int group) { return kHalves ? 0 : group * 64; }
+  __device__ static constexpr int own_query(int group) { return kHalves ? group * kOwnQueries : 0; }
   static constexpr Sums kSums = kSums_;
   static constexpr bool kSumsInProducts = kSums != Sums::kNumbers;
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
@@ -148,6 +168,7 @@ struct Config {
   // Keys and values of this item and the next; as many stages of queries and dout as fit.
   static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
+  // dS; of halves both have all keys, and their weights too.
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
   static constexpr int kScoreStages = 2;
   static constexpr int kSumsBytes = kQueries * bytes_of_query(kSums), kRangesBytes = kQueries * 8;
@@ -157,12 +178,13 @@ struct Config {
   static constexpr bool kStaged = kWidth <= 64;
   static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
   static constexpr int kFitting =
-      (kSharedLimit - kExtraBytes - 4 * kKeysBytes - kScoreStages * kScoresBytes) / kStageBytes;
+      (kSharedLimit - kExtraBytes - 2 * kItemStages * kKeysBytes - kScoreStages * kScoresBytes) /
+      kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
 
   // Bytes from the beginning of shared memory.
-  static constexpr int kQueriesAt = 4 * kKeysBytes;
+  static constexpr int kQueriesAt = 2 * kItemStages * kKeysBytes;
   static constexpr int kStagingAt = kQueriesAt + kStages * 2 * kQueriesBytes;
   static constexpr int kScoresAt = kStagingAt + kStaged * kKeysBytes;
   static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
@@ -182,11 +204,6 @@ struct Config {
   __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kSumsBytes; }
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
 };
-
-// The width of the variant that takes heads of so many columns.
-constexpr int width_for(int columns) {
-  return columns <= 64 ? 64 : columns <= 88 ? ceil_div(columns, 8) * 8 : columns <= 96 ? 96 : 128;
-}
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);
 int backward_float16(const VlmkAttentionBwdParams& p, void* stream);

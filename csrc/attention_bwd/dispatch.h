@@ -28,10 +28,10 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
                 p.dout_stride_s, p.dout_stride_h, kQueries);
   if (code) return code;
   code = encode(maps.keys, p.k, p.num_keys, p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s,
-                p.k_stride_h, kKeys);
+                p.k_stride_h, C::kKeys);
   if (code) return code;
   code = encode(maps.values, p.v, p.num_keys, p.num_kv_heads, p.value_dim, p.v_stride_b,
-                p.v_stride_s, p.v_stride_h, kKeys);
+                p.v_stride_s, p.v_stride_h, C::kKeys);
   if (code) return code;
   const auto encode_result = [&](CUtensorMap& map, const void* data, int columns) {
     const int64_t row = int64_t{p.num_kv_heads} * columns;  // contiguous
@@ -116,6 +116,8 @@ int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
       return run_width<T, 88>(p, s, w, stream);
     case 96:
       return run_width<T, 96>(p, s, w, stream);
+    case 128:
+      return run_width<T, 128>(p, s, w, stream);
     default:
       return run_width<T, kMaxWidth>(p, s, w, stream);
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention_bwd/config.h"
+#include "attention_bwd/halves.h"
 #include "attention_bwd/keys.h"
 #include "attention_bwd/pairs.h"
 #include "attention_bwd/producer.h"
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < 2; ++stage) {
+    for (int stage = 0; stage < C::kItemStages; ++stage) {
       barrier_init(barriers.keys_full(stage), 1);
       barrier_init(barriers.keys_empty(stage), 4 * C::kGroups);
     }
@@ -41,9 +42,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
   if (group < kKeyGroups) {
     grow_registers<C::kKeyRegisters>();
-    if constexpr (C::kWide) {
-      PairGroup<C> keys{{p, maps, shared, barriers, group}, s, w};
-      keys.run();
+    if constexpr (C::kHalves) {
+      HalfGroup<C> halves{{{p, maps, shared, barriers, group}, s, w}};
+      halves.run([&](int first_key) { halves.attend(first_key); });
+    } else if constexpr (C::kWide) {
+      PairGroup<C> pairs{{p, maps, shared, barriers, group}, s, w};
+      pairs.run([&](int first_key) { pairs.attend(first_key); });
     } else {
       KeyGroup<C> keys{p, maps, shared, barriers, group};
       keys.run();

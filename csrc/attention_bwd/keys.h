@@ -42,11 +42,11 @@ struct KeyGroup {
   char* shared;
   Barriers barriers;
   int group;
-  Ring<2> keys{0};
+  Ring<C::kItemStages> keys{0};
   Ring<C::kStages> queries{0};
   Ring<C::kScoreStages> buffer{1};  // of dS; its first turn waits for nobody
 
-  float dk[C::kWidth / 2], dv[C::kWidth / 2];
+  float dk[C::kOwnColumns / 2], dv[C::kOwnColumns / 2];
   uint32_t own_keys[C::kDepth / 16][4], own_values[C::kDepth / 16][4];
 
   __device__ __forceinline__ uint32_t at(int offset) const {
@@ -62,7 +62,7 @@ struct KeyGroup {
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      load_matrices(own[step], (row ^ inside) + panel * kKeys * kRowBytes);
+      load_matrices(own[step], (row ^ inside) + panel * C::kKeys * kRowBytes);
     }
   }
 
@@ -78,7 +78,7 @@ struct KeyGroup {
     const int row = static_cast<int>(threadIdx.x) % 128;
     if (row < 64) {
       auto* end = reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
-                                           (kKeys + group * 64 + row) * kRowBytes);
+                                           (C::kKeys + group * 64 + row) * kRowBytes);
       end[1 ^ row % 8] = make_uint4(pack<T>(kParts[0], kParts[1]), pack<T>(kParts[2], 0), 0, 0);
     }
     fence_async_proxy();
@@ -91,8 +91,8 @@ struct KeyGroup {
   __device__ __forceinline__ void start_product(float (&sums)[kHalf],
                                                 uint32_t (&own)[C::kDepth / 16][4], uint32_t tile,
                                                 uint32_t rows, uint32_t table) {
-    const uint64_t a = swizzled_descriptor(tile + group * 64 * kRowBytes, 16);
-    const uint64_t b = swizzled_descriptor(rows, 16);
+    const uint64_t a = swizzled_descriptor(tile + C::own_key(group) * kRowBytes, 16);
+    const uint64_t b = swizzled_descriptor(rows + C::own_query(group) * kRowBytes, 16);
     uint32_t parts[4];
     if (C::kSums == Sums::kApart) {
       parts[0] = parts[1] = own_parts();
@@ -111,7 +111,7 @@ struct KeyGroup {
       if constexpr (kInRegisters) {
         mma<T, 2 * kHalf>(sums, own[step], right, kAdd || step > 0);
       } else {
-        mma<T, 2 * kHalf>(sums, a + ((panel * kKeys * kRowBytes + inside) >> 4), right,
+        mma<T, 2 * kHalf>(sums, a + ((panel * C::kKeys * kRowBytes + inside) >> 4), right,
                           kAdd || step > 0);
       }
     }
@@ -125,7 +125,7 @@ struct KeyGroup {
   // Two numbers of each of the pairs of queries that this thread has.
   __device__ __forceinline__ float2 load_pair(int table, int i) const {
     uint2 x;
-    load_shared(at(table) + lane_index() % 4 * 16 + i * 64, x);
+    load_shared(at(table) + C::own_query(group) * 8 + lane_index() % 4 * 16 + i * 64, x);
     return make_float2(__uint_as_float(x.x), __uint_as_float(x.y));
   }
 
@@ -136,17 +136,20 @@ struct KeyGroup {
                                               at(C::queries_at(stage)), at(C::sums_at(stage)));
   }
 
-  // dP less what each query subtracts from it.
+  // dP begins as what each query adds to it.
+  template <int kRows>
+  __device__ __forceinline__ void begin_dp(Scores<kRows>& x, int stage) {
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float2 delta = load_pair(C::sums_at(stage) + 8, i);
+      x.dp[4 * i] = x.dp[4 * i + 2] = delta.x;
+      x.dp[4 * i + 1] = x.dp[4 * i + 3] = delta.y;
+    }
+    keep(x.dp);
+  }
+
   template <int kRows>
   __device__ __forceinline__ void start_dp(Scores<kRows>& x, int stage) {
-    if constexpr (!C::kSumsInProducts) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-        const float2 delta = load_pair(C::sums_at(stage) + 8, i);
-        x.dp[4 * i] = x.dp[4 * i + 2] = delta.x;
-        x.dp[4 * i + 1] = x.dp[4 * i + 3] = delta.y;
-      }
-    }
     start_product<!C::kSumsInProducts, C::kValuesInRegisters>(
         x.dp, own_values, at(C::values_at(keys.stage)), at(C::dout_at(stage)),
         at(C::sums_at(stage) + C::kSumsBytes / 2));
@@ -154,7 +157,7 @@ struct KeyGroup {
 
   // sums += left times rows: dV or dK.
   template <int kQuarter>
-  __device__ __forceinline__ void start_gradient(float (&sums)[C::kWidth / 2],
+  __device__ __forceinline__ void start_gradient(float (&sums)[C::kOwnColumns / 2],
                                                  uint32_t (&left)[kQuarter], uint32_t rows) {
     const uint64_t b = swizzled_descriptor(rows, kQueries * kRowBytes);
     keep(sums);
@@ -174,9 +177,10 @@ struct KeyGroup {
   __device__ __forceinline__ void weigh(Scores<kRows>& x, int first_key,
                                         const float2 (&lse)[kRows / 8]) {
     const float scale = p.scale * kLog2E;
-    const uint32_t table = at(C::ranges_at(queries.stage)) + lane_index() % 4 * 16;
-    const int key =
-        first_key + group * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_index() / 4;
+    const uint32_t table =
+        at(C::ranges_at(queries.stage)) + C::own_query(group) * 8 + lane_index() % 4 * 16;
+    const int key = first_key + C::own_key(group) + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
+                    lane_index() / 4;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       uint4 ranges;
@@ -216,19 +220,22 @@ struct KeyGroup {
     }
   }
 
-  // dS as [queries, keys], for the product with K. Behind the rows of a short tile are those of
-  // another: what they give to dQ is nobody's.
-  template <int kRows>
-  __device__ __forceinline__ void store_scores(const Scores<kRows>& x) {
+  // dS, or weights, as [queries, keys], the first of them at `first`. Behind the rows of a short
+  // tile are those of another: what they give to dQ is nobody's.
+  template <int kQuarter>
+  __device__ __forceinline__ void store_scores(const uint32_t (&x)[kQuarter], uint32_t first) {
     const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
-    const uint32_t panel = at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
-    const uint32_t row = panel + (lane / 16 * 8 + lane % 8) * kRowBytes +
+    const uint32_t row = first + (lane / 16 * 8 + lane % 8) * kRowBytes +
                          ((2 * warp + lane / 8 % 2 ^ lane % 8) << 4);
 #pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
-      store_transposed(row + step * 16 * kRowBytes, {x.ds[4 * step], x.ds[4 * step + 1],
-                                                     x.ds[4 * step + 2], x.ds[4 * step + 3]});
+    for (int step = 0; step < kQuarter / 4; ++step) {
+      store_transposed(row + step * 16 * kRowBytes,
+                       {x[4 * step], x[4 * step + 1], x[4 * step + 2], x[4 * step + 3]});
     }
+  }
+
+  __device__ __forceinline__ uint32_t own_scores() const {
+    return at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
   }
 
   // dS to the warpgroup of dQ, and into dK: the fence, at which a warp stood for a seventh of its
@@ -236,7 +243,7 @@ struct KeyGroup {
   template <int kRows>
   __device__ __forceinline__ void give_scores(Scores<kRows>& x, int stage) {
     barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
-    store_scores(x);
+    store_scores(x.ds, own_scores());
     start_gradient(dk, x.ds, at(C::queries_at(stage)));
     fence_async_proxy();
     release(barriers.scores_full(buffer.stage));
@@ -245,19 +252,21 @@ struct KeyGroup {
 
   // A warp's 16 rows of dK or dV of the item at `stage`, by way of `tile`, where its own keys or
   // values were, or which is kept for that. The copy goes on until store_wait_read().
-  __device__ __forceinline__ void store(const float (&sums)[C::kWidth / 2], float scale,
+  __device__ __forceinline__ void store(const float (&sums)[C::kOwnColumns / 2], float scale,
                                         uint32_t tile, const CUtensorMap& map, int stage) {
     const int thread = attention::thread_again(), lane = thread % 32;
-    const int first = group * 64 + thread % 128 / 32 * 16;
-    const uint32_t rows = tile + first * kRowBytes;
+    constexpr int kOwnPanels = ceil_div(C::kOwnColumns, kPanel);
+    const int first = C::own_key(group) + thread % 128 / 32 * 16;
+    const int first_panel = C::kHalves ? group * kOwnPanels : 0;
+    const uint32_t rows = tile + first_panel * C::kKeys * kRowBytes + first * kRowBytes;
     const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
-    for (int block = 0; block < C::kWidth / 8; block += 2) {
+    for (int block = 0; block < C::kOwnColumns / 8; block += 2) {
       const float* x = &sums[4 * block];
-      const uint32_t to = (row + block / 8 * kKeys * kRowBytes) ^ (block % 8 << 4);
+      const uint32_t to = (row + block / 8 * C::kKeys * kRowBytes) ^ (block % 8 << 4);
       const uint32_t low = pack<T>(x[0] * scale, x[1] * scale);
       const uint32_t high = pack<T>(x[2] * scale, x[3] * scale);
-      if (block + 1 < C::kWidth / 8) {
+      if (block + 1 < C::kOwnColumns / 8) {
         store_matrices(to, {low, high, pack<T>(x[4] * scale, x[5] * scale),
                             pack<T>(x[6] * scale, x[7] * scale)});
       } else {
@@ -269,9 +278,9 @@ struct KeyGroup {
     const Item& item = item_at(stage);
     if (lane == 0 && item.first_key + first < p.num_keys) {
 #pragma unroll
-      for (int panel = 0; panel < ceil_div(C::kWidth, kPanel); ++panel) {
-        store_tile(map, rows + panel * kKeys * kRowBytes, panel * kPanel, item.first_key + first,
-                   item.head, item.batch);
+      for (int panel = 0; panel < kOwnPanels; ++panel) {
+        store_tile(map, rows + panel * C::kKeys * kRowBytes, (first_panel + panel) * kPanel,
+                   item.first_key + first, item.head, item.batch);
       }
       store_commit();
     }
@@ -317,6 +326,7 @@ struct KeyGroup {
     }
     mma_wait<1>();
     if (!first) end_tile(x, stage_before);
+    if constexpr (!C::kSumsInProducts) begin_dp(x, stage);
     start_dp(x, stage);
     mma_wait<1>();
     keep(x.scores);

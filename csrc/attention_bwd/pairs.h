@@ -29,50 +29,54 @@ struct PairGroup : KeyGroup<C> {
   const Schedule& schedule;
   const Workspace& workspace;
 
-  static constexpr int kRest = C::kWidth - kPanel;  // columns of the second panel
-  Scores<kQueries> x;
-  float dq[kPanel / 2];
+  static constexpr int kColumns = C::kHalves ? C::kWidth / 2 : kPanel;  // of dQ, that are its own
+  static constexpr int kRest = C::kWidth - kColumns;                    // of the second group
+  Scores<C::kOwnQueries> x;
+  float dq[kColumns / 2];
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
 
-  // dq = dS K, of this warpgroup's panel of K, whose last columns may be zeros.
+  // dq = dS K, of this warpgroup's columns of K, whose last may be zeros.
   __device__ __forceinline__ void start_own_columns() {
     const uint64_t a = swizzled_descriptor(at(C::scores_at(buffer.stage)), 16);
-    const uint64_t b = swizzled_descriptor(at(C::keys_at(keys.stage)) + group * kKeys * kRowBytes,
-                                           kKeys * kRowBytes);
+    constexpr int kPanelBytes = C::kKeys * kRowBytes;
+    const uint64_t b = swizzled_descriptor(
+        at(C::keys_at(keys.stage)) + group * (kColumns / kPanel) * kPanelBytes, kPanelBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
-      mma<T, kPanel, false, true>(dq, a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
-                                  b + (step * 16 * kRowBytes >> 4), step > 0);
+    for (int step = 0; step < C::kKeys / 16; ++step) {
+      mma<T, kColumns, false, true>(dq,
+                                    a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
+                                    b + (step * 16 * kRowBytes >> 4), step > 0);
     }
     mma_commit();
   }
 
   // Of a tile of queries, as QueryGroup::add_up.
-  template <int kColumns>
+  template <int kOwn>
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
     float4* place =
         sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq) +
-        group * (kPanel / 8) * 128;
+        group * (kColumns / 8) * 128;
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
 #pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
+      for (int i = 0; i < kOwn / 8; ++i) {
         const float4 x = __ldcg(place + i * 128);
         dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
       }
     }
     if (last) {
       T* rows = head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim);
-      store_rows<T, kPanel>(rows + group * kPanel, int64_t{p.num_heads} * p.dim, tile.first_query,
-                            p.num_queries, p.dim - group * kPanel, dq, p.scale);
+      store_rows<T, kColumns>(rows + group * kColumns, int64_t{p.num_heads} * p.dim,
+                              tile.first_query, p.num_queries, p.dim - group * kColumns, dq,
+                              p.scale);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
+    for (int i = 0; i < kOwn / 8; ++i) {
       const float4 x = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       if (first) {
         __stcg(place + i * 128, x);
@@ -82,9 +86,18 @@ struct PairGroup : KeyGroup<C> {
     }
   }
 
+  __device__ __forceinline__ void add_up(const QueryTile& tile) {
+    if (kRest == kColumns || group == 0) {
+      add_up<kColumns>(tile);
+    } else {
+      add_up<kRest>(tile);
+    }
+  }
+
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
+    this->begin_dp(x, stage);
     this->start_scores(x, stage);
     const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
     this->start_dp(x, stage);
@@ -106,7 +119,7 @@ struct PairGroup : KeyGroup<C> {
     } else {
       this->template differentiate<false>(x);
     }
-    this->store_scores(x);
+    this->store_scores(x.ds, this->own_scores());
     fence_async_proxy();
     meet();
     start_own_columns();
@@ -115,37 +128,36 @@ struct PairGroup : KeyGroup<C> {
     keep(dv);
     keep(x.weights);
     keep(dq);
-    if (group == 0) {
-      add_up<kPanel>(tile);
-    } else {
-      add_up<kRest>(tile);
-    }
+    add_up(tile);
     buffer.advance();
     mma_wait<0>();
     this->end_tile(x, stage);
     queries.advance();
   }
 
-  __device__ __forceinline__ void run() {
+  // With `attend`, which takes a tile of queries.
+  template <typename Attend>
+  __device__ __forceinline__ void run(Attend attend) {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = this->item_at(keys.stage);
       if (item.count == kNoMore) break;
       const int count = item.count * (p.num_heads / p.num_kv_heads), first_key = item.first_key;
 #pragma unroll
-      for (int i = 0; i < C::kWidth / 2; ++i) dk[i] = dv[i] = 0;
+      for (int i = 0; i < C::kOwnColumns / 2; ++i) dk[i] = dv[i] = 0;
       if (count > 0) {
         clear_unseen<C, 128 * kKeyGroups>(p, item, shared + C::keys_at(keys.stage), kPairBarrier);
       }
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         attend(first_key);
-        if (i == 0 && items > 0) this->end_item(keys.stage ^ 1);
+        if (C::kItemStages > 1 && i == 0 && items > 0) this->end_item(keys.stage ^ 1);
       }
-      if (count == 0 && items > 0) this->end_item(keys.stage ^ 1);
+      if (C::kItemStages > 1 && count == 0 && items > 0) this->end_item(keys.stage ^ 1);
       meet();  // nobody multiplies the keys any more
       this->store(dv, 1, at(C::values_at(keys.stage)), this->maps.dv, keys.stage);
       this->store(dk, p.scale, at(C::keys_at(keys.stage)), this->maps.dk, keys.stage);
+      if (C::kItemStages == 1) this->end_item(keys.stage);
       keys.advance();
     }
     if (lane_index() == 0) store_wait_read();

@@ -25,7 +25,7 @@ struct Producer {
   char* shared;
   Barriers barriers;
   // The first turn of a stage waits for nobody.
-  Ring<2> keys{1};
+  Ring<C::kItemStages> keys{1};
   Ring<C::kStages> queries{1};
   int num_tiles = ceil_div(p.num_queries, kQueries);
 
@@ -47,18 +47,19 @@ struct Producer {
   // The tiles of queries [x, y) outside of which none sees any of a tile of keys.
   __device__ __forceinline__ int2 span_of_keys(int batch, int tile) const {
     if (p.start) {
-      const int tiles = ceil_div(p.num_keys, kKeys / 2);  // the bounds are of 64 keys
+      const int tiles = ceil_div(p.num_keys, VLMK_TILE);  // of which the bounds are
       const int64_t row = p.range_stride_b ? int64_t{batch} * tiles : 0;
       const auto* bounds = reinterpret_cast<const int4*>(place(workspace.k_bounds)) + row;
-      int4 span = bounds[2 * tile];
-      if (2 * tile + 1 < tiles) {
-        const int4 more = bounds[2 * tile + 1];
+      constexpr int kOfTile = C::kKeys / VLMK_TILE;
+      int4 span = bounds[kOfTile * tile];
+      if (kOfTile > 1 && kOfTile * tile + 1 < tiles) {
+        const int4 more = bounds[kOfTile * tile + 1];
         span = make_int4(min(span.x, more.x), max(span.y, more.y), 0, 0);
       }
       return make_int2(min(span.x, span.y), span.y);
     }
     if (!p.causal) return make_int2(0, num_tiles);
-    const int first = max(tile * kKeys - (p.num_keys - p.num_queries), 0);
+    const int first = max(tile * C::kKeys - (p.num_keys - p.num_queries), 0);
     return make_int2(min(first / kQueries, num_tiles), num_tiles);
   }
 
@@ -84,8 +85,8 @@ struct Producer {
     Seen seen;
     seen.bounds = tile < end ? bounds_of_tile(item.batch, tile) : make_int4(0, 0, 0, 0);
     const int4& b = seen.bounds;
-    seen.any = __ballot_sync(
-        kAllLanes, b.x < min(item.first_key + kKeys, p.num_keys) && b.y > max(item.first_key, b.x));
+    seen.any = __ballot_sync(kAllLanes, b.x < min(item.first_key + C::kKeys, p.num_keys) &&
+                                            b.y > max(item.first_key, b.x));
     return seen;
   }
 
@@ -123,7 +124,7 @@ struct Producer {
         barrier_expect(barrier, 2 * C::kKeysBytes);
 #pragma unroll
         for (int panel = 0; panel < C::kPanels; ++panel) {
-          const int at = panel * kKeys * kRowBytes;
+          const int at = panel * C::kKeys * kRowBytes;
           copy_tile(base + C::keys_at(stage) + at, maps.keys, panel * kPanel, item.first_key,
                     item.head, p.k_stride_b ? item.batch : 0, barrier);
           copy_tile(base + C::values_at(stage) + at, maps.values, panel * kPanel, item.first_key,
@@ -180,9 +181,9 @@ struct Producer {
         const Seen seen = look(item, base + lane_index(), span.y);
         const int4& b = seen.bounds;
         // Behind the last key nothing is seen.
-        const bool masked = b.z > item.first_key || b.w < item.first_key + kKeys;
+        const bool masked = b.z > item.first_key || b.w < item.first_key + C::kKeys;
         const uint32_t flags = (masked ? kMasked : 0) | (b.x >= item.first_key ? kFirst : 0) |
-                               (b.y <= item.first_key + kKeys ? kLast : 0);
+                               (b.y <= item.first_key + C::kKeys ? kLast : 0);
         for (uint32_t left = seen.any; left; left &= left - 1) {
           const int i = __ffs(left) - 1;
           barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
@@ -201,7 +202,7 @@ struct Producer {
     Item item;
     item.batch = head / p.num_kv_heads;
     item.head = head - item.batch * p.num_kv_heads;
-    item.first_key = tile * kKeys;
+    item.first_key = tile * C::kKeys;
     const int2 span = span_of_keys(item.batch, tile);
     count(item, span);
     copy_keys(item);

@@ -24,11 +24,11 @@ template <typename C, int kThreads>
 __device__ __forceinline__ void clear_unseen(const VlmkAttentionBwdParams& p, const Item& item,
                                              char* keys, int barrier) {
   const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
-  if (lo <= 0 && (hi >= kKeys || item.hi >= p.num_keys)) return;
+  if (lo <= 0 && (hi >= C::kKeys || item.hi >= p.num_keys)) return;
   constexpr int kWords = kRowBytes / 16;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) % kThreads; i < C::kKeysBytes / 16; i += kThreads) {
-    const int key = i / kWords % kKeys;
+  for (int i = attention::thread_again() % kThreads; i < C::kKeysBytes / 16; i += kThreads) {
+    const int key = i / kWords % C::kKeys;
     if (key < lo || key >= hi) reinterpret_cast<uint4*>(keys)[i] = make_uint4(0, 0, 0, 0);
   }
   fence_async_proxy();
@@ -44,7 +44,7 @@ struct QueryGroup {
   const Workspace& workspace;
   char* shared;
   Barriers barriers;
-  Ring<2> keys{0};
+  Ring<C::kItemStages> keys{0};
   Ring<C::kStages> queries{0};
   Ring<C::kScoreStages> buffer{0};
 
@@ -56,11 +56,11 @@ struct QueryGroup {
     barrier_wait(barriers.scores_full(buffer.stage), buffer.parity);
     const uint32_t base = shared_address(shared);
     const uint64_t a = swizzled_descriptor(base + C::scores_at(buffer.stage), 16);
-    const uint64_t b = swizzled_descriptor(base + C::keys_at(keys.stage), kKeys * kRowBytes);
+    const uint64_t b = swizzled_descriptor(base + C::keys_at(keys.stage), C::kKeys * kRowBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
+    for (int step = 0; step < C::kKeys / 16; ++step) {
       mma<T, C::kWidth, false, true>(dq,
                                      a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
                                      b + (step * 16 * kRowBytes >> 4), kAdd || step > 0);

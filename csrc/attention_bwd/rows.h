@@ -86,7 +86,7 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, co
                                              int batch, int head, int tile) {
   using T = typename C::Element;
   char* workspace = static_cast<char*>(p.workspace);
-  constexpr int kLanes = C::kWidth <= 64 ? 8 : 16;  // of a row
+  constexpr int kLanes = C::kWidth <= 64 ? 8 : C::kWidth <= 128 ? 16 : 32;  // of a row
   constexpr int kStep = kRowThreads / kLanes, kSteps = kQueries / kStep;
   const int chunk = static_cast<int>(threadIdx.x) % kLanes;
   const auto* dout =
