@@ -19,11 +19,18 @@ int encode_maps(const VlmkAttentionParams& p, Maps& maps) {
   int code = attention::encode_rows(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s,
                                     p.q_stride_h);
   if (code) return code;
-  code = encode_tensor_map(maps.keys, p.k, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys);
-  if (code) return code;
-  return encode_tensor_map(maps.values, p.v, C::kHalf, p.batch, p.num_keys, p.num_kv_heads,
-                           p.value_dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys);
+  const auto encode = [&p](CUtensorMap& keys, CUtensorMap& values, int columns) {
+    const int failed =
+        encode_tensor_map(keys, p.k, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
+                          p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys, columns);
+    if (failed) return failed;
+    return encode_tensor_map(values, p.v, C::kHalf, p.batch, p.num_keys, p.num_kv_heads,
+                             p.value_dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys,
+                             columns);
+  };
+  code = encode(maps.keys, maps.values, kPanel);
+  if (code || !C::kNarrow) return code;
+  return encode(maps.last_keys, maps.last_values, C::kLastColumns);
 }
 
 // In how many blocks a head's keys are shared out: as long as all find room on the GPU at once.

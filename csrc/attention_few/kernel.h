@@ -39,6 +39,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       prefetch_map(maps.queries);
       prefetch_map(maps.keys);
       prefetch_map(maps.values);
+      if constexpr (C::kNarrow) {
+        prefetch_map(maps.last_keys);
+        prefetch_map(maps.last_values);
+      }
       barrier_init(barriers.rows_full(), 1);
       for (int stage = 0; stage < C::kStages; ++stage) {
         barrier_init(barriers.full(stage), 1);

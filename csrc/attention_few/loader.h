@@ -67,9 +67,12 @@ struct Loader {
       barrier_expect(barrier, 2 * C::kTileBytes);
 #pragma unroll
       for (int i = 0; i < 2 * C::kPanels; ++i) {
-        copy_tile(at + i * C::kKeys * kRowBytes, i < C::kPanels ? maps.keys : maps.values,
-                  i % C::kPanels * kPanel, first_key + tile * C::kKeys, head.head, head.batch,
-                  barrier);
+        const int panel = i % C::kPanels;
+        const bool of_values = i >= C::kPanels, narrow = C::kNarrow && panel == C::kPanels - 1;
+        const CUtensorMap& map = of_values ? (narrow ? maps.last_values : maps.values)
+                                           : (narrow ? maps.last_keys : maps.keys);
+        copy_tile(at + of_values * C::kTileBytes + panel * C::kKeys * kRowBytes, map,
+                  panel * kPanel, first_key + tile * C::kKeys, head.head, head.batch, barrier);
       }
     }
     __syncwarp();

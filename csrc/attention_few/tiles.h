@@ -48,6 +48,10 @@ struct Tiles {
   __device__ __forceinline__ uint32_t keys_at(int stage) const {
     return shared_address(shared) + C::kStagesAt + stage * 2 * C::kTileBytes;
   }
+  // Of a tile of keys or values.
+  __device__ __forceinline__ uint32_t last_panel(uint32_t tile) const {
+    return tile + (C::kPanels - 1) * C::kKeys * kRowBytes;
+  }
   __device__ __forceinline__ void meet() { named_wait<C::kThreads>(kTileBarrier); }
 
   __device__ __forceinline__ void name_rows(int count) {
@@ -88,21 +92,26 @@ struct Tiles {
   // scores = rows times keys of the stage at hand.
   __device__ __forceinline__ void start_scores() {
     const uint64_t b = swizzled_descriptor(keys_at(ring.stage), 16);
+    const uint64_t last = row_descriptor(last_panel(keys_at(ring.stage)), C::kLastBytes);
     keep(scores);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kWidth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, C::kKeys>(scores, rows[step], b + ((panel * C::kKeys * kRowBytes + inside) >> 4),
-                       step > 0);
+      const bool narrow = C::kNarrow && panel == C::kPanels - 1;
+      mma<T, C::kKeys>(
+          scores, rows[step],
+          narrow ? last + (inside >> 4) : b + ((panel * C::kKeys * kRowBytes + inside) >> 4),
+          step > 0);
     }
     mma_commit();
   }
 
   // sums += weights times values of the stage at hand.
   __device__ __forceinline__ void start_sums() {
-    const uint64_t b =
-        swizzled_descriptor(keys_at(ring.stage) + C::kTileBytes, C::kKeys * kRowBytes);
+    const uint32_t values = keys_at(ring.stage) + C::kTileBytes;
+    const uint64_t b = swizzled_descriptor(values, C::kKeys * kRowBytes);
+    const uint64_t last = row_descriptor(last_panel(values), C::kLastBytes);
     keep(sums);
     keep(weights);
     mma_fence();
@@ -110,7 +119,16 @@ struct Tiles {
     for (int step = 0; step < C::kKeys / 16; ++step) {
       const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2],
                              weights[4 * step + 3]};
-      mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), true);
+      if constexpr (C::kNarrow) {
+        constexpr int kWhole = C::kWidth - C::kLastColumns;
+        mma<T, kWhole, true>(reinterpret_cast<float (&)[kWhole / 2]>(sums), a,
+                             b + (step * 16 * kRowBytes >> 4), true);
+        mma<T, C::kLastColumns, true>(
+            reinterpret_cast<float (&)[C::kLastColumns / 2]>(sums[kWhole / 2]), a,
+            last + (step * 16 * C::kLastBytes >> 4), true);
+      } else {
+        mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), true);
+      }
     }
     mma_commit();
   }
@@ -120,14 +138,14 @@ struct Tiles {
   __device__ __forceinline__ void clear_unseen(int first_key) {
     const int seen = span.bounds.y - first_key;
     if (seen >= C::kKeys || span.bounds.y == p.num_keys) return;
-    constexpr int kWords = kRowBytes / 16;
     char* values = shared + C::kStagesAt + ring.stage * 2 * C::kTileBytes + C::kTileBytes;
 #pragma unroll 1
     for (int panel = 0; panel < C::kPanels; ++panel) {
+      const int in_row = (panel == C::kPanels - 1 ? C::kLastBytes : kRowBytes) / 16;
       auto* words = reinterpret_cast<uint4*>(values + panel * C::kKeys * kRowBytes);
-      for (int i = static_cast<int>(threadIdx.x); i < (C::kKeys - seen) * kWords;
+      for (int i = static_cast<int>(threadIdx.x); i < (C::kKeys - seen) * in_row;
            i += C::kThreads) {
-        words[seen * kWords + i] = make_uint4(0, 0, 0, 0);
+        words[seen * in_row + i] = make_uint4(0, 0, 0, 0);
       }
     }
     fence_async_proxy();
