@@ -76,10 +76,13 @@ def measure(name: str, pairs: int, dim: int) -> dict[str, Any]:
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     one = milliseconds(lambda: torch.autograd.grad(loss(*alone), alone))
     many = milliseconds(shared_step)
-    return {
+    row = {
         "workload": f"{name} {pairs} D{dim}", "gpus": size, "error_over_floor": worst.item(),
         "ms_on_one": one, "ms_shared": many, "speedup": one / many,
     }  # fmt: skip
+    if rank == 0:
+        print("{workload}: {ms_on_one:.2f} ms on one GPU, {ms_shared:.2f} on {gpus}, {speedup:.2f} x".format(**row), flush=True)
+    return row
 
 
 def main(path: Path, commit: str | None = None) -> None:
@@ -87,8 +90,6 @@ def main(path: Path, commit: str | None = None) -> None:
     dist.init_process_group("nccl")
     rows = [measure(name, *size) for size in SIZES for name in LOSSES]
     if dist.get_rank() == 0:
-        for row in rows:
-            print("{workload}: {ms_on_one:.2f} ms on one GPU, {ms_shared:.2f} on {gpus}, {speedup:.2f} x".format(**row))
         path.write_text(json.dumps({"run": describe(torch.device("cuda"), commit), "rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 

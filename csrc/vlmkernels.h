@@ -248,30 +248,31 @@ VLMK_API int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params);
  * multiples of VLMK_LOSS_TILE. Features begin at multiples of 16 bytes, and so do all other
  * pointers to more than one number. The same bits in every run.
  *
- * vlmk_clip_loss_fwd: lse_a and lse_b, of the rows and of the columns, to base e; in sums[.][0] the
- *   logits of what belongs together, each times row_positive + column_positive. Its panels are of
- *   all columns.
- * vlmk_clip_loss_bwd: with lse_a and lse_b of rows and columns less the logarithms of gain times
- *   their weights, to base 2, and g = exp2(logit - lse_a) + exp2(logit - lse_b), less gain times
+ * vlmk_clip_loss_fwd: lse_a and lse_b, of the rows and of the columns, to base e; in totals[0] the
+ *   sum of the logits of what belongs together, each times row_positive + column_positive. Its
+ *   panels are of all columns.
+ * vlmk_clip_loss_bwd: with g = row exp(logit - lse_a) + column exp(logit - lse_b), less
  *   row_positive + column_positive where they belong together:
- *   da = factor g b,  db = factor g^T a,  and in sums[.][0] the gradient g of scale.
- * vlmk_siglip_loss: in sums[.][0] the loss, the sum of log(1 + exp(logit)), or of
+ *   da = dloss scale g b,  db = dloss scale g^T a,  and in totals[0] the gradient of scale.
+ * vlmk_siglip_loss: in totals[0] the loss, the sum of log(1 + exp(logit)), or of
  *   log(1 + exp(-logit)) where they belong together; and with da, like above and with g its
- *   gradient, in sums[.][1] and [2] those of scale and bias. */
+ *   gradient, in totals[1] and [2] those of scale and bias. All are multiplied by weight. */
 typedef struct {
   const void* a;        /* [rows, dim], columns contiguous */
   const void* b;        /* [columns, dim], likewise */
-  const float* scale;   /* one number, as are the next three */
+  const float* scale;   /* one number, as are the next two */
   const float* bias;    /* siglip */
-  const float* gain;    /* clip_bwd */
-  const float* factor;  /* gradients */
-  const float* bounds;  /* clip_bwd: the least and the greatest of all lse_a and lse_b */
+  const float* dloss;   /* clip_bwd */
   const int32_t* start; /* [rows] */
   const int32_t* stop;
+  const float* row;             /* [rows], clip_bwd */
+  const float* column;          /* [columns], clip_bwd */
   const float* row_positive;    /* [rows], clip */
   const float* column_positive; /* [columns], clip */
   float* lse_a;                 /* [rows], clip; read only in the backward pass */
   float* lse_b;                 /* [columns], likewise */
+  float* shifted;               /* workspace of clip_bwd: [rows + columns] */
+  float* numbers;               /* the same: 4 */
   float* share_a;               /* workspace of clip_fwd: [columns / 256, panel_rows] */
   float* share_b;               /* the same: [panel_rows / 64, columns] */
   void* panel;       /* workspace of gradients: [VLMK_LOSS_PANELS, panel_rows, panel_columns]
@@ -281,8 +282,8 @@ typedef struct {
   int32_t* counters; /* the same: zeros, of each panel 2, and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
   void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
-  float* sums;       /* [panels of clip_fwd or 1, 3, slots], zeros; a result is the sum over panels
-                        and slots */
+  float* sums;       /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
+  float* totals;     /* 3 */
   int64_t a_stride;
   int64_t b_stride;
   int32_t rows;
@@ -292,6 +293,7 @@ typedef struct {
   int32_t panel_columns;
   int32_t slots; /* twice the multiprocessors of the GPU */
   int32_t wide_b;
+  float weight;
 } VlmkContrastiveParams;
 
 VLMK_API int vlmk_clip_loss_fwd(const VlmkContrastiveParams* params, void* stream);

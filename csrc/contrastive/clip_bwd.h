@@ -25,14 +25,19 @@ struct ClipBackward {
         group(group),
         scratch(scratch),
         scale(*p.scale * kLog2E),
-        gain(*p.gain),
-        lowest(p.bounds[0]),
-        narrow(p.bounds[1] - p.bounds[0] < kNarrowRange) {}
+        gain(p.numbers[kGain]),
+        lowest(p.numbers[kLowest]),
+        narrow(p.numbers[kHighest] - lowest < kNarrowRange) {}
+
+  __device__ __forceinline__ static float factor(const VlmkContrastiveParams& p) {
+    return p.numbers[kTimes] * *p.scale;
+  }
 
   __device__ __forceinline__ void begin(const Part& part) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) row_lse[half] = p.lse_a[part.row(half)];
-    column_lse = reinterpret_cast<const float2*>(p.lse_b + part.first_column)[group_thread()];
+    for (int half = 0; half < 2; ++half) row_lse[half] = p.shifted[part.row(half)];
+    const float* columns = p.shifted + p.rows + part.first_column;
+    column_lse = reinterpret_cast<const float2*>(columns)[group_thread()];
   }
 
   // exp2(s - lse) of row and column is exp2(s - lowest) times exp2(lowest - lse).

@@ -208,21 +208,5 @@ struct ClipForward {
   }
 };
 
-// Log-sum-exp over the first dimension of shares [tiles, size], which are to the base 2, to that of
-// the logits; in a fixed order. With `add`, together with what is there already.
-__global__ void __launch_bounds__(128)
-    contrastive_merge_kernel(const float* shares, float* lse, int tiles, int size, bool add) {
-  const int at = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
-  if (at >= size) return;
-  float top = add ? lse[at] * kLog2E : -INFINITY, sum = add ? 1 : 0;
-#pragma unroll 8
-  for (int tile = 0; tile < tiles; ++tile) {
-    const float share = shares[int64_t{tile} * size + at], next = fmaxf(top, share);
-    sum = sum * exp2_approximate(top - next) + exp2_approximate(share - next);
-    top = next;
-  }
-  lse[at] = (top + log2_approximate(sum)) * kLn2;
-}
-
 }  // namespace contrastive
 }  // namespace vlmk

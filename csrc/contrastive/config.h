@@ -33,6 +33,10 @@ constexpr int kGroupBarrier = 1, kStoredBarrier = kGroupBarrier + kGroups,
 
 constexpr int kScratchFloats = 4 * kTile + 4;  // of each warpgroup
 
+// What CLIP's backward pass works out first: the gain, what the gradients of features and scale are
+// multiplied by in the end, and the least and the greatest of the finite shifted log-sum-exps.
+enum Number { kGain, kTimes, kLowest, kHighest };
+
 // The layout of shared memory.
 struct Layout {
   static constexpr int kStageBytes = kLeftBytes + kTile * kRowBytes;

@@ -8,6 +8,7 @@
 #include "contrastive/clip_fwd.h"
 #include "contrastive/gradients.h"
 #include "contrastive/siglip.h"
+#include "contrastive/vectors.h"
 
 namespace vlmk {
 namespace contrastive {
@@ -84,21 +85,34 @@ int launch_gradients(const Job& p, const Maps& maps, void* stream) {
       stream, maps);
 }
 
-int launch_merge(const float* shares, float* lse, int tiles, int size, bool add, void* stream) {
-  return launch("contrastive_merge_kernel", contrastive_merge_kernel, dim3(ceil_div(size, 128)),
-                dim3(128), 0, stream, shares, lse, tiles, size, add);
+int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
+  return launch("contrastive_merge_kernel", contrastive_merge_kernel,
+                dim3((rows.size + columns.size) / 32), dim3(32 * kMergeWarps), 0, stream, rows,
+                columns);
+}
+
+int launch_total(const VlmkContrastiveParams& p, int panels, const float* times, void* stream) {
+  return launch("contrastive_total_kernel", contrastive_total_kernel, dim3(1), dim3(3 * 32), 0,
+                stream, p, panels, times);
 }
 
 template <typename Work>
-int gradients(const VlmkContrastiveParams& p, void* stream) {
+int gradients(const VlmkContrastiveParams& p, const float* times, void* stream) {
   Maps maps;
-  int code = check(p);
-  if (code) return code;
-  code = encode_maps(p, true, maps);
+  int code = encode_maps(p, true, maps);
   if (code) return code;
   const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
-  return p.dim % 256 == 0 ? launch_gradients<Work, 256>(job, maps, stream)
+  code = p.dim % 256 == 0 ? launch_gradients<Work, 256>(job, maps, stream)
                           : launch_gradients<Work, 192>(job, maps, stream);
+  return code ? code : launch_total(p, 1, times, stream);
+}
+
+int clip_backward(const VlmkContrastiveParams& p, void* stream) {
+  int code = check(p);
+  if (code) return code;
+  code = launch("contrastive_prepare_kernel", contrastive_prepare_kernel, dim3(1),
+                dim3(kPrepareThreads), 0, stream, p);
+  return code ? code : gradients<ClipBackward>(p, p.numbers + kTimes, stream);
 }
 
 int clip_forward(const VlmkContrastiveParams& p, void* stream) {
@@ -116,24 +130,24 @@ int clip_forward(const VlmkContrastiveParams& p, void* stream) {
     panel.row_tiles = rows / kTile;
     code = launch_logits<ClipForward>(p, panel, maps, stream);
     if (code) return code;
-    code = launch_merge(p.share_a, p.lse_a + row, panel.column_tiles, rows, false, stream);
-    if (code) return code;
-    code = launch_merge(p.share_b, p.lse_b, rows / 64, p.columns, row > 0, stream);
+    code = launch_merge({p.share_a, p.lse_a + row, panel.column_tiles, rows, false},
+                        {p.share_b, p.lse_b, rows / 64, p.columns, row > 0}, stream);
     if (code) return code;
     ++panel.kept_row;
   }
-  return 0;
+  return launch_total(p, panel.kept_row, nullptr, stream);
 }
 
 int siglip(const VlmkContrastiveParams& p, void* stream) {
-  if (p.da) return gradients<SigLip<true>>(p, stream);
-  Maps maps;
   int code = check(p);
   if (code) return code;
+  if (p.da) return gradients<SigLip<true>>(p, nullptr, stream);
+  Maps maps;
   code = encode_maps(p, false, maps);
   if (code) return code;
   const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0};
-  return launch_logits<SigLip<false>>(p, all, maps, stream);
+  code = launch_logits<SigLip<false>>(p, all, maps, stream);
+  return code ? code : launch_total(p, 1, nullptr, stream);
 }
 
 }  // namespace contrastive
@@ -148,7 +162,7 @@ int vlmk_clip_loss_fwd(const VlmkContrastiveParams* params, void* stream) {
 }
 
 int vlmk_clip_loss_bwd(const VlmkContrastiveParams* params, void* stream) {
-  return vlmk::contrastive::gradients<vlmk::contrastive::ClipBackward>(*params, stream);
+  return vlmk::contrastive::clip_backward(*params, stream);
 }
 
 int vlmk_siglip_loss(const VlmkContrastiveParams* params, void* stream) {

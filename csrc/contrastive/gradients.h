@@ -98,9 +98,11 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing 
       [&](int, const Visit& visit, int tile) {
         const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
         if (t.of_b) {
-          add_products<kColumns, true>(p, visit, t, products, ring, group, first_tile, before);
+          add_products<Work, kColumns, true>(p, visit, t, products, ring, group, first_tile,
+                                             before);
         } else {
-          add_products<kColumns, false>(p, visit, t, products, ring, group, first_tile, before);
+          add_products<Work, kColumns, false>(p, visit, t, products, ring, group, first_tile,
+                                              before);
         }
         stored();
       });

@@ -90,36 +90,42 @@ __device__ __forceinline__ int lane_again() {
   return lane;
 }
 
-// Sums of 20 bits: 16 where the result will be, and 4 beside it. A warp keeps those of its 16 rows
-// in an order of its own, a thread's 8 neighbours in 16 bytes.
+// Sums of 20 bits: 16 where the result will be, and 4 beside it, or behind them in its rows where
+// it has 32. A warp keeps those of its 16 rows in an order of its own, a thread's 8 neighbours in
+// 16 bytes.
 template <int kColumns>
-struct NarrowSums {
+struct Sums {
   static constexpr int kChunks = kColumns / 16;
-  uint16_t* out;  // of the warp's first row
-  uint4* low;     // of the thread
-  int dim, lane;
+  char* out;   // of the warp's first row
+  uint4* low;  // of the thread
+  int pitch, low_step, lane;
+  bool wide;
 
-  __device__ __forceinline__ NarrowSums(const Job& p, const GradientTile& t, int group)
-      : dim(p.dim), lane(kColumns % 256 ? lane_again() : lane_index()) {
+  __device__ __forceinline__ Sums(const Job& p, const GradientTile& t, int group, bool wide)
+      : pitch(p.dim * (wide ? 4 : 2)), low_step(wide ? 2 : 128), lane(lane_again()), wide(wide) {
     const int row = block_in_cluster() * kRows + group * 64, warp = group_thread() / 32;
-    out = static_cast<uint16_t*>(t.of_b ? p.db : p.da) + int64_t{t.row + row + warp * 16} * dim +
-          t.first_column;
-    const int64_t tile =
-        int64_t{(t.kept_row + row) / 64} * (dim / kColumns) + t.first_column / kColumns;
-    low = static_cast<uint4*>(t.of_b ? p.low_b : p.low_a) + tile * (kChunks / 4) * 128 +
-          group_thread();
+    out = static_cast<char*>(t.of_b ? p.db : p.da) + int64_t{t.row + row + warp * 16} * pitch +
+          t.first_column * (wide ? 4 : 2);
+    if (wide) {
+      low = reinterpret_cast<uint4*>(out + int64_t{lane / 2} * pitch + kColumns * 2) + lane % 2;
+    } else {
+      const int64_t tile =
+          int64_t{(t.kept_row + row) / 64} * (p.dim / kColumns) + t.first_column / kColumns;
+      low = static_cast<uint4*>(t.of_b ? p.low_b : p.low_a) + tile * (kChunks / 4) * 128 +
+            group_thread();
+    }
   }
 
   __device__ __forceinline__ uint4* high(int chunk) const {
     const int at = chunk * 32 + lane;
-    return reinterpret_cast<uint4*>(out + int64_t{at / (kColumns / 8)} * dim +
-                                    at % (kColumns / 8) * 8);
+    return reinterpret_cast<uint4*>(out + int64_t{at / (kColumns / 8)} * pitch) +
+           at % (kColumns / 8);
   }
 
   __device__ __forceinline__ void add_to(float (&sum)[kColumns / 2]) const {
 #pragma unroll
     for (int four = 0; four < kChunks / 4; ++four) {
-      const uint4 lows = __ldcg(&low[four * 128]);
+      const uint4 lows = __ldcg(&low[four * low_step]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint4 highs = __ldcg(high(four * 4 + i));
@@ -155,7 +161,7 @@ struct NarrowSums {
         store_global(high(four * 4 + i), highs);
         (&lows.x)[i] = bits;
       }
-      store_global(&low[four * 128], lows);
+      store_global(&low[four * low_step], lows);
     }
   }
 
@@ -164,81 +170,21 @@ struct NarrowSums {
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint16_t* row = out + int64_t{8 * half + lane / 4} * dim + lane % 4 * 2;
+      char* row = out + int64_t{8 * half + lane / 4} * pitch + lane % 4 * (wide ? 8 : 4);
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
-        const float* x = &sum[4 * i + 2 * half];
-        *reinterpret_cast<uint32_t*>(row + 8 * i) =
-            pack<__nv_bfloat16>(x[0] * factor, x[1] * factor);
+        const float x = sum[4 * i + 2 * half] * factor, y = sum[4 * i + 2 * half + 1] * factor;
+        if (wide) {
+          reinterpret_cast<float2*>(row)[4 * i] = make_float2(x, y);
+        } else {
+          reinterpret_cast<uint32_t*>(row)[4 * i] = pack<__nv_bfloat16>(x, y);
+        }
       }
     }
   }
 };
 
-// Sums of fp32, where the result is of fp32. A warp keeps them like those of 20 bits.
-template <int kColumns>
-struct WideSums {
-  float* out;  // of the warp's first row
-  int dim, lane;
-
-  __device__ __forceinline__ WideSums(const Job& p, const GradientTile& t, int group)
-      : dim(p.dim), lane(lane_again()) {
-    const int row = block_in_cluster() * kRows + group * 64 + group_thread() / 32 * 16;
-    out = static_cast<float*>(p.db) + int64_t{t.row + row} * dim + t.first_column;
-  }
-
-  __device__ __forceinline__ float4* four(int number) const {
-    const int at = number * 32 + lane;
-    return reinterpret_cast<float4*>(out + int64_t{at / (kColumns / 4)} * dim +
-                                     at % (kColumns / 4) * 4);
-  }
-
-  __device__ __forceinline__ void add_to(float (&sum)[kColumns / 2]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
-      if (i % 8 == 0) stay_behind(dim < 0);  // more of them at a time take more registers
-      const float4 x = __ldcg(four(i));
-      sum[4 * i] += x.x;
-      sum[4 * i + 1] += x.y;
-      sum[4 * i + 2] += x.z;
-      sum[4 * i + 3] += x.w;
-    }
-  }
-
-  __device__ __forceinline__ void keep_sums(const float (&sum)[kColumns / 2]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
-      *four(i) = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-    }
-  }
-
-  __device__ __forceinline__ void store(const float (&sum)[kColumns / 2], float factor) const {
-    __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* row = out + int64_t{8 * half + lane / 4} * dim + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
-        const float* x = &sum[4 * i + 2 * half];
-        *reinterpret_cast<float2*>(row + 8 * i) = make_float2(x[0] * factor, x[1] * factor);
-      }
-    }
-  }
-};
-
-// What a tile's products come to: another part of a sum, or with it the result.
-template <typename Sums, int kCount>
-__device__ __forceinline__ void finish_products(const Job& p, const GradientTile& t,
-                                                const Sums& sums, float (&sum)[kCount]) {
-  if (t.turn > 0) sums.add_to(sum);
-  if (t.turn == t.last_turn) {
-    sums.store(sum, *p.factor);
-  } else {
-    sums.keep_sums(sum);
-  }
-}
-
-template <int kColumns, bool kOfB, typename Before>
+template <typename Work, int kColumns, bool kOfB, typename Before>
 __device__ __forceinline__ void add_products(const Job& p, const Visit& visit,
                                              const GradientTile& t, float (&products)[kSums],
                                              StageRing& ring, int group, bool first_tile,
@@ -246,10 +192,12 @@ __device__ __forceinline__ void add_products(const Job& p, const Visit& visit,
   auto& sum = reinterpret_cast<float (&)[kColumns / 2]>(products);
   multiply<kColumns, kOfB, true>(sum, ring, group, t.steps(visit.panel), first_tile);
   before();
-  if (kOfB && p.wide_b) {
-    finish_products(p, t, WideSums<kColumns>(p, t, group), sum);
+  const Sums<kColumns> sums(p, t, group, kOfB && p.wide_b);
+  if (t.turn > 0) sums.add_to(sum);
+  if (t.turn == t.last_turn) {
+    sums.store(sum, Work::factor(p));
   } else {
-    finish_products(p, t, NarrowSums<kColumns>(p, t, group), sum);
+    sums.keep_sums(sum);
   }
 }
 

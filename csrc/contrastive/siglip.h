@@ -17,6 +17,10 @@ struct SigLip {
   __device__ __forceinline__ SigLip(const VlmkContrastiveParams& p, int group, float* scratch)
       : p(p), group(group), scratch(scratch), scale(*p.scale * kLog2E), bias(*p.bias * kLog2E) {}
 
+  __device__ __forceinline__ static float factor(const VlmkContrastiveParams& p) {
+    return p.weight * *p.scale;
+  }
+
   __device__ __forceinline__ void begin(const Part&) {}
 
   __device__ __forceinline__ void finish(const Panel& panel, const Part& part,

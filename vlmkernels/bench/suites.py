@@ -160,7 +160,7 @@ def _cross_attention() -> list[Workload]:
 
 
 #: pairs, channels.
-BATCHES = ((32768, 512), (32768, 768), (32768, 1152), (65536, 768))
+BATCHES = tuple((pairs, dim) for pairs in (32768, 65536) for dim in (512, 768, 1152))
 
 
 LOSSES = (("clip", "CLIP"), ("siglip", "SigLIP"))

@@ -124,9 +124,10 @@ class Group:
         dist.all_reduce(x, group=self.group)
         return x
 
-    def logsumexp(self, x: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the sum of ``exp(x)`` over all ranks, in the same order on every rank."""
-        return torch.logsumexp(self.gather(x[None]), 0)
+    def logsumexp(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logarithm of the sum of ``exp(x)`` over all ranks, and the sum of a number, in the same order on every rank."""
+        parts = self.gather(torch.cat((x, number.reshape(1)))[None])
+        return torch.logsumexp(parts[:, :-1], 0), parts[:, -1].sum()
 
 
 def group_of(group: Any) -> Group | None:
@@ -167,7 +168,8 @@ def weights(p: Pairs, smoothing: float, shared: Group | None) -> Weights:
     if p.start is None or p.stop is None:
         row = torch.full((rows,), 0.5 / (rows * ranks), dtype=dtype, device=device)
         column = torch.full((columns * ranks,), 0.5 / (columns * ranks), dtype=dtype, device=device)
-        return Weights(start, stop, row, (1 - smoothing) * row, column, (1 - smoothing) * column, *smooth)
+        row_positive, column_positive = ((1 - smoothing) * x if smoothing else x for x in (row, column))
+        return Weights(start, stop, row, row_positive, column, column_positive, *smooth)
     row_count = (stop - start).to(dtype)
     # How many ranges are open at each column: they open at start and close at stop. Sums of integers have one result.
     first, last = _cut(p.start, p.stop, columns)

@@ -136,7 +136,7 @@ def _clip_forward(
     lse_a, lse_b, picked = _clip_fwd(p.a, b, scale, *vectors, *smooth, backend)
     rows = (w.row * lse_a).sum() - picked
     if shared is not None:
-        lse_b, rows = shared.logsumexp(lse_b), shared.sum(rows)
+        lse_b, rows = shared.logsumexp(lse_b, rows)
     loss = rows + (w.column * lse_b).sum()
     return loss, (p.a, b, scale, *vectors, lse_a, lse_b), smooth
 
@@ -203,9 +203,10 @@ def _siglip_forward(
     dtypes = _kept(p.a), _kept(b) if shared is None else compute_dtype(b)
     loss, da, db, dnumbers = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, *dtypes, backend)
     if shared is not None:
-        loss = shared.sum(loss)
+        numbers = shared.sum(torch.cat((loss.reshape(1), dnumbers)))
+        loss, dnumbers = numbers[0].clone(), numbers[1:]
         if grads:
-            db, dnumbers = shared.scatter_sum(db), shared.sum(dnumbers)
+            db = shared.scatter_sum(db)
     return loss, da, db, dnumbers
 
 
@@ -258,7 +259,8 @@ class _SigLipLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             features = [(x * factor).to(dtype) for x in (da, db)]
         else:
-            features = [x.mul_(factor).to(dtype) for x in (da, db)]
+            places = [x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype) for x in (da, db)]
+            features = [torch.mul(x, factor, out=place) for x, place in zip((da, db), places, strict=True)]
         return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
 
 

@@ -100,11 +100,13 @@ class ContrastiveParams(ctypes.Structure):
     """``VlmkContrastiveParams``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a", "b", "scale", "bias", "gain", "factor", "bounds", "start", "stop")),
-        *((name, ctypes.c_void_p) for name in ("row_positive", "column_positive", "lse_a", "lse_b", "share_a", "share_b")),
-        *((name, ctypes.c_void_p) for name in ("panel", "low_a", "low_b", "counters", "da", "db", "sums")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "scale", "bias", "dloss", "start", "stop", "row", "column")),
+        *((name, ctypes.c_void_p) for name in ("row_positive", "column_positive", "lse_a", "lse_b", "shifted", "numbers")),
+        *((name, ctypes.c_void_p) for name in ("share_a", "share_b", "panel", "low_a", "low_b", "counters")),
+        *((name, ctypes.c_void_p) for name in ("da", "db", "sums", "totals")),
         *((f"{name}_stride", ctypes.c_int64) for name in "ab"),
         *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "slots", "wide_b")),
+        ("weight", ctypes.c_float),
     ]
 
 

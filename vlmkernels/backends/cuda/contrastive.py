@@ -18,7 +18,6 @@ LEAST_ROOM = 33 << 20
 #: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are
 #: busy until the end of a strip.
 STRIP_TILES = 33
-LOG2E = 1.4426950408889634
 
 _clip_fwd = EntryPoint("vlmk_clip_loss_fwd")
 _clip_bwd = EntryPoint("vlmk_clip_loss_bwd")
@@ -59,10 +58,13 @@ def why_not_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> str | None:
     return _why_not(a, b, rest[4])
 
 
-def panel_size(rows: int, columns: int, dim: int, room: int) -> tuple[int, int]:
-    """Rows and columns of a panel. Those of 8 tiles wait less than those of 7, if there is room for them."""
+def panel_size(rows: int, columns: int, low_a: int, low_b: int, room: int) -> tuple[int, int]:
+    """Rows and columns of a panel, beside so many bytes for a row of it and for all columns.
+
+    Panels of 8 tiles wait less than those of 7, if there is room for them.
+    """
     side = PANEL_TILES * TILE
-    need = PANELS * side * side * 2 + side * dim + columns * dim // 2
+    need = PANELS * side * side * 2 + side * low_a + low_b
     tiles = PANEL_TILES if need <= max(room, LEAST_ROOM) else SMALL_PANEL_TILES
     # As even as they come: the last panel would else be small.
     size = [-(-x // (-(-x // (tiles * TILE)) * TILE)) * TILE for x in (rows, columns)]
@@ -74,37 +76,39 @@ def _multiprocessors(device: torch.device) -> int:
     return count
 
 
-def _run(function: EntryPoint, a: Tensor, b: Tensor, size: tuple[int, int], wide_b: bool, /, **tensors: Tensor) -> Tensor:
-    """The three sums over all launches, whose panels are of this size."""
+def _run(function: EntryPoint, a: Tensor, b: Tensor, size: tuple[int, int], weight: float, /, **tensors: Tensor) -> Tensor:
+    """The three totals over all launches, whose panels are of this size."""
     slots = 2 * _multiprocessors(a.device)
     sums = a.new_zeros((-(-len(a) // size[0]) if function is _clip_fwd else 1, 3, slots), dtype=torch.float32)
+    totals = sums.new_empty(3)
     params = ContrastiveParams(
         a_stride=a.stride(0), b_stride=b.stride(0), rows=len(a), columns=len(b), dim=a.shape[1],
-        panel_rows=size[0], panel_columns=size[1], slots=slots, wide_b=wide_b,
+        panel_rows=size[0], panel_columns=size[1], slots=slots, weight=weight,
+        wide_b="db" in tensors and tensors["db"].dtype == torch.float32,
     )  # fmt: skip
-    for name, tensor in {"a": a, "b": b, "sums": sums, **tensors}.items():
+    for name, tensor in {"a": a, "b": b, "sums": sums, "totals": totals, **tensors}.items():
         setattr(params, name, tensor.data_ptr())
     function(bytes(params), a.device)
-    return sums.sum((0, 2), dtype=torch.float64).float()
+    return totals
 
 
 def _gradients(
-    function: EntryPoint, a: Tensor, b: Tensor, dtype_b: torch.dtype, **tensors: Tensor
+    function: EntryPoint, a: Tensor, b: Tensor, dtype_b: torch.dtype, weight: float, /, **rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of ``a`` and ``b``, and the sums. Until a bf16 gradient is complete it has 20 bits, of which 4 lie beside it."""
+    """Those of ``a`` and ``b``, and the totals. Until a bf16 gradient is complete it has 20 bits, of which 4 lie beside it."""
     (rows, dim), columns = a.shape, len(b)
+    low_b = 0 if dtype_b == torch.float32 else columns * dim // 2
     # 1.92 % of what torch.compile of the dense form takes, which keeps the logits once for SigLIP's loss, and twice for CLIP's.
-    size = panel_size(rows, columns, dim, rows * columns // (13 if function is _clip_bwd else 26))
+    size = panel_size(rows, columns, dim, low_b, rows * columns // (13 if function is _clip_bwd else 26))
     panels = -(-rows // size[0]) * -(-columns // size[1])
-    wide_b = dtype_b == torch.float32
     da, db = a.new_empty(rows, dim), b.new_empty(columns, dim, dtype=dtype_b)
     workspace = {
         "panel": a.new_empty(min(PANELS, panels), *size),
         "low_a": a.new_empty(size[0] * dim, dtype=torch.uint8),
-        "low_b": a.new_empty(0 if wide_b else columns * dim // 2, dtype=torch.uint8),
+        "low_b": a.new_empty(low_b, dtype=torch.uint8),
         "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
     }
-    return da, db, _run(function, a, b, size, wide_b, **workspace, da=da, db=db, **tensors)
+    return da, db, _run(function, a, b, size, weight, **workspace, da=da, db=db, **rest)
 
 
 def clip_loss_fwd(
@@ -126,8 +130,8 @@ def clip_loss_fwd(
     lse_a, lse_b = torch.empty_like(row), torch.empty_like(column)
     shares = {"share_a": row.new_empty(len(b) // TILE * strip), "share_b": row.new_empty(strip // 64 * len(b))}
     vectors = {"start": start, "stop": stop, "row_positive": row_positive, "column_positive": column_positive}
-    sums = _run(_clip_fwd, a, b, (strip, len(b)), False, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
-    return lse_a, lse_b, sums[0]
+    totals = _run(_clip_fwd, a, b, (strip, len(b)), 1.0, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
+    return lse_a, lse_b, totals[0]
 
 
 def clip_loss_bwd(
@@ -149,17 +153,12 @@ def clip_loss_bwd(
     smooth_column: float,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient of a logit is at most 2 in a panel. Where a row counts for nothing, this log-sum-exp of its is infinite.
-    gain = torch.maximum(row.max(), column.max()).clamp_min(1e-30).reciprocal()
-    lse_a, lse_b = ((lse - torch.log(weight * gain)) * LOG2E for lse, weight in ((lse_a, row), (lse_b, column)))
-    both = torch.cat((lse_a, lse_b))
-    bounds = torch.stack((both.min(), both.where(both != torch.inf, -torch.inf).max())).nan_to_num(torch.nan, 0.0, 0.0)
-    scale = scale.float()
-    da, db, sums = _gradients(
-        _clip_bwd, a, b, dtype_b, factor=dloss.float() * scale / gain, scale=scale, gain=gain, bounds=bounds,
-        start=start, stop=stop, row_positive=row_positive, column_positive=column_positive, lse_a=lse_a, lse_b=lse_b,
+    da, db, totals = _gradients(
+        _clip_bwd, a, b, dtype_b, 1.0, dloss=dloss.float(), scale=scale.float(), start=start, stop=stop, row=row, column=column,
+        row_positive=row_positive, column_positive=column_positive, lse_a=lse_a, lse_b=lse_b,
+        shifted=lse_a.new_empty(len(a) + len(b)), numbers=lse_a.new_empty(4),
     )  # fmt: skip
-    return da, db, dloss.float() * sums[0] / gain
+    return da, db, totals[0]
 
 
 def siglip_loss_fwd(
@@ -176,10 +175,9 @@ def siglip_loss_fwd(
     dtype_a: torch.dtype,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = scale.float()
-    given = {"scale": scale, "bias": bias.float(), "start": start, "stop": stop}
+    given = {"scale": scale.float(), "bias": bias.float(), "start": start, "stop": stop}
     if grads:
-        da, db, sums = _gradients(_siglip, a, b, dtype_b, factor=weight * scale, **given)
-        return weight * sums[0], da, db, weight * sums[1:]
-    sums = _run(_siglip, a, b, (len(a), len(b)), False, **given)
-    return weight * sums[0], a.new_empty(0), b.new_empty(0, dtype=dtype_b), sums.new_empty(0)
+        da, db, totals = _gradients(_siglip, a, b, dtype_b, weight, **given)
+        return totals[0].clone(), da, db, totals[1:]  # no result of an op is a view of another
+    totals = _run(_siglip, a, b, (len(a), len(b)), weight, **given)
+    return totals[0], a.new_empty(0), b.new_empty(0, dtype=dtype_b), totals.new_empty(0)
