@@ -375,3 +375,13 @@ def test_refusals(device: torch.device) -> None:
         clip_loss(image, text, 1.0, label_smoothing=1.5)
     with pytest.raises(ValueError, match="logit_bias: got torch.float32"):
         siglip_loss(image, text, 1.0, torch.ones(2, device=device))
+
+
+def test_panels_take_the_room_there_is() -> None:
+    """Of 8 tiles, which wait less, where no low bits of a gradient lie beside it: that of the texts that ranks gather."""
+    from vlmkernels.backends.cuda.contrastive import panel_size
+
+    rows, columns, dim = 16384, 32768, 768
+    room = rows * columns // 26
+    assert panel_size(rows, columns, dim, 0, room) == (2048, 2048)
+    assert panel_size(rows, columns, dim, columns * dim // 2, room) == (1792, 1792)

@@ -78,9 +78,9 @@ int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps
       panel, maps);
 }
 
-template <typename Work, int kColumns>
+template <typename Work, int kColumns, bool kWideB>
 int launch_gradients(const Job& p, const Maps& maps, void* stream) {
-  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns>>(
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns, kWideB>>(
       "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), true,
       stream, maps);
 }
@@ -102,8 +102,11 @@ int gradients(const VlmkContrastiveParams& p, const float* times, void* stream) 
   int code = encode_maps(p, true, maps);
   if (code) return code;
   const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
-  code = p.dim % 256 == 0 ? launch_gradients<Work, 256>(job, maps, stream)
-                          : launch_gradients<Work, 192>(job, maps, stream);
+  const auto run = p.dim % 256 == 0 ? p.wide_b ? launch_gradients<Work, 256, true>
+                                               : launch_gradients<Work, 256, false>
+                   : p.wide_b       ? launch_gradients<Work, 192, true>
+                                    : launch_gradients<Work, 192, false>;
+  code = run(job, maps, stream);
   return code ? code : launch_total(p, 1, times, stream);
 }
 

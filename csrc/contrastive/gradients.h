@@ -77,7 +77,7 @@ __device__ __forceinline__ void publish_all(const Job& p, int group) {
 }
 
 // A warpgroup that multiplies.
-template <int kColumns, typename Work>
+template <int kColumns, bool kWideB, typename Work>
 __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing ring, int group) {
   bool first_tile = true;
   float products[kSums];  // of every tile: those of two kinds would not fit in registers together
@@ -98,11 +98,11 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing 
       [&](int, const Visit& visit, int tile) {
         const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
         if (t.of_b) {
-          add_products<Work, kColumns, true>(p, visit, t, products, ring, group, first_tile,
-                                             before);
+          add_products<Work, kColumns, true, kWideB>(p, visit, t, products, ring, group, first_tile,
+                                                     before);
         } else {
-          add_products<Work, kColumns, false>(p, visit, t, products, ring, group, first_tile,
-                                              before);
+          add_products<Work, kColumns, false, false>(p, visit, t, products, ring, group, first_tile,
+                                                     before);
         }
         stored();
       });
@@ -110,7 +110,7 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing 
   work.end(p.sums);
 }
 
-template <typename Work, int kColumns>
+template <typename Work, int kColumns, bool kWideB>
 __global__ void __launch_bounds__(kThreads, 1)
     contrastive_gradients_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);
-        work_on_all<kColumns>(p, work, ring, group);
+        work_on_all<kColumns, kWideB>(p, work, ring, group);
       },
       [&](int group) { publish_all<kColumns>(p, group); });
 }

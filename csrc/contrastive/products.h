@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/float16.h"
 #include "contrastive/schedule.h"
@@ -93,24 +94,25 @@ __device__ __forceinline__ int lane_again() {
 // Sums of 20 bits: 16 where the result will be, and 4 beside it, or behind them in its rows where
 // it has 32. A warp keeps those of its 16 rows in an order of its own, a thread's 8 neighbours in
 // 16 bytes.
-template <int kColumns>
+template <int kColumns, bool kWide>
 struct Sums {
-  static constexpr int kChunks = kColumns / 16;
-  char* out;   // of the warp's first row
-  uint4* low;  // of the thread
-  int pitch, low_step, lane;
-  bool wide;
+  using Element = std::conditional_t<kWide, float, uint16_t>;
+  static constexpr int kChunks = kColumns / 16, kLowStep = kWide ? 2 : 128;
+  static constexpr int kVector = 16 / sizeof(Element);
+  Element* out;  // of the warp's first row
+  uint4* low;    // of the thread
+  int dim, lane;
 
-  __device__ __forceinline__ Sums(const Job& p, const GradientTile& t, int group, bool wide)
-      : pitch(p.dim * (wide ? 4 : 2)), low_step(wide ? 2 : 128), lane(lane_again()), wide(wide) {
+  __device__ __forceinline__ Sums(const Job& p, const GradientTile& t, int group)
+      : dim(p.dim), lane(kColumns % 256 ? lane_again() : lane_index()) {
     const int row = block_in_cluster() * kRows + group * 64, warp = group_thread() / 32;
-    out = static_cast<char*>(t.of_b ? p.db : p.da) + int64_t{t.row + row + warp * 16} * pitch +
-          t.first_column * (wide ? 4 : 2);
-    if (wide) {
-      low = reinterpret_cast<uint4*>(out + int64_t{lane / 2} * pitch + kColumns * 2) + lane % 2;
+    out = static_cast<Element*>(t.of_b ? p.db : p.da) + int64_t{t.row + row + warp * 16} * dim +
+          t.first_column;
+    if (kWide) {
+      low = reinterpret_cast<uint4*>(out + int64_t{lane / 2} * dim + kColumns / 2) + lane % 2;
     } else {
       const int64_t tile =
-          int64_t{(t.kept_row + row) / 64} * (p.dim / kColumns) + t.first_column / kColumns;
+          int64_t{(t.kept_row + row) / 64} * (dim / kColumns) + t.first_column / kColumns;
       low = static_cast<uint4*>(t.of_b ? p.low_b : p.low_a) + tile * (kChunks / 4) * 128 +
             group_thread();
     }
@@ -118,14 +120,15 @@ struct Sums {
 
   __device__ __forceinline__ uint4* high(int chunk) const {
     const int at = chunk * 32 + lane;
-    return reinterpret_cast<uint4*>(out + int64_t{at / (kColumns / 8)} * pitch) +
-           at % (kColumns / 8);
+    return reinterpret_cast<uint4*>(out + int64_t{at / (kColumns / 8)} * dim +
+                                    at % (kColumns / 8) * kVector);
   }
 
   __device__ __forceinline__ void add_to(float (&sum)[kColumns / 2]) const {
 #pragma unroll
     for (int four = 0; four < kChunks / 4; ++four) {
-      const uint4 lows = __ldcg(&low[four * low_step]);
+      if (kWide) stay_behind(dim < 0);  // more of them at a time take more registers
+      const uint4 lows = __ldcg(&low[four * kLowStep]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint4 highs = __ldcg(high(four * 4 + i));
@@ -161,7 +164,7 @@ struct Sums {
         store_global(high(four * 4 + i), highs);
         (&lows.x)[i] = bits;
       }
-      store_global(&low[four * low_step], lows);
+      store_global(&low[four * kLowStep], lows);
     }
   }
 
@@ -170,21 +173,22 @@ struct Sums {
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      char* row = out + int64_t{8 * half + lane / 4} * pitch + lane % 4 * (wide ? 8 : 4);
+      Element* row = out + int64_t{8 * half + lane / 4} * dim + lane % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
         const float x = sum[4 * i + 2 * half] * factor, y = sum[4 * i + 2 * half + 1] * factor;
-        if (wide) {
-          reinterpret_cast<float2*>(row)[4 * i] = make_float2(x, y);
+        if constexpr (kWide) {
+          *reinterpret_cast<float2*>(row + 8 * i) = make_float2(x, y);
         } else {
-          reinterpret_cast<uint32_t*>(row)[4 * i] = pack<__nv_bfloat16>(x, y);
+          *reinterpret_cast<uint32_t*>(row + 8 * i) = pack<__nv_bfloat16>(x, y);
         }
       }
     }
   }
 };
 
-template <typename Work, int kColumns, bool kOfB, typename Before>
+// What a tile's products come to: another part of a sum, or with it the result.
+template <typename Work, int kColumns, bool kOfB, bool kWide, typename Before>
 __device__ __forceinline__ void add_products(const Job& p, const Visit& visit,
                                              const GradientTile& t, float (&products)[kSums],
                                              StageRing& ring, int group, bool first_tile,
@@ -192,7 +196,7 @@ __device__ __forceinline__ void add_products(const Job& p, const Visit& visit,
   auto& sum = reinterpret_cast<float (&)[kColumns / 2]>(products);
   multiply<kColumns, kOfB, true>(sum, ring, group, t.steps(visit.panel), first_tile);
   before();
-  const Sums<kColumns> sums(p, t, group, kOfB && p.wide_b);
+  const Sums<kColumns, kWide> sums(p, t, group);
   if (t.turn > 0) sums.add_to(sum);
   if (t.turn == t.last_turn) {
     sums.store(sum, Work::factor(p));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is done with vectors, before the tiles and behind them: each a launch, where torch would
-// take up to two dozen of 2 us.
+// take up to two dozen.
 #pragma once
 
 #include "contrastive/logits.h"

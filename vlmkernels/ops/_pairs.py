@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which image belongs to which text, how much each counts, and how the pairs are shared out over the ranks of a group."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class Group:
     def logsumexp(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The logarithm of the sum of ``exp(x)`` over all ranks, and the sum of a number, in the same order on every rank."""
         parts = self.gather(torch.cat((x, number.reshape(1)))[None])
-        return torch.logsumexp(parts[:, :-1], 0), parts[:, -1].sum()
+        return functools.reduce(torch.logaddexp, parts[:, :-1].unbind()), parts[:, -1].sum()
 
 
 def group_of(group: Any) -> Group | None:
@@ -142,15 +143,12 @@ def group_of(group: Any) -> Group | None:
 
 def positives(p: Pairs, shared: Group | None) -> tuple[torch.Tensor, torch.Tensor]:
     """``start`` and ``stop`` int32 of each row of ``a``, counted over all rows of ``b``, those of other ranks included."""
+    offset = 0 if shared is None else shared.rank * p.b.shape[0]
     if p.start is None or p.stop is None:
-        start = torch.arange(p.a.shape[0], dtype=torch.int32, device=p.a.device)
-        stop = start + 1
-    else:
-        start, stop = _cut(p.start, p.stop, p.b.shape[0])
-    if shared is None:
-        return start, stop
-    offset = shared.rank * p.b.shape[0]
-    return start + offset, stop + offset
+        start = torch.arange(offset, offset + p.a.shape[0], dtype=torch.int32, device=p.a.device)
+        return start, start + 1
+    start, stop = _cut(p.start, p.stop, p.b.shape[0])
+    return (start + offset, stop + offset) if offset else (start, stop)
 
 
 def _cut(start: torch.Tensor, stop: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
