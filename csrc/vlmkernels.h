@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 11
+#define VLMK_ABI_VERSION 12
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
