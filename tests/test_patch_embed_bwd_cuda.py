@@ -163,8 +163,9 @@ def test_offsets_past_32_bits(device: torch.device) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradients_of_tokens_past_31_bits(norm: bool, device: torch.device) -> None:
     """Those of the first and the last images, 2^31 elements apart; all others are zero, and so what a wrong place would give."""
-    few = Flavour((16, 3, 256, 256), (16, 16), 256, dim=1024, prefix=1, norm=norm)
-    images = 2**31 // (257 * 1024) + 32
+    dim = 768 if norm else 1024
+    few = Flavour((16, 3, 256, 256), (16, 16), 256, dim=dim, prefix=1, norm=norm)
+    images = 2**31 // (257 * dim) + 32
     tensors, grad = few.inputs(torch.bfloat16, device), tokens_like(few, torch.bfloat16, device)
     # Images that begin 8 pixels after each other take no memory of their own.
     memory = torch.randn(3 * 2**16 + 8 * images, device=device).bfloat16()

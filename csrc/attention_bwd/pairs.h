@@ -97,9 +97,9 @@ struct PairGroup : KeyGroup<C> {
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
-    this->begin_dp(x, stage);
     this->start_scores(x, stage);
     const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
+    this->begin_dp(x, stage);
     this->start_dp(x, stage);
     float2 lse[kQueries / 8];
 #pragma unroll
