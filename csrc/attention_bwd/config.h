@@ -76,11 +76,14 @@ struct Workspace {
 // All barriers of a block, as addresses in shared memory.
 struct Barriers {
   static constexpr int kScores = 4, kQueriesFull = kScores + 2 * kMaxScoreStages;
-  static constexpr int kCount = kQueriesFull + 2 * kMaxStages;
+  static constexpr int kValues = kQueriesFull + 2 * kMaxStages;
+  static constexpr int kCount = kValues + 2;
   uint32_t base;
 
   __device__ uint32_t keys_full(int stage) const { return at(stage); }
   __device__ uint32_t keys_empty(int stage) const { return at(2 + stage); }
+  __device__ uint32_t values_full() const { return at(kValues); }  // where they are alone
+  __device__ uint32_t values_empty() const { return at(kValues + 1); }
   __device__ uint32_t scores_full(int stage) const { return at(kScores + stage); }
   __device__ uint32_t scores_empty(int stage) const {
     return at(kScores + kMaxScoreStages + stage);
@@ -165,8 +168,12 @@ struct Config {
   static constexpr bool kKeysInRegisters = kWidth < 80;
   static constexpr bool kValuesInRegisters = kWidth <= 64;
 
-  // Keys and values of this item and the next; as many stages of queries and dout as fit.
+  // Keys and values of this item and the next, but where sums of dQ are copied no other values; as
+  // many stages of queries and dout as fit.
   static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
+  // At 96 columns the copies took longer than what they save: 451 instead of 477 TFLOP/s (H200).
+  static constexpr bool kCopiedSums = kWidth == 128;
+  static constexpr int kItemBytes = (2 * kItemStages - kCopiedSums) * kKeysBytes;
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   // dS; of halves both have all keys, and their weights too.
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
@@ -176,17 +183,21 @@ struct Config {
   static constexpr int kStageBytes = 2 * kQueriesBytes + kTablesBytes;
   // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
   static constexpr bool kStaged = kWidth <= 64;
+  // And sums of dQ that the copy engine is to add, where no warpgroup of its own does.
+  static constexpr int kStagingBytes = kStaged       ? kKeysBytes
+                                       : kCopiedSums ? kKeyGroups * kQueries * kPanel * 4
+                                                     : 0;
   static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
   static constexpr int kFitting =
-      (kSharedLimit - kExtraBytes - 2 * kItemStages * kKeysBytes - kScoreStages * kScoresBytes) /
+      (kSharedLimit - kExtraBytes - kItemBytes - kStagingBytes - kScoreStages * kScoresBytes) /
       kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
 
   // Bytes from the beginning of shared memory.
-  static constexpr int kQueriesAt = 2 * kItemStages * kKeysBytes;
+  static constexpr int kQueriesAt = kItemBytes;
   static constexpr int kStagingAt = kQueriesAt + kStages * 2 * kQueriesBytes;
-  static constexpr int kScoresAt = kStagingAt + kStaged * kKeysBytes;
+  static constexpr int kScoresAt = kStagingAt + kStagingBytes;
   static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kBarriersAt = kTablesAt + kStages * kTablesBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
@@ -194,8 +205,12 @@ struct Config {
   static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
   static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
 
-  __device__ static constexpr int keys_at(int stage) { return stage * 2 * kKeysBytes; }
-  __device__ static constexpr int values_at(int stage) { return keys_at(stage) + kKeysBytes; }
+  __device__ static constexpr int keys_at(int stage) {
+    return stage * (kCopiedSums ? 1 : 2) * kKeysBytes;
+  }
+  __device__ static constexpr int values_at(int stage) {
+    return kCopiedSums ? 2 * kKeysBytes : keys_at(stage) + kKeysBytes;
+  }
   __device__ static constexpr int queries_at(int stage) {
     return kQueriesAt + stage * 2 * kQueriesBytes;
   }

@@ -28,6 +28,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       barrier_init(barriers.keys_full(stage), 1);
       barrier_init(barriers.keys_empty(stage), 4 * C::kGroups);
     }
+    barrier_init(barriers.values_full(), 1);
+    barrier_init(barriers.values_empty(), 4 * C::kGroups);
     for (int stage = 0; stage < C::kScoreStages; ++stage) {
       barrier_init(barriers.scores_full(stage), 4 * kKeyGroups);
       barrier_init(barriers.scores_empty(stage), 4);

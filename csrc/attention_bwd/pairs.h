@@ -33,6 +33,7 @@ struct PairGroup : KeyGroup<C> {
   static constexpr int kRest = C::kWidth - kColumns;                    // of the second group
   Scores<C::kOwnQueries> x;
   float dq[kColumns / 2];
+  uint32_t values_parity = 0;
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
 
@@ -53,18 +54,46 @@ struct PairGroup : KeyGroup<C> {
     mma_commit();
   }
 
+  __device__ __forceinline__ float4 sums(int i) const {
+    return make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+  }
+
+  __device__ __forceinline__ float4* place(const QueryTile& tile) const {
+    return sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq) +
+           group * (kColumns / 8 * 128);
+  }
+
+  // To what other blocks add, by way of shared memory: the copy engine adds while this warp goes
+  // on, which else waited for its registers to leave (a sixth of its time; D 128, H200).
+  template <int kOwn>
+  __device__ __forceinline__ void add_by_copy(const QueryTile& tile) {
+    const int thread = attention::thread_again(), lane = thread % 32, warp = thread / 32 % 4;
+    const uint32_t staging = at(C::kStagingAt) + (group * 4 + warp) * (kPanel / 8 * 512);
+    if (lane == 0) store_wait_read();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kOwn / 8; ++i) store_shared(staging + i * 512 + lane * 16, sums(i));
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      add_to_global(place(tile), staging, kOwn / 8 * 512);
+      store_commit();
+    }
+  }
+
   // Of a tile of queries, as QueryGroup::add_up.
   template <int kOwn>
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
-    float4* place =
-        sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq) +
-        group * (kColumns / 8) * 128;
+    if constexpr (C::kCopiedSums) {
+      if (!schedule.whole) return add_by_copy<kOwn>(tile);
+    }
+    float4* const sums_there = place(tile);
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
 #pragma unroll
       for (int i = 0; i < kOwn / 8; ++i) {
-        const float4 x = __ldcg(place + i * 128);
+        const float4 x = __ldcg(sums_there + sums_at<C>(i));
         dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
       }
     }
@@ -77,11 +106,10 @@ struct PairGroup : KeyGroup<C> {
     }
 #pragma unroll
     for (int i = 0; i < kOwn / 8; ++i) {
-      const float4 x = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       if (first) {
-        __stcg(place + i * 128, x);
+        __stcg(sums_there + sums_at<C>(i), sums(i));
       } else {
-        add_to_global(place + i * 128, x);
+        add_to_global(sums_there + sums_at<C>(i), sums(i));
       }
     }
   }
@@ -97,9 +125,13 @@ struct PairGroup : KeyGroup<C> {
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
+    // With both products queued at once D 128 took 5.05 ms instead of 5.16, but 5.49 instead of
+    // 5.30 where the copy engine did not add (8192 tokens, H200).
+    if (C::kCopiedSums) this->begin_dp(x, stage);
     this->start_scores(x, stage);
     const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
-    this->begin_dp(x, stage);
+    if (C::kCopiedSums) barrier_wait(barriers.values_full(), values_parity);
+    if (!C::kCopiedSums) this->begin_dp(x, stage);
     this->start_dp(x, stage);
     float2 lse[kQueries / 8];
 #pragma unroll
@@ -154,10 +186,16 @@ struct PairGroup : KeyGroup<C> {
         if (C::kItemStages > 1 && i == 0 && items > 0) this->end_item(keys.stage ^ 1);
       }
       if (C::kItemStages > 1 && count == 0 && items > 0) this->end_item(keys.stage ^ 1);
+      if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
       meet();  // nobody multiplies the keys any more
       this->store(dv, 1, at(C::values_at(keys.stage)), this->maps.dv, keys.stage);
       this->store(dk, p.scale, at(C::keys_at(keys.stage)), this->maps.dk, keys.stage);
       if (C::kItemStages == 1) this->end_item(keys.stage);
+      if (C::kCopiedSums) {
+        if (lane_index() == 0) store_wait_read<1>();  // all but dK's
+        release(barriers.values_empty());
+        values_parity ^= 1;
+      }
       keys.advance();
     }
     if (lane_index() == 0) store_wait_read();

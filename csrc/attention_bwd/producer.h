@@ -27,6 +27,7 @@ struct Producer {
   // The first turn of a stage waits for nobody.
   Ring<C::kItemStages> keys{1};
   Ring<C::kStages> queries{1};
+  uint32_t values_parity = 1;
   int num_tiles = ceil_div(p.num_queries, kQueries);
 
   __device__ __forceinline__ const char* place(int64_t at) const {
@@ -112,23 +113,43 @@ struct Producer {
     item.count = tiles;
   }
 
+  __device__ __forceinline__ void copy_panels(int to, const CUtensorMap& map, int64_t stride_b,
+                                              const Item& item, uint32_t barrier) {
+#pragma unroll(C::kWide ? 1 : C::kPanels)  // a wide head's producer has few registers
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      copy_tile(shared_address(shared) + to + panel * C::kKeys * kRowBytes, map, panel * kPanel,
+                item.first_key, item.head, stride_b ? item.batch : 0, barrier);
+    }
+  }
+
+  // Behind the first queries, as they wait for the end of the item before.
+  __device__ __forceinline__ void copy_values_alone(const Item& item) {
+    barrier_wait(barriers.values_empty(), values_parity);
+    values_parity ^= 1;
+    if (lane_index() == 0) {
+      if (item.count == 0) {
+        barrier_arrive(barriers.values_full());
+      } else {
+        barrier_expect(barriers.values_full(), C::kKeysBytes);
+        copy_panels(C::values_at(0), maps.values, p.v_stride_b, item, barriers.values_full());
+      }
+    }
+    __syncwarp();
+  }
+
   __device__ __forceinline__ void copy_keys(const Item& item) {
     const int stage = keys.stage;
     barrier_wait(barriers.keys_empty(stage), keys.parity);
     if (lane_index() == 0) {
       reinterpret_cast<Item*>(shared + C::kItemsAt)[stage] = item;
-      const uint32_t barrier = barriers.keys_full(stage), base = shared_address(shared);
+      const uint32_t barrier = barriers.keys_full(stage);
       if (item.count <= 0) {
         barrier_arrive(barrier);
       } else {
-        barrier_expect(barrier, 2 * C::kKeysBytes);
-#pragma unroll
-        for (int panel = 0; panel < C::kPanels; ++panel) {
-          const int at = panel * C::kKeys * kRowBytes;
-          copy_tile(base + C::keys_at(stage) + at, maps.keys, panel * kPanel, item.first_key,
-                    item.head, p.k_stride_b ? item.batch : 0, barrier);
-          copy_tile(base + C::values_at(stage) + at, maps.values, panel * kPanel, item.first_key,
-                    item.head, p.v_stride_b ? item.batch : 0, barrier);
+        barrier_expect(barrier, (C::kCopiedSums ? 1 : 2) * C::kKeysBytes);
+        copy_panels(C::keys_at(stage), maps.keys, p.k_stride_b, item, barrier);
+        if (!C::kCopiedSums) {
+          copy_panels(C::values_at(stage), maps.values, p.v_stride_b, item, barrier);
         }
       }
     }
@@ -174,6 +195,7 @@ struct Producer {
 
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {
     const int heads = p.num_heads / p.num_kv_heads;
+    bool first = true;
 #pragma unroll 1
     for (int of_group = 0; of_group < heads; ++of_group) {
 #pragma unroll 1
@@ -193,6 +215,8 @@ struct Producer {
           }
           __syncwarp();
           queries.advance();
+          if (C::kCopiedSums && first) copy_values_alone(item);
+          first = false;
         }
       }
     }
@@ -206,6 +230,7 @@ struct Producer {
     const int2 span = span_of_keys(item.batch, tile);
     count(item, span);
     copy_keys(item);
+    if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
   }
 

@@ -81,22 +81,21 @@ struct QueryGroup {
   __device__ __forceinline__ void load(const float4* place) {
 #pragma unroll
     for (int i = 0; i < C::kWidth / 8; ++i) {
-      const float4 x = __ldcg(place + i * 128);
+      const float4 x = __ldcg(place + sums_at<C>(i));
       dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
     }
   }
 
   __device__ __forceinline__ void store(float4* place) const {
 #pragma unroll
-    for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + i * 128, sums(i));
+    for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + sums_at<C>(i), sums(i));
   }
 
   // Of a tile of queries. Where blocks share a head, each adds to the sums in memory, in the order
   // in which they come. Else the first tile of keys leaves its sums there, others add to them, and
   // the last takes them up again and stores the result.
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
-    float4* place =
-        sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
+    float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
@@ -113,7 +112,7 @@ struct QueryGroup {
       store(place);
     } else {
 #pragma unroll
-      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
+      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + sums_at<C>(i), sums(i));
     }
   }
 

@@ -183,11 +183,11 @@ __global__ void __launch_bounds__(128)
   const int tile = static_cast<int>(blockIdx.x) % num_tiles;
   const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
   const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
-  const float4* place = sums_of_tile<C::kWidth>(static_cast<char*>(p.workspace) + w.dq, blockIdx.x);
+  const float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + w.dq, blockIdx.x);
   float dq[C::kWidth / 2];
 #pragma unroll
   for (int i = 0; i < C::kWidth / 8; ++i) {
-    const float4 x = __ldcg(place + i * 128);
+    const float4 x = __ldcg(place + sums_at<C>(i));
     dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
   }
   store_rows<T, C::kWidth>(head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim),

@@ -154,6 +154,12 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // To another block's shared memory, counted at a barrier there.
 __device__ __forceinline__ void store_to_block(uint32_t destination, float2 x, uint32_t barrier) {
   asm volatile(
@@ -203,6 +209,14 @@ __device__ __forceinline__ void add_to_global(float4* place, float4 x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(place), "f"(x.x),
                "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
+}
+
+// The same of consecutive numbers in shared memory, by the copy engine.
+__device__ __forceinline__ void add_to_global(void* place, uint32_t source, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(place),
+      "r"(source), "r"(bytes)
+      : "memory");
 }
 
 // 8 bytes from global memory that nobody writes meanwhile, or zeros.
@@ -276,9 +290,11 @@ __device__ __forceinline__ void copy_to_block(uint32_t destination, uint32_t sou
       : "memory");
 }
 
-// Until all bulk stores that this thread has committed have read shared memory.
+// Until all bulk stores that this thread has committed, or all but the last, have read shared
+// memory.
+template <int kPending = 0>
 __device__ __forceinline__ void store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // Matrices of 8 x 8 16-bit floats, dealt out like sums of wgmma, to rows of 16 bytes: lane i names
