@@ -279,8 +279,8 @@ struct KeyGroup {
     if (lane == 0 && item.first_key + first < p.num_keys) {
 #pragma unroll
       for (int panel = 0; panel < kOwnPanels; ++panel) {
-        store_tile(map, rows + panel * C::kKeys * kRowBytes, (first_panel + panel) * kPanel,
-                   item.first_key + first, item.head, item.batch);
+        store_tile_once(map, rows + panel * C::kKeys * kRowBytes, (first_panel + panel) * kPanel,
+                        item.first_key + first, item.head, item.batch);
       }
       store_commit();
     }

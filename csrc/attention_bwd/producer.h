@@ -28,6 +28,7 @@ struct Producer {
   Ring<C::kItemStages> keys{1};
   Ring<C::kStages> queries{1};
   uint32_t values_parity = 1;
+  bool values_due = false;
   int num_tiles = ceil_div(p.num_queries, kQueries);
 
   __device__ __forceinline__ const char* place(int64_t at) const {
@@ -117,8 +118,8 @@ struct Producer {
                                               const Item& item, uint32_t barrier) {
 #pragma unroll(C::kWide ? 1 : C::kPanels)  // a wide head's producer has few registers
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      copy_tile(shared_address(shared) + to + panel * C::kKeys * kRowBytes, map, panel * kPanel,
-                item.first_key, item.head, stride_b ? item.batch : 0, barrier);
+      copy_tile_once(shared_address(shared) + to + panel * C::kKeys * kRowBytes, map,
+                     panel * kPanel, item.first_key, item.head, stride_b ? item.batch : 0, barrier);
     }
   }
 
@@ -126,6 +127,7 @@ struct Producer {
   __device__ __forceinline__ void copy_values_alone(const Item& item) {
     barrier_wait(barriers.values_empty(), values_parity);
     values_parity ^= 1;
+    values_due = false;
     if (lane_index() == 0) {
       if (item.count == 0) {
         barrier_arrive(barriers.values_full());
@@ -193,30 +195,33 @@ struct Producer {
     }
   }
 
+  // A block that has a whole head goes through its queries forwards and backwards in turn: what it
+  // has just read is still in L2, where all that the blocks' heads have finds no room. A short tile
+  // comes last.
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {
     const int heads = p.num_heads / p.num_kv_heads;
-    bool first = true;
 #pragma unroll 1
     for (int of_group = 0; of_group < heads; ++of_group) {
 #pragma unroll 1
       for (int base = span.x; base < span.y; base += 32) {
-        const Seen seen = look(item, base + lane_index(), span.y);
+        const bool backwards = schedule.whole && item.first_key / C::kKeys % 2;
+        const int next = base + lane_index(), end = span.y - item.tail;
+        const int own = backwards && next < end ? span.x + end - 1 - next : next;
+        const Seen seen = look(item, own, span.y);
         const int4& b = seen.bounds;
         // Behind the last key nothing is seen.
         const bool masked = b.z > item.first_key || b.w < item.first_key + C::kKeys;
         const uint32_t flags = (masked ? kMasked : 0) | (b.x >= item.first_key ? kFirst : 0) |
                                (b.y <= item.first_key + C::kKeys ? kLast : 0);
         for (uint32_t left = seen.any; left; left &= left - 1) {
-          const int i = __ffs(left) - 1;
           barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
-          const uint32_t of_tile = __shfl_sync(kAllLanes, flags, i);
+          const uint32_t tile = __shfl_sync(kAllLanes, own * 8 + flags, __ffs(left) - 1);
           if (lane_index() == 0) {
-            copy_queries(item, item.head * heads + of_group, base + i, of_tile);
+            copy_queries(item, item.head * heads + of_group, static_cast<int>(tile / 8), tile % 8);
           }
           __syncwarp();
           queries.advance();
-          if (C::kCopiedSums && first) copy_values_alone(item);
-          first = false;
+          if (C::kCopiedSums && values_due) copy_values_alone(item);
         }
       }
     }
@@ -230,6 +235,7 @@ struct Producer {
     const int2 span = span_of_keys(item.batch, tile);
     count(item, span);
     copy_keys(item);
+    values_due = true;
     if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
   }

@@ -117,6 +117,20 @@ __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMa
       : "memory");
 }
 
+// What L2 is to let go first: the policy that createpolicy.fractional.L2::evict_first makes.
+constexpr uint64_t kLeavesFirst = 0x12F0000000000000;
+
+// The same of what nobody reads again.
+__device__ __forceinline__ void copy_tile_once(uint32_t destination, const CUtensorMap& map,
+                                               int column, int row, int head, int batch,
+                                               uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(destination),
+      "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(kLeavesFirst)
+      : "memory");
+}
+
 // The same to this place in several blocks of the cluster, bits of `blocks`, and counted in each.
 __device__ __forceinline__ void copy_tile_to_blocks(uint32_t destination, const CUtensorMap& map,
                                                     int column, int row, int head, int batch,
@@ -147,6 +161,16 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, uint32_t sour
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
           &map),
       "r"(column), "r"(row), "r"(head), "r"(batch), "r"(source)
+      : "memory");
+}
+
+// The same of what nobody here reads.
+__device__ __forceinline__ void store_tile_once(const CUtensorMap& map, uint32_t source, int column,
+                                                int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint "
+      "[%0, {%1, %2, %3, %4}], [%5], %6;" ::"l"(&map),
+      "r"(column), "r"(row), "r"(head), "r"(batch), "r"(source), "l"(kLeavesFirst)
       : "memory");
 }
 
