@@ -23,8 +23,11 @@ constexpr int kMaxSplits = 8;  // blocks of a cluster
 constexpr int kMaxStages = 4;
 constexpr int kMaxWidth = 128;
 
-struct Maps {
+struct PanelMaps {
   CUtensorMap queries, dout, keys, values, dk, dv;
+};
+struct Maps {
+  PanelMaps whole, last;  // the last panel's, where that is narrow
 };
 
 // A row is a query of one of the heads that read the block's key head, head by head.
@@ -38,7 +41,13 @@ struct Config {
   static constexpr int kGroups = kWidth > 64 && kRows > 64 ? 2 : 1;
   static constexpr int kThreads = 128 * kGroups;
   static constexpr int kKeys = 64 * kGroups;  // of a tile
+  // The last panel is as narrow as its columns, in shared memory too: see attention_few/config.h.
   static constexpr int kPanels = ceil_div(kWidth, kPanel);
+  static constexpr int kLastColumns = kWidth - (kPanels - 1) * kPanel;
+  static constexpr bool kNarrow = kLastColumns < kPanel;
+  __host__ __device__ static constexpr int row_bytes(int panel) {
+    return panel == kPanels - 1 ? 2 * kLastColumns : kRowBytes;
+  }
   static constexpr int kOwnPanels = kPanels / kGroups;
   // Of a multiprocessor: as many as have registers for their sums.
   static constexpr int kBlocks = kWidth <= 64 ? (kRows <= 32   ? 4
@@ -52,15 +61,15 @@ struct Config {
   static constexpr bool kTogether = kRows < 128 && kSums + 50 <= 65536 / (kBlocks * kThreads);
 
   // As many stages as fit of a tile of keys and one of values.
-  static constexpr int kRowsBytes = kPanels * kRows * kRowBytes;
+  static constexpr int kRowsBytes = kRows * 2 * kWidth;
   static constexpr int kScoresBytes = kGroups * kRows * kRowBytes;
-  static constexpr int kTileBytes = kPanels * kKeys * kRowBytes;
+  static constexpr int kTileBytes = kKeys * 2 * kWidth;
   static constexpr int kExtraBytes = kRows * 16 + (1 + 2 * kMaxStages) * 8;
   static constexpr int kRoom = (228 * 1024 / kBlocks - 1024) / 16 * 16;  // the driver takes 1 KB
   static constexpr int kFitting =
       (kRoom - 2 * kRowsBytes - kScoresBytes - kExtraBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
-  static_assert(kStages >= 2);
+  static_assert(kStages >= 2 && kRowsBytes % 1024 == 0 && kTileBytes % 1024 == 0);
 
   // Bytes from the beginning of shared memory.
   static constexpr int kDoutAt = kRowsBytes;
@@ -71,7 +80,8 @@ struct Config {
   static constexpr int kBarriersAt = kRangesAt + kRows * 8;
   static constexpr int kSharedBytes = kBarriersAt + (1 + 2 * kMaxStages) * 8;
   static_assert(kSharedBytes <= kRoom);
-  static_assert(kPanels * kRows * 256 <= kStages * 2 * kTileBytes);  // see share_queries
+  static_assert(kPanels * kRows * 256 <= kStages * 2 * kTileBytes);  // see store_queries
+  static_assert(kPanels * kRows * kRowBytes <= 2 * kRowsBytes);
 };
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);

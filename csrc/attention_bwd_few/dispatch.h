@@ -14,28 +14,29 @@
 namespace vlmk {
 namespace attention_bwd_few {
 
+// Of panels of so many columns.
 template <typename C>
-int encode_maps(const VlmkAttentionBwdParams& p, Maps& maps) {
+int encode_maps(const VlmkAttentionBwdParams& p, int columns, PanelMaps& maps) {
   int code = attention::encode_rows(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s,
-                                    p.q_stride_h);
+                                    p.q_stride_h, columns);
   if (code) return code;
   code = attention::encode_rows(maps.dout, p.dout, C::kHalf, p, p.dout_stride_b, p.dout_stride_s,
-                                p.dout_stride_h);
+                                p.dout_stride_h, columns);
   if (code) return code;
-  code =
-      encode_tensor_map(maps.keys, p.k, C::kHalf, p.k_stride_b == 0 ? 1 : p.batch, p.num_keys,
-                        p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s, p.k_stride_h, C::kKeys);
+  code = encode_tensor_map(maps.keys, p.k, C::kHalf, p.k_stride_b == 0 ? 1 : p.batch, p.num_keys,
+                           p.num_kv_heads, p.dim, p.k_stride_b, p.k_stride_s, p.k_stride_h,
+                           C::kKeys, columns);
   if (code) return code;
-  code =
-      encode_tensor_map(maps.values, p.v, C::kHalf, p.v_stride_b == 0 ? 1 : p.batch, p.num_keys,
-                        p.num_kv_heads, p.dim, p.v_stride_b, p.v_stride_s, p.v_stride_h, C::kKeys);
+  code = encode_tensor_map(maps.values, p.v, C::kHalf, p.v_stride_b == 0 ? 1 : p.batch, p.num_keys,
+                           p.num_kv_heads, p.dim, p.v_stride_b, p.v_stride_s, p.v_stride_h,
+                           C::kKeys, columns);
   if (code) return code;
   const int64_t row = int64_t{p.num_kv_heads} * p.dim;  // results are contiguous
   code = encode_tensor_map(maps.dk, p.dk, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16);
+                           p.num_keys * row, row, p.dim, 16, columns);
   if (code) return code;
   return encode_tensor_map(maps.dv, p.dv, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16);
+                           p.num_keys * row, row, p.dim, 16, columns);
 }
 
 template <typename C>
@@ -44,7 +45,9 @@ int run(const VlmkAttentionBwdParams& p, void* stream) {
   int code = multiprocessors<attention_bwd_few_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
-  code = encode_maps<C>(p, maps);
+  code = encode_maps<C>(p, kPanel, maps.whole);
+  if (code) return code;
+  if (C::kNarrow) code = encode_maps<C>(p, C::kLastColumns, maps.last);
   if (code) return code;
   const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
   VLMK_CHECK(heads <= INT_MAX / kMaxSplits, "more than 2^28 heads of keys");

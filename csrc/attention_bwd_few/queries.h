@@ -29,18 +29,25 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return base + 8 * (1 + kMaxStages + stage); }
 };
 
+template <typename C>
+__device__ __forceinline__ const PanelMaps& maps_of(const Maps& maps, int panel) {
+  return C::kNarrow && panel == C::kPanels - 1 ? maps.last : maps.whole;
+}
+
 // Starts the copies of the rows of q and dout. By one thread.
 template <typename C>
 __device__ __forceinline__ void load_queries(const VlmkAttentionBwdParams& p, const Maps& maps,
                                              const Head& head, char* shared, uint32_t barrier) {
   const uint32_t base = shared_address(shared);
   const int first = head.head * head.heads;
-  barrier_expect(barrier, 2 * C::kPanels * head.rows * kRowBytes);
+  barrier_expect(barrier, 2 * head.rows * 2 * C::kWidth);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     const uint32_t at = base + panel * C::kRows * kRowBytes;
-    copy_tile(at, maps.queries, panel * kPanel, 0, first, p.q_stride_b ? head.batch : 0, barrier);
-    copy_tile(at + C::kDoutAt, maps.dout, panel * kPanel, 0, first,
+    const PanelMaps& of_panel = maps_of<C>(maps, panel);
+    copy_tile(at, of_panel.queries, panel * kPanel, 0, first, p.q_stride_b ? head.batch : 0,
+              barrier);
+    copy_tile(at + C::kDoutAt, of_panel.dout, panel * kPanel, 0, first,
               p.dout_stride_b ? head.batch : 0, barrier);
   }
 }
@@ -101,11 +108,15 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
       ranges[at + 2] = max(seen.y - seen.x, 0);
     }
   }
-  const int words = (C::kRows - head.rows) * (kRowBytes / 16);
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * C::kPanels * words; i += C::kThreads) {
-    const int panel = i / words;
-    auto* rows = reinterpret_cast<uint4*>(shared + panel * C::kRows * kRowBytes);
-    rows[head.rows * (kRowBytes / 16) + i % words] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    const int words = C::row_bytes(panel) / 16;
+    char* at = shared + panel * C::kRows * kRowBytes;
+    for (int i = head.rows * words + static_cast<int>(threadIdx.x); i < C::kRows * words;
+         i += C::kThreads) {
+      reinterpret_cast<uint4*>(at)[i] = make_uint4(0, 0, 0, 0);
+      reinterpret_cast<uint4*>(at + C::kDoutAt)[i] = make_uint4(0, 0, 0, 0);
+    }
   }
   fence_async_proxy();
 }
@@ -119,7 +130,8 @@ __device__ __forceinline__ void store_columns(uint32_t panel, int step, const ui
 }
 
 // dQ of all blocks of the cluster. Steps of 16 rows of a panel are dealt out to the blocks: each
-// adds up its own over all in the order of their ranks, and stores them, by way of where q was.
+// adds up its own over all in the order of their ranks, and stores them, by way of where q and dout
+// were, in panels of 64 columns.
 template <typename C>
 __device__ __forceinline__ void store_queries(const VlmkAttentionBwdParams& p, const Head& head,
                                               char* shared,

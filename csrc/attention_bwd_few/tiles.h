@@ -58,9 +58,10 @@ struct Tiles {
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
       const int at = panel * C::kKeys * kRowBytes;
-      copy_tile(keys_at(stage) + at, maps.keys, panel * kPanel, tile * C::kKeys, head.head,
+      const PanelMaps& of_panel = maps_of<C>(maps, panel);
+      copy_tile(keys_at(stage) + at, of_panel.keys, panel * kPanel, tile * C::kKeys, head.head,
                 p.k_stride_b ? head.batch : 0, barrier);
-      copy_tile(values_at(stage) + at, maps.values, panel * kPanel, tile * C::kKeys, head.head,
+      copy_tile(values_at(stage) + at, of_panel.values, panel * kPanel, tile * C::kKeys, head.head,
                 p.v_stride_b ? head.batch : 0, barrier);
     }
   }
@@ -96,11 +97,15 @@ struct Tiles {
     const int hi = bounds.y < p.num_keys ? bounds.y - first_key : C::kKeys;
     if (lo <= 0 && hi >= C::kKeys) return;
     char* keys = shared + C::kStagesAt + ring.stage * 2 * C::kTileBytes;
-    constexpr int kWords = kRowBytes / 16;
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      const int words = C::row_bytes(panel) / 16;
+      auto* rows = reinterpret_cast<uint4*>(keys + panel * C::kKeys * kRowBytes);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < C::kTileBytes / 16; i += C::kThreads) {
-      const int key = i / kWords % C::kKeys;
-      if (key < lo || key >= hi) reinterpret_cast<uint4*>(keys)[i] = make_uint4(0, 0, 0, 0);
+      for (int i = static_cast<int>(threadIdx.x); i < C::kKeys * words; i += C::kThreads) {
+        const int key = i / words;
+        if (key < lo || key >= hi) rows[i] = make_uint4(0, 0, 0, 0);
+      }
     }
     fence_async_proxy();
     meet();
@@ -109,13 +114,14 @@ struct Tiles {
   // sums = tile times rows, both with their columns along the product.
   __device__ __forceinline__ void start_product(float (&sums)[C::kRows / 2], uint32_t tile,
                                                 uint32_t rows) {
-    const uint64_t a = swizzled_descriptor(tile + group() * 64 * kRowBytes, 16);
-    const uint64_t b = swizzled_descriptor(rows, 16);
 #pragma unroll
     for (int step = 0; step < C::kWidth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      mma<T, C::kRows>(sums, a + ((panel * C::kKeys * kRowBytes + inside) >> 4),
-                       b + ((panel * C::kRows * kRowBytes + inside) >> 4), step > 0);
+      const int bytes = C::row_bytes(panel);
+      const uint64_t a =
+          row_descriptor(tile + panel * C::kKeys * kRowBytes + group() * 64 * bytes, bytes);
+      const uint64_t b = row_descriptor(rows + panel * C::kRows * kRowBytes, bytes);
+      mma<T, C::kRows>(sums, a + (inside >> 4), b + (inside >> 4), step > 0);
     }
   }
 
@@ -124,26 +130,40 @@ struct Tiles {
                                                  const uint32_t (&left)[C::kRows / 4],
                                                  uint32_t rows) {
     const uint64_t b = swizzled_descriptor(rows, C::kRows * kRowBytes);
+    constexpr int kLast = C::kPanels - 1, kLastBytes = C::row_bytes(kLast);
+    const uint64_t last = row_descriptor(rows + kLast * C::kRows * kRowBytes, kLastBytes);
 #pragma unroll
     for (int step = 0; step < C::kRows / 16; ++step) {
       const uint32_t a[4] = {left[4 * step], left[4 * step + 1], left[4 * step + 2],
                              left[4 * step + 3]};
-      mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), step > 0);
+      if constexpr (C::kNarrow) {
+        constexpr int kWhole = kLast * kPanel;
+        mma<T, kWhole, true>(reinterpret_cast<float (&)[kWhole / 2]>(sums), a,
+                             b + (step * 16 * kRowBytes >> 4), step > 0);
+        mma<T, C::kLastColumns, true>(
+            reinterpret_cast<float (&)[C::kLastColumns / 2]>(sums[kWhole / 2]), a,
+            last + (step * 16 * kLastBytes >> 4), step > 0);
+      } else {
+        mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), step > 0);
+      }
     }
   }
 
-  // dQ^T += K^T dS^T, of this warpgroup's columns.
+  // dQ^T += K^T dS^T, of this warpgroup's columns. A product takes 64 of them: those of a narrow
+  // panel twice.
   __device__ __forceinline__ void start_queries() {
-    const uint32_t keys = keys_at(ring.stage) + group() * C::kOwnPanels * C::kKeys * kRowBytes;
+    const int first = group() * C::kOwnPanels;
     const uint64_t b = swizzled_descriptor(shared_address(shared) + C::kScoresAt, 16);
 #pragma unroll
     for (int panel = 0; panel < C::kOwnPanels; ++panel) {
-      const uint64_t a = swizzled_descriptor(keys + panel * C::kKeys * kRowBytes, 16);
+      const int bytes = C::row_bytes(first + panel);
+      const uint64_t a =
+          row_descriptor(keys_at(ring.stage) + (first + panel) * C::kKeys * kRowBytes, bytes);
       keep(dq[panel]);
       mma_fence();
 #pragma unroll
       for (int step = 0; step < C::kKeys / 16; ++step) {
-        mma<T, C::kRows, true>(dq[panel], a + (step * 16 * kRowBytes >> 4),
+        mma<T, C::kRows, true>(dq[panel], a + (step * 16 * bytes >> 4),
                                b + ((step / 4 * C::kRows * kRowBytes + step % 4 * 32) >> 4), true);
       }
     }
@@ -185,14 +205,19 @@ struct Tiles {
 
   // A warp's 16 rows of dK or dV, by way of where its keys or values were.
   __device__ __forceinline__ void store(const float (&sums)[C::kWidth / 2], float scale,
-                                        uint32_t tile, const CUtensorMap& map, int first_key) {
+                                        uint32_t tile, CUtensorMap PanelMaps::* map,
+                                        int first_key) {
     const int lane = lane_index();
-    const uint32_t rows = tile + warp() * 16 * kRowBytes;
-    const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const auto rows = [&](int panel) {
+      return tile + panel * C::kKeys * kRowBytes + warp() * 16 * C::row_bytes(panel);
+    };
 #pragma unroll
     for (int block = 0; block < C::kWidth / 8; block += 2) {
       const float* x = &sums[4 * block];
-      store_matrices((row + block / 8 * C::kKeys * kRowBytes) ^ (block % 8 << 4),
+      const int bytes = C::row_bytes(block / 8);
+      const int turn = bytes == kRowBytes ? lane % 8 : lane / 2 % 4;  // the copy engine's swizzle
+      const uint32_t row = rows(block / 8) + lane % 16 * bytes + ((lane / 16 ^ turn) << 4);
+      store_matrices(row ^ (block % 8 << 4),
                      {pack<T>(x[0] * scale, x[1] * scale), pack<T>(x[2] * scale, x[3] * scale),
                       pack<T>(x[4] * scale, x[5] * scale), pack<T>(x[6] * scale, x[7] * scale)});
     }
@@ -202,7 +227,7 @@ struct Tiles {
     if (lane == 0 && first < p.num_keys) {
 #pragma unroll
       for (int panel = 0; panel < C::kPanels; ++panel) {
-        store_tile(map, rows + panel * C::kKeys * kRowBytes, panel * kPanel, first, head.head,
+        store_tile(maps_of<C>(maps, panel).*map, rows(panel), panel * kPanel, first, head.head,
                    head.batch);
       }
       store_commit();
@@ -257,7 +282,7 @@ struct Tiles {
     mma_wait<1>();
     keep(dv);
     keep(weights);
-    store(dv, 1, values, maps.dv, first_key);
+    store(dv, 1, values, &PanelMaps::dv, first_key);
     if (!C::kTogether) {
       keep(dk);
       keep(ds);
@@ -271,7 +296,7 @@ struct Tiles {
 #pragma unroll
     for (int panel = 0; panel < C::kOwnPanels; ++panel) keep(dq[panel]);
     meet();  // nobody multiplies keys or dS any more
-    store(dk, p.scale, keys, maps.dk, first_key);
+    store(dk, p.scale, keys, &PanelMaps::dk, first_key);
     ring.advance();
   }
 

@@ -148,8 +148,10 @@ def _cross_attention() -> list[Workload]:
 
     for name, shape, directions in FEW_QUERIES:
         for direction in directions:
-            # The few launches of one image end before the host has queued the next: they are replayed.
-            add("attention", name, direction, _clocked(random_attention(shape, "", direction == "bwd"), "replay"), LARGE)
+            # The few launches of one image end before the host has queued the next: they are replayed. A backward pass alone
+            # can't be: autograd runs it on the stream of its forward pass, which is not the one that captures.
+            clock = "replay" if direction == "fwd" else "device"
+            add("attention", name, direction, _clocked(random_attention(shape, "", direction == "bwd"), clock), LARGE)
     for keys in (257, 577, 677):
         for direction in ("fwd", "fwd+bwd"):
             add("cross_attention", f"layer 32x{keys} B64", direction, cross_attention.layer(keys, direction))
