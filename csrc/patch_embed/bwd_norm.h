@@ -68,6 +68,13 @@ struct NormRows {
     copies_commit();
   }
 
+  // Of total.
+  __device__ __forceinline__ float first_channel(int stage) const {
+    uint4 total;
+    load_shared(own + stage * kStageBytes + kRowBytes, total);
+    return __shfl_sync(kAllLanes, to_floats<Token>(total.x).x, 0);
+  }
+
   // f(pair, channels of grad, of total) for all pairs of channels.
   template <typename F>
   __device__ __forceinline__ void for_pairs(int stage, const F& f) const {
@@ -115,27 +122,28 @@ __global__ void __launch_bounds__(32 * kNormWarps, kNormBlocks)
   for (; row < p.rows; row += step) {
     rows.copy(row + (kNormStages - 1) * step, stage == 0 ? kNormStages - 1 : stage - 1);
     copies_wait<kNormStages - 1>();
-    float mean[1] = {};
-    rows.for_pairs(stage, [&](int, float2, float2 x) { mean[0] += x.x + x.y; });
-    add_up_warp(mean);
-    mean[0] *= share;
-    float sums[3] = {};  // of squares, of d, and of both
+    // Less the row's first channel: no channel is further from the mean than sqrt(dim) deviations,
+    // so what the squares lose to cancellation is at most dim roundings.
+    const float pivot = rows.first_channel(stage);
+    float sums[4] = {};  // of x, of its squares, of d, and of x d
     rows.for_pairs(stage, [&](int i, float2 g, float2 x) {
       const float2 w = weights(i);
       if (!rows.there(i / 4)) return;
-      x.x -= mean[0];
-      x.y -= mean[0];
-      sums[0] += x.x * x.x + x.y * x.y;
-      sums[1] += g.x * w.x + g.y * w.y;
-      sums[2] += g.x * w.x * x.x + g.y * w.y * x.y;
+      x.x -= pivot;
+      x.y -= pivot;
+      sums[0] += x.x + x.y;
+      sums[1] += x.x * x.x + x.y * x.y;
+      sums[2] += g.x * w.x + g.y * w.y;
+      sums[3] += g.x * w.x * x.x + g.y * w.y * x.y;
     });
     add_up_warp(sums);
-    const float r = rsqrtf(sums[0] * share + p.eps), mean_d = sums[1] * share;
-    const float along = sums[2] * share * r;
+    const float shift = sums[0] * share, mean = pivot + shift, mean_d = sums[2] * share;
+    const float r = rsqrtf(fmaxf(sums[1] * share - shift * shift, 0) + p.eps);
+    const float along = (sums[3] * share - shift * mean_d) * r;
     auto* out = static_cast<Token*>(p.d_total) + row * p.dim + lane * 8;
     uint4 rounded;
     rows.for_pairs(stage, [&](int i, float2 g, float2 x) {
-      const float2 w = weights(i), u = make_float2((x.x - mean[0]) * r, (x.y - mean[0]) * r);
+      const float2 w = weights(i), u = make_float2((x.x - mean) * r, (x.y - mean) * r);
       d_weight[i].x += g.x * u.x;
       d_weight[i].y += g.y * u.y;
       d_bias[i].x += g.x;

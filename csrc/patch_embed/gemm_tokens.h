@@ -122,8 +122,9 @@ struct Tokens {
                                             const Sharing<C>& sharing) {
     const float2 own[2] = {centre<C>(sum, 0), centre<C>(sum, 1)};
     float2 mean_rstd[2];
-    share_statistics<C>(p, sharing.cluster, own, sharing.parts(), sharing.barrier(),
-                        sharing.parity(), mean_rstd);
+    send_statistics(sharing.cluster, own, sharing.parts(), sharing.barrier());
+    receive_statistics<C>(p, sharing.cluster, sharing.parts(), sharing.barrier(), sharing.parity(),
+                          mean_rstd);
     const float shift[2] = {(own[0].x - mean_rstd[0].x) * mean_rstd[0].y,
                             (own[1].x - mean_rstd[1].x) * mean_rstd[1].y};
     const auto* weights =

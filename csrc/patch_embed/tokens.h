@@ -78,20 +78,18 @@ __device__ __forceinline__ float2 combine(const float2* parts, int cluster, floa
   return make_float2(mean, rsqrtf(squares / (cluster * C::kColumns) + eps));
 }
 
-// Mean and 1 / standard deviation of the thread's two rows. Blocks exchange the statistics of their
-// parts, 64 rows in one copy for each other block: 8 bytes at a time would take longer than the
-// products.
-template <typename C>
-__device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, int cluster,
-                                                 const float2 (&own)[2], float2* parts,
-                                                 uint32_t barrier, uint32_t parity,
-                                                 float2 (&mean_rstd)[2]) {
+// Of a thread's first row, in the statistics of a block's part of 64 rows.
+__device__ __forceinline__ int slot_of_row() { return group_thread() / 32 * 16 + lane_index() / 4; }
+
+// Blocks exchange the statistics of their parts, 64 rows in one copy for each other block: 8 bytes
+// at a time would take longer than the products.
+__device__ __forceinline__ void send_statistics(int cluster, const float2 (&own)[2], float2* parts,
+                                                uint32_t barrier) {
   const int thread = group_thread(), group = static_cast<int>(threadIdx.x / 128);
   const int rank = static_cast<int>(cluster_rank());
-  const int slot = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (thread % 4 == 0) parts[rank * kTile + slot + 8 * h] = own[h];
+    if (thread % 4 == 0) parts[rank * kTile + slot_of_row() + 8 * h] = own[h];
   }
   fence_async_proxy();
   named_wait<128>(group + 1);
@@ -100,9 +98,18 @@ __device__ __forceinline__ void share_statistics(const VlmkPatchEmbedParams& p, 
     const uint32_t here = shared_address(parts + rank * kTile);
     copy_to_block(in_block(here, thread), here, kTile * 8, in_block(barrier, thread));
   }
+}
+
+// Mean and 1 / standard deviation of the thread's two rows, from what all blocks have sent.
+template <typename C>
+__device__ __forceinline__ void receive_statistics(const VlmkPatchEmbedParams& p, int cluster,
+                                                   const float2* parts, uint32_t barrier,
+                                                   uint32_t parity, float2 (&mean_rstd)[2]) {
   barrier_wait(barrier, parity);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) mean_rstd[h] = combine<C>(parts + slot + 8 * h, cluster, p.eps);
+  for (int h = 0; h < 2; ++h) {
+    mean_rstd[h] = combine<C>(parts + slot_of_row() + 8 * h, cluster, p.eps);
+  }
 }
 
 // The thread's columns of its two tokens, where there are such patches and columns.
@@ -175,14 +182,15 @@ __device__ __forceinline__ void normalise(const VlmkPatchEmbedParams& p, const S
                                           const typename C::Token* biases, float2* parts,
                                           uint32_t barrier, uint32_t parity) {
   const float2 own[2] = {centre<C>(total, 0), centre<C>(total, 1)};
-  if (p.total) {
+  send_statistics(s.cluster, own, parts, barrier);
+  if (p.total) {  // stored while the statistics are under way
     float uncentred[C::kTotals];
 #pragma unroll
     for (int i = 0; i < C::kTotals; ++i) uncentred[i] = total[i] + own[i / 2 % 2].x;
     store_tokens<C>(p, s, p.total, uncentred, patch, column);
   }
   float2 mean_rstd[2];
-  share_statistics<C>(p, s.cluster, own, parts, barrier, parity, mean_rstd);
+  receive_statistics<C>(p, s.cluster, parts, barrier, parity, mean_rstd);
   const float shift[2] = {(own[0].x - mean_rstd[0].x) * mean_rstd[0].y,
                           (own[1].x - mean_rstd[1].x) * mean_rstd[1].y};
 #pragma unroll
