@@ -6,7 +6,7 @@ import torch
 from test_attention import MASKS, make_qkv, make_ranges, replayed
 
 from vlmkernels import BackendError, KeyRanges, attention
-from vlmkernels.ops.attention import _bwd
+from vlmkernels.ops.attention import _gradients
 from vlmkernels.testing import compare
 from vlmkernels.testing.inputs import QKV_VIEWS
 
@@ -36,7 +36,7 @@ def gradients(inputs, ranges=None, *, causal=False, scale=0.2, with_dlse=False, 
     dout = torch.randn_like(out).to(q.dtype) if dout is None else dout
     dlse = torch.randn(lse.shape, device=q.device) if with_dlse else None
     start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
-    got = _bwd(dout, dlse, q, k, v, out.detach().to(q.dtype), lse.detach().float(), start, stop, causal, scale, 0.0, "cuda")
+    got = _gradients(dout, dlse, q, k, v, out.detach().to(q.dtype), lse.detach().float(), start, stop, causal, scale, 0.0, "cuda")
     incoming = [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()]
     return got, torch.autograd.grad([out, lse], exact_inputs, incoming)
 
@@ -55,7 +55,7 @@ def check_unseen(inputs, ranges, unseen):
     clean, _ = gradients(inputs, ranges, dout=dout)
     k[unseen], v[unseen] = float("nan"), float("inf")
     out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, backend="reference")
-    got = _bwd(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
+    got = _gradients(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
     for x, y in zip(got, clean, strict=True):
         assert compare(x, y.double(), "grad")
     assert (got[0][1, 3] == 0).all() and (got[1][unseen] == 0).all() and (got[2][unseen] == 0).all()
@@ -201,8 +201,8 @@ def test_large_logits(device):
     for keys, values in ((k, v), (k.flip(1), v.flip(1))):
         out, lse = attention(q, keys, values, scale=0.2, return_lse=True, backend="reference")
         settings = (None, None, False, 0.2, 0.0)
-        got = _bwd(dout, None, q, keys, values, out, lse, *settings, "cuda")
-        exact = _bwd(dout.double(), None, *(x.double() for x in (q, keys, values, out, lse)), *settings, "reference")
+        got = _gradients(dout, None, q, keys, values, out, lse, *settings, "cuda")
+        exact = _gradients(dout.double(), None, *(x.double() for x in (q, keys, values, out, lse)), *settings, "reference")
         for x, y in zip(got, exact, strict=True):
             assert compare(x, y, "grad")
 

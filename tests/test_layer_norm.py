@@ -53,6 +53,25 @@ def test_no_numbers_stay_in_their_rows(backend: str, device: torch.device) -> No
     check((y[rows], total[rows]), tensors[0][rows], *tensors[1:])
 
 
+@pytest.mark.backends("layer_norm_bwd")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 96), (40, 136), (2, 3, 4, 33), (0, 16), (300 if ON_GPU else 3, 32, 768)], ids=str)
+def test_backward(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    x, weight, bias, _ = leaves(*shape, dtype=dtype, device=device)
+    dy = randn(*shape).to(device, dtype)
+    got = torch.ops.vlmkernels.layer_norm_bwd(dy, x, weight, 1e-6, backend)
+    wide = [tensor.double().requires_grad_() for tensor in (x, torch.zeros_like(bias), weight, bias)]
+    y = F.layer_norm(wide[0] + wide[1], weight.shape, *wide[2:], 1e-6)
+    for value, exact in zip(got, torch.autograd.grad(y, wide, dy.double()), strict=True):
+        assert value.is_contiguous() and compare(value, exact, "grad")
+
+
+@pytest.mark.backends("layer_norm_bwd", exclude=() if ON_GPU else ("triton",))
+def test_backward_opcheck(backend: str, device: torch.device) -> None:
+    x, weight, *_ = leaves(4, 40, dtype=torch.float32, device=device)
+    opcheck(torch.ops.vlmkernels.layer_norm_bwd, (x + 1, x, weight, 1e-6, backend), test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.backends("layer_norm_fwd", exclude=() if ON_GPU else ("triton",))
 def test_opcheck_and_compile(backend: str, device: torch.device) -> None:
     tensors = leaves(4, 40, dtype=torch.float32, device=device)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a sum and a LayerNorm behind it."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,7 +143,7 @@ def test_compiled_and_in_a_graph(device: torch.device) -> None:
         ("residual", lambda t: t["residual"][:1]),
         ("residual", lambda t: t["residual"].half()),
         ("norm_weight", lambda t: t["norm_weight"][1:]),
-        ("norm_bias", lambda t: t["norm_bias"].requires_grad_()),
+        ("norm_bias", lambda t: t["norm_bias"][1:].requires_grad_()),
     ],
 )
 def test_refusals(name: str, change: object, device: torch.device) -> None:
@@ -151,10 +153,37 @@ def test_refusals(name: str, change: object, device: torch.device) -> None:
         add_norm(t)
 
 
-def test_what_learns_is_refused_but_where_nothing_does(device: torch.device) -> None:
+@pytest.mark.parametrize("lead", [(5,), (3, 4), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients(bias: bool, dtype: torch.dtype, lead: tuple[int, ...], device: torch.device) -> None:
+    t = tensors(math.prod(lead), 40, 24, dtype, device, bias)
+    t |= {name: t[name].view(*lead, t[name].shape[-1]) for name in ("x", "residual")}
+    cotangent = torch.randn(*lead, 24, device=device).to(dtype)
+    for name in t:  # each by itself, and below all of them
+        leaf = {name: t[name].clone().requires_grad_()}
+        (one,) = torch.autograd.grad(add_norm(t | leaf), [leaf[name]], cotangent)
+        assert one.shape == t[name].shape
+    leaves = {name: x.clone().requires_grad_() for name, x in t.items()}
+    wide = {name: x.double().requires_grad_() for name, x in t.items()}
+    got = torch.autograd.grad(add_norm(leaves), list(leaves.values()), cotangent)
+    wanted = torch.autograd.grad(exact(wide), list(wide.values()), cotangent.double())
+    for name, value, right in zip(t, got, wanted, strict=True):
+        assert compare(value, right, "module"), name
+
+
+def test_second_derivative_refused(device: torch.device) -> None:
     t = tensors(5, 24, 16, torch.float32, device)
-    t["weight"].requires_grad_()
-    with pytest.raises(ValueError, match="^weight: got a tensor that needs a gradient"):
-        add_norm(t)
-    with torch.no_grad():
-        assert compare(add_norm(t), exact(t), "gemm")
+    t["x"].requires_grad_()
+    (gradient,) = torch.autograd.grad(add_norm(t).square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_gradients_compiled(device: torch.device) -> None:
+    t = {name: x.requires_grad_() for name, x in tensors(6, 24, 16, torch.float32, device).items()}
+    compiled = torch.compile(add_norm, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    leaves = list(t.values())
+    expected = torch.autograd.grad(add_norm(t).square().sum(), leaves)
+    for value, right in zip(torch.autograd.grad(compiled(t).square().sum(), leaves), expected, strict=True):
+        assert compare(value, right.double(), "module")

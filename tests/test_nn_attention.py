@@ -33,6 +33,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from vlmkernels import KeyRanges
 from vlmkernels.nn import AttentionLayout, CrossAttention, SelfAttention
+from vlmkernels.nn.cross_attention import _ValueBias
 from vlmkernels.ops._op import use_backend
 from vlmkernels.testing.compare import compare
 
@@ -258,6 +259,32 @@ class FlamingoAttention(nn.Module):
 def test_flamingo_layout() -> None:
     ours = CrossAttention(C, 4, head_dim=D, context_dim=40, layout="flamingo", bias=False)
     check_parity(ours, FlamingoAttention(), lambda m, x, c: m(x, c), lambda m, x, c: m(x, c), randn(B, 5, C), randn(B, S, 40))
+
+
+@pytest.mark.parametrize("case", ["heads", "grouped", "packed", "itself", "hooked key"])
+def test_gradient_of_the_values_bias(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes from the result where every query sees a key; with ranges, of all keys, from the projection."""
+    calls, apply = [], _ValueBias.apply
+    monkeypatch.setattr(_ValueBias, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    module = randomize(CrossAttention(32, 4, 2 if case == "grouped" else 4, context_dim=32, layout="llama", device=DEVICE))
+    x, context = randn(2, 5, 32).to(DEVICE), randn(2, 9, 32).to(DEVICE)
+    if case == "packed":
+        x, context = x[0], context[0]
+    elif case == "itself":
+        context = x
+    elif case == "hooked key":
+        module.k_proj.register_forward_hook(lambda *_: None)
+    cotangent = torch.randn_like(x)
+    names = [name for name, _ in module.named_parameters() if name != "k_proj.bias"]  # which a softmax does not see
+    got = torch.autograd.grad(module(x, context), [module.get_parameter(name) for name in names], cotangent)
+    assert len(calls) == 1
+    wide, queries = copy.deepcopy(module).double(), x.shape[-2]
+    everything = KeyRanges.key_padding(queries, lengths=torch.full((1,), context.shape[-2], device=DEVICE))
+    y = wide(x.double(), context.double(), everything)
+    exact = torch.autograd.grad(y, [wide.get_parameter(name) for name in names], cotangent.double())
+    assert len(calls) == 1
+    for name, value, right in zip(names, got, exact, strict=True):
+        assert compare(value, right, "module"), name
 
 
 def test_one_context_for_a_batch_of_queries() -> None:

@@ -192,7 +192,7 @@ def test_products_with_what_follows_them(batch: int, calls: int, compiled: bool,
     assert "activated_linear" not in made
     made.clear()
     layer(x, None, context, None, Q).sum().backward()
-    assert not made
+    assert compiled or made == ["linear_add_norm"] * 3  # which has gradients
 
 
 def test_refusals() -> None:

@@ -140,6 +140,43 @@ def test_gradients(needs: tuple[bool, bool, bool], bias: bool, compiled: bool) -
         assert result, result
 
 
+def test_gradients_of_weights_from_neighbours() -> None:
+    """Parts that are neighbours are one batched product, others products of their own, wherever they lie."""
+    rows, block = torch.randn(7, K, device=DEVICE), torch.randn(3, 7, 8, device=DEVICE)
+    odd, strided = torch.randn(7, 5, device=DEVICE), torch.randn(7, 16, device=DEVICE)[:, 4:12]
+    for parts, runs in (
+        (block.unbind(), [3]),
+        ((block[0], block[1], odd, block[1], block[2], strided), [2, 2]),
+        ((block[1], block[0], strided, odd), []),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            found, stacked = [], _packed_linear._stacked
+            patch.setattr(_packed_linear, "_stacked", lambda x, count: found.append(count) or stacked(x, count))  # noqa: B023
+            got = _packed_linear._dweights(parts, rows)
+        assert found == [count for count in runs for _ in "ab"]
+        assert compare(got, torch.cat([part.double().t() @ rows.double() for part in parts]), "gemm")
+    torch.library.opcheck(torch.ops.vlmkernels.packed_linear_dweights.default, ([*block, odd], rows))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=str)
+def test_gradients_of_keys_and_values_are_neighbours(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that need no gradient, the weights of keys and values get theirs from one product."""
+    counts, stacked = [], _packed_linear._stacked
+    monkeypatch.setattr(_packed_linear, "_stacked", lambda x, count: counts.append(count) or stacked(x, count))
+    module, x = CrossAttention(32, 2, context_dim=40).to(DEVICE), torch.randn(2, 4, 32, device=DEVICE)
+    context, cotangent = torch.randn(2, 7, 40, device=DEVICE), torch.randn(2, 4, 32, device=DEVICE)
+    torch._dynamo.reset()
+    call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    weights = [module.query.weight, module.key.weight, module.value.weight]
+    got = torch.autograd.grad(call(x, context), weights, cotangent)
+    assert counts == [2, 2]
+    wide = copy.deepcopy(module).double()
+    weights = [wide.query.weight, wide.key.weight, wide.value.weight]
+    exact = torch.autograd.grad(wide(x.double(), context.double()), weights, cotangent.double())
+    for value, wanted in zip(got, exact, strict=True):
+        assert compare(value, wanted, "grad")
+
+
 def test_one_product_where_they_are_neighbours(products: list[int]) -> None:
     made, x = linears(), torch.randn(3, K, device=DEVICE)
     for y, m in zip(project(x, made), made, strict=True):

@@ -107,14 +107,23 @@ class FeedForward(ActivatedLinear):
         return getattr(self, self.second)(y) if projected else y
 
 
-def unlearning(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether nobody learns or watches this linear layer, and the LayerNorm behind it."""
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
-    if torch.is_autocast_enabled(x.device.type) or learns:
+def learning(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether one of these learns."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(p for layer in layers for p in layer.parameters())))
+
+
+def bare(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether nobody watches this linear layer, and the LayerNorm behind it, and all is of one dtype."""
+    if torch.is_autocast_enabled(x.device.type):
         return False
     kinds = zip(layers, (nn.Linear, nn.LayerNorm), strict=False)
-    return all(parameter.dtype == x.dtype for parameter in parameters) and all(plain(layer, kind) for layer, kind in kinds)
+    same = all(parameter.dtype == x.dtype for layer in layers for parameter in layer.parameters())
+    return same and all(plain(layer, kind) for layer, kind in kinds)
+
+
+def unlearning(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether nobody learns or watches this linear layer, and the LayerNorm behind it."""
+    return not learning(x, *layers) and bare(x, *layers)
 
 
 def inference(x: torch.Tensor, *layers: nn.Module) -> bool:

@@ -5,18 +5,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.ops._packed_linear import forget, lay_side_by_side, packed_linear
 
 
-def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
-    """``linear(x)`` of each; one product where all are plain ``nn.Linear``, with neither hooks nor parametrisations."""
+def project(x: torch.Tensor, linears: Sequence[nn.Module], constant: Sequence[bool] = ()) -> tuple[torch.Tensor, ...]:
+    """``linear(x)`` of each; one product where all are plain ``nn.Linear``, with neither hooks nor parametrisations.
+
+    ``constant``: for which, plain ones, the caller has another way to the gradient of the bias.
+    """
+    modules: list[tuple[Any, bool]] = list(zip(linears, constant or [False] * len(linears), strict=True))
     all_plain = len(linears) > 1 and all(map(plain, linears))
-    biases: list[Any] = [m.bias for m in linears] if all_plain else []
+    biases: list[Any] = [m.bias.detach() if fixed else m.bias for m, fixed in modules] if all_plain else []
     if not all_plain or len({bias is None for bias in biases}) > 1:
-        return tuple(linear(x) for linear in linears)
-    weights: list[Any] = [m.weight for m in linears]
+        return tuple(F.linear(x, m.weight, m.bias.detach()) if fixed else m(x) for m, fixed in modules)
+    weights: list[Any] = [m.weight for m, _ in modules]
     return packed_linear(x, weights, [] if biases[0] is None else biases)
 
 

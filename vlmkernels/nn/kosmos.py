@@ -14,6 +14,9 @@ from vlmkernels.ops._op import bad_argument, check_sizes
 class _Attention(CrossAttention):
     """Attention of the latents ``[1, n, C]`` over ``[context; latents]``."""
 
+    def _value_bias_apart(self, *_: Any) -> bool:
+        return False  # the values are of two products
+
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The latents are the same for every image: their rows of q, k and v are computed once and repeated.
         q, *own = super()._project(x, x)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn._feed_forward import ActivatedLinear, inference
+from vlmkernels.nn._feed_forward import ActivatedLinear, bare, inference, learning
 from vlmkernels.nn._packed import SideBySide, plain, project
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.nn.self_attention import SelfAttention
@@ -31,7 +31,8 @@ class _AddNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         dense, norm, drops = self.dense, self.LayerNorm, self.training and self.dropout.p > 0
         alike = not drops and plain(self.dropout, nn.Dropout) and residual.shape[:-1] == x.shape[:-1]
-        if x.shape[:-1].numel() <= _FEW and alike and inference(x, dense, norm):
+        few = x.shape[:-1].numel() <= _FEW and inference(x, dense, norm)
+        if alike and (few or learning(x, dense, norm) and bare(x, dense, norm)):
             return linear_add_norm(x, dense.weight, dense.bias, residual, norm.weight, norm.bias, eps=norm.eps)
         y: torch.Tensor = norm(self.dropout(dense(x)) + residual)
         return y

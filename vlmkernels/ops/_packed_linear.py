@@ -113,10 +113,35 @@ def _run_bwd(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
     return dy @ _joined(weights)
 
 
+def _run_dweights(parts: Tensors, rows: torch.Tensor) -> torch.Tensor:
+    dweights = rows.new_empty(sum(part.shape[1] for part in parts), rows.shape[1])
+    pieces = dweights.split([part.shape[1] for part in parts])
+    begin = 0
+    while begin < len(parts):
+        end = begin + 1
+        while end < len(parts) and adjacent(parts[end - 1 : end + 1]):
+            end += 1
+        if end == begin + 1:
+            torch.mm(parts[begin].t(), rows, out=pieces[begin])
+        else:
+            # As those of keys and values: one of the two alone has too few tiles for all multiprocessors.
+            part, piece = (_stacked(x[begin], end - begin) for x in (parts, pieces))
+            torch.bmm(part.mT, rows.expand(end - begin, -1, -1), out=piece)
+        begin = end
+    return dweights
+
+
+def _stacked(first: torch.Tensor, count: int) -> torch.Tensor:
+    """The first of so many neighbours of one shape, and those behind it."""
+    return first.as_strided((count, *first.shape), (first.numel(), *first.stride()))
+
+
 LIBRARY.define("packed_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
 LIBRARY.define("packed_linear_bwd(Tensor dy, Tensor[] weights) -> Tensor")
+LIBRARY.define("packed_linear_dweights(Tensor[] parts, Tensor rows) -> Tensor")
 LIBRARY.impl("packed_linear_fwd", _run_fwd, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_linear_bwd", _run_bwd, "CompositeExplicitAutograd")
+LIBRARY.impl("packed_linear_dweights", _run_dweights, "CompositeExplicitAutograd")
 
 
 def _fwd_fake(x: torch.Tensor, weights: Tensors, biases: Tensors) -> torch.Tensor:
@@ -127,8 +152,13 @@ def _bwd_fake(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
     return dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
 
 
+def _dweights_fake(parts: Tensors, rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(sum(part.shape[1] for part in parts), rows.shape[1])
+
+
 torch.library.register_fake("vlmkernels::packed_linear_fwd", _fwd_fake, lib=LIBRARY)
 torch.library.register_fake("vlmkernels::packed_linear_bwd", _bwd_fake, lib=LIBRARY)
+torch.library.register_fake("vlmkernels::packed_linear_dweights", _dweights_fake, lib=LIBRARY)
 
 
 def _traced(x: torch.Tensor, weights: Tensors) -> bool:
@@ -148,6 +178,14 @@ def _bwd(dy: torch.Tensor, weights: Tensors) -> torch.Tensor:
         return _run_bwd(dy, weights)
     dx: torch.Tensor = torch.ops.vlmkernels.packed_linear_bwd(dy, weights)
     return dx
+
+
+def _dweights(parts: Tensors, rows: torch.Tensor) -> torch.Tensor:
+    """``part.T @ rows`` of each part, one behind the other; parts that are neighbours in memory in one batched product."""
+    if not _traced(rows, parts):
+        return _run_dweights(parts, rows)
+    dweights: torch.Tensor = torch.ops.vlmkernels.packed_linear_dweights(parts, rows)
+    return dweights
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -176,7 +214,9 @@ class _PackedLinear(torch.autograd.Function):
             parts = dy.flatten(0, -2).split(sizes, -1)
             dweights = (dy.flatten(0, -2).t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
         else:
-            dweights = [part.t() @ rows if need else None for part, need in zip(parts, needs, strict=False)]
+            wanted = [part for part, need in zip(parts, needs, strict=False) if need]
+            found = iter(_dweights(wanted, rows).split([part.shape[1] for part in wanted]) if wanted else ())
+            dweights = [next(found) if need else None for need in needs[:count]]
         dbiases: Sequence[torch.Tensor | None] = ()
         if ctx.biased:
             dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[count:], strict=True)]

@@ -130,8 +130,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, start, stop = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dq, dk, dv = _bwd(dout, dlse, q, k, v, out, lse, start, stop, *ctx.settings, ctx.backend)
-        return dq, dk, dv, *([None] * 7)
+        return *_gradients(dout, dlse, q, k, v, out, lse, start, stop, *ctx.settings, ctx.backend), *([None] * 7)
+
+
+def _gradients(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    """dQ, dK and dV; the last two lie one behind the other."""
+    dq, dkv = _bwd(dout, dlse, q, k, v, *arguments)
+    dk, dv = dkv.split((k.numel(), v.numel()))
+    return dq, dk.view(k.shape), dv.view(v.shape)
 
 
 def _fwd_fake(
@@ -154,8 +162,8 @@ def _fwd_fake(
 
 def _bwd_fake(
     dout: torch.Tensor, dlse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
 
 
 _MASK_SCHEMA = "Tensor? start, Tensor? stop, bool causal, float scale, float softcap"
@@ -166,9 +174,10 @@ _fwd = Op(
     _fwd_fake,
     complete=True,
 )
+# Results of an op may not share memory, and those of k and v are to be neighbours: they come as one, behind each other.
 _bwd = Op(
     "attention",
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"{_MASK_SCHEMA}, str backend) -> (Tensor, Tensor)",
     _bwd_fake,
 )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm of a residual stream, and in the same pass the stream with the bias of what will be added to it; no gradients."""
+"""LayerNorm of a residual stream, and in the same pass the stream with the bias of what will be added to it, without gradients;
+and the backward pass of a LayerNorm with the sums over rows of all its gradients, for ``vlmkernels.ops.linear_add_norm``."""
 
 from typing import Any
 
@@ -17,6 +18,18 @@ _fwd = Op(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor shift, float eps, str backend) -> (Tensor, Tensor)",
     _fake,
     complete=True,
+)
+
+
+def _bwd_fake(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return x.new_empty(x.shape), *(x.new_empty(weight.shape) for _ in range(3))
+
+
+#: The gradient of x, its sum over rows (that of a bias in x), and the gradients of weight and bias.
+layer_norm_bwd = Op(
+    "layer_norm",
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
 )
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer, the sum and the LayerNorm behind it, as at the end of a block that normalises last; without gradients."""
+"""A linear layer, the sum and the LayerNorm behind it, as at the end of a block that normalises last."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlmkernels.ops._op import Op, bad_argument, forced_backend
+from vlmkernels.ops.layer_norm import layer_norm_bwd
 
 
 def linear_add_norm(
@@ -22,6 +25,9 @@ def linear_add_norm(
 ) -> Tensor:
     """``LayerNorm(x weight.T + bias + residual)``: ``[..., N]``.
 
+    It is differentiable once. The sum is then a tensor of its own, which the backward pass reads: of it come the gradients of
+    ``bias`` and of the norm, in one pass.
+
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``.
@@ -32,13 +38,17 @@ def linear_add_norm(
         backend: the backend that must run; by default the first that can.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit; an argument that needs a gradient.
+        ValueError: shapes, dtypes or devices that don't fit.
         BackendError: the forced backend can't run these inputs.
     """
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise bad_argument("residual", f"shape {tuple(residual.shape)}", f"{(*x.shape[:-1], weight.shape[0])}")
     settings = (float(eps), forced_backend(backend))
     tensors = (_rows(x), weight, bias, _rows(residual), norm_weight, norm_bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        _check(*tensors)
+        out: Tensor = _LinearAddNorm.apply(x, weight, bias, residual, norm_weight, norm_bias, *settings)
+        return out
     plan = _fwd.planned(settings, tensors)
     if plan is not None:
         y: Tensor = plan(*tensors)
@@ -65,8 +75,26 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, nor
             continue
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"x's {x.dtype} on {x.device}")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise bad_argument(name, "a tensor that needs a gradient", "none, or torch.no_grad()")
+
+
+class _LinearAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, residual, norm_weight, norm_bias, eps, backend = arguments
+        total = F.linear(x, weight, bias) + residual
+        ctx.save_for_backward(x, weight, total, norm_weight)
+        ctx.eps, ctx.backend = eps, backend
+        return F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, total, norm_weight = ctx.saved_tensors
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        dtotal, dbias, *dnorm = layer_norm_bwd(dy, total, norm_weight, ctx.eps, ctx.backend)
+        dx = dtotal @ weight if needs_x else None
+        dweight = dtotal.flatten(0, -2).t() @ x.flatten(0, -2) if needs_weight else None
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, dtotal, *dnorm, None, None
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -227,10 +227,11 @@ def attention_bwd(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+) -> tuple[Tensor, Tensor]:
+    dq, dkv = q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
     if 0 in q.shape or 0 in k.shape:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dkv.zero_()
+    dk, dv = dkv[: k.numel()], dkv[k.numel() :]
     # Kept in names until the launch: a copy's memory must not be given away before.
     dout, out, lse = _addressable(dout), _addressable(out.contiguous()), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -243,4 +244,4 @@ def attention_bwd(
     tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace)
     pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
     _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
-    return dq, dk, dv
+    return dq, dkv

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 def generation(device: torch.device) -> int:
@@ -67,9 +67,7 @@ class Library(ABC):
         """Why not the backward of what ``why_not_fwd`` lets pass."""
 
     @abstractmethod
-    def fwd(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def fwd(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float) -> Tensors:
         """Output, in strides of its own, and log-sum-exp."""
 
     @abstractmethod
@@ -77,7 +75,7 @@ class Library(ABC):
         self, dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float, softcap: float,
     ) -> Tensors:  # fmt: skip
-        """The gradients of q, k and v, contiguous."""
+        """The gradient of q, contiguous, and those of k and v, one behind the other, flat."""
 
 
 class FlashAttention4(Library):
@@ -113,9 +111,7 @@ class FlashAttention4(Library):
             return f"on this GPU the backward of {self.name} takes no gradient of the log-sum-exp at head dim 256"
         return None
 
-    def fwd(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def fwd(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float) -> Tensors:
         function = self.function("flash_attn_func")
         out, lse = function(q, k, v, softmax_scale=scale, causal=causal, softcap=softcap, return_lse=True)
         return out, lse
@@ -124,11 +120,12 @@ class FlashAttention4(Library):
         self, dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float, softcap: float,
     ) -> Tensors:  # fmt: skip
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq, dkv = q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
+        dk, dv = dkv[: k.numel()].view(k.shape), dkv[k.numel() :].view(v.shape)
         self.function("_flash_attn_bwd")(
             q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, softcap=softcap, dq=dq, dk=dk, dv=dv, dlse=dlse
         )
-        return dq, dk, dv
+        return dq, dkv
 
 
 class FlashAttention2(Library):
@@ -153,9 +150,7 @@ class FlashAttention2(Library):
         # Its delta is always that of the output: there is no argument to take dlse from it.
         return f"{self.name} takes no gradient of the log-sum-exp: leave out return_lse=True, or install flash-attn-4"
 
-    def fwd(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def fwd(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, softcap: float) -> Tensors:
         function = self.function("flash_attn_func")
         out, lse, _ = function(q, k, v, softmax_scale=scale, causal=causal, softcap=softcap, return_attn_probs=True)
         return out, lse
@@ -164,13 +159,14 @@ class FlashAttention2(Library):
         self, dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float, softcap: float,
     ) -> Tensors:  # fmt: skip
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq, dkv = q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
+        dk, dv = dkv[: k.numel()].view(k.shape), dkv[k.numel() :].view(v.shape)
         self.function("_flash_attn_backward")(
             dout, q, k, v, out, lse, dq, dk, dv,
             dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1, window_size_right=-1, softcap=softcap,
             alibi_slopes=None, deterministic=False,
         )  # fmt: skip
-        return dq, dk, dv
+        return dq, dkv
 
 
 LIBRARIES: tuple[Library, ...] = (FlashAttention4(), FlashAttention2())

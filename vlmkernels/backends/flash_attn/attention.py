@@ -119,13 +119,13 @@ def attention_bwd(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     blind = _num_blind(q, k, causal)
     seeing = q[:, blind:]
     if not seeing.numel():
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        return q.new_zeros(q.shape), k.new_zeros(k.numel() + v.numel())
     dlse = None if dlse is None else dlse[:, :, blind:].contiguous()
     dout, seeing, k, v, out = (_aligned(x) for x in (dout[:, blind:], seeing, k, v, out[:, blind:]))
     lse = lse[:, :, blind:].contiguous()
-    dq, dk, dv = _library(q).bwd(dout, dlse, seeing, k, v, out, lse, causal, scale, softcap)
-    return _behind(blind, dq, 1, 0.0), dk, dv
+    dq, dkv = _library(q).bwd(dout, dlse, seeing, k, v, out, lse, causal, scale, softcap)
+    return _behind(blind, dq, 1, 0.0), dkv

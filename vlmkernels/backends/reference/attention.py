@@ -71,7 +71,7 @@ def attention_bwd(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     heads, groups = q.shape[2], q.shape[2] // k.shape[2]
     seen = _visible(q, k, start, stop, causal)
     logits = _logits(q, k, scale, softcap)
@@ -92,4 +92,5 @@ def attention_bwd(
     def sum_group(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, groups)).sum(2)
 
-    return tuple(x.transpose(1, 2).to(q.dtype).contiguous() for x in (dq, sum_group(dk), sum_group(dv)))  # type: ignore[return-value]
+    dq, dk, dv = (x.transpose(1, 2).to(q.dtype) for x in (dq, sum_group(dk), sum_group(dv)))
+    return dq.contiguous(), torch.cat([dk.flatten(), dv.flatten()])

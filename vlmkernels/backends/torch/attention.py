@@ -121,7 +121,7 @@ def attention_bwd(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     groups = q.shape[2] // k.shape[2]
     mask = _mask(q, k, start, stop, causal)
     keys, values = (_heads_first(_seen(x, mask), groups) for x in (k, v))
@@ -137,5 +137,5 @@ def attention_bwd(
         ds = scale * p * (do @ values.transpose(-1, -2) - delta)
         dk += ds.transpose(-1, -2) @ _heads_first(q[:, rows])
         dq[:, rows] = (ds @ keys).transpose(1, 2).to(q.dtype)
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).transpose(1, 2).to(q.dtype).contiguous() for x in (dk, dv))
-    return dq, dk, dv
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).transpose(1, 2).to(q.dtype) for x in (dk, dv))
+    return dq, torch.cat([dk.flatten(), dv.flatten()])

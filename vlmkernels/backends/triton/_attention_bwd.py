@@ -343,12 +343,13 @@ def attention_bwd(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, queries, heads, dim = q.shape
     keys, key_heads, value_dim = v.shape[1:]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dkv = q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dkv.zero_()
+    dk, dv = dkv[: k.numel()], dkv[k.numel() :]
     mask = make_mask(q, k, start, stop, causal)
     delta = torch.empty_like(lse)
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
@@ -375,4 +376,4 @@ def attention_bwd(
         *strides, mask.row_stride, mask.q_stride, heads, *sizes,
         **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dkv

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm`` as one program for each row, which stays in registers: it is read once."""
+"""``layer_norm`` as one program for each row, which stays in registers: it is read once. Backward is the patch embedding's."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
+from vlmkernels.backends.triton._patch_embed_bwd import add_shares, row_gradients
+from vlmkernels.backends.triton._patch_embed_cut import multiprocessors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Of a row. A thread holds 32 of 1,024 columns.
-_MOST = 8192
+#: Of a row. A thread holds 32 of 1,024 columns; in the backward pass of 8,192 in fp32 it would spill.
+_MOST, _MOST_BWD = 8192, 4096
 
 
 @triton.jit
@@ -70,12 +72,33 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: 
     return (x.new_empty(x.shape), x.new_empty(x.shape)) if plan is None else plan(x, weight, bias, shift)
 
 
+def why_not_layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> str | None:
+    if x.shape[-1] > _MOST_BWD:
+        return f"rows of {x.shape[-1]} columns are more than {_MOST_BWD}"
+    return None if x.dtype in _DTYPES else f"it takes fp32, bf16 and fp16, not {x.dtype}"
+
+
+def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+    if x.numel() == 0:
+        return x.new_empty(x.shape), *(weight.new_zeros(weight.shape) for _ in range(3))
+    # As images of so many tokens: there are programs for each token.
+    images = x.contiguous().view(-1, x.shape[-2] if x.dim() > 2 else 1, x.shape[-1])
+    wanted, tokens = (True, False, True), images.shape[1]
+    rows = row_gradients(dy.contiguous().view(images.shape), images, weight, eps, 0, tokens, 0, wanted, multiprocessors(x.device))
+    assert rows.d_rows is not None
+    sums = add_shares(rows, x.dtype, 0, 0, (False, False, True, True, True))
+    return rows.d_rows.view(x.shape), *sums[2:]
+
+
 def aot_cases() -> list[AotCase]:
     """The widths of the towers in every dtype, the widest row, and an odd one."""
 
     def call(dim: int, dtype: torch.dtype) -> None:
         vector = torch.empty(dim, dtype=dtype)
-        layer_norm_fwd(torch.empty(577, dim, dtype=dtype), vector, vector, vector, 1e-6)
+        rows = torch.empty(577, dim, dtype=dtype)
+        layer_norm_fwd(rows, vector, vector, vector, 1e-6)
+        if dim <= _MOST_BWD:
+            layer_norm_bwd(rows, rows, vector, 1e-6)
 
     sizes = [(dim, torch.bfloat16) for dim in (768, 1024, 1152, 1408, 2048, 4096, _MOST, 33)]
     sizes += [(1152, torch.float16), (1152, torch.float32), (_MOST, torch.float32)]
