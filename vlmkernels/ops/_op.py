@@ -254,11 +254,21 @@ class Op:
 
     def _dispatched(self, *args: Any) -> Any:
         """``run`` for a call that comes through torch's dispatcher, with a plan like those of the public function."""
-        tensors, settings = args[: self._num_tensors], args[self._num_tensors :]
+        return self.call(args[self._num_tensors :], args[: self._num_tensors], self.run)
+
+    def call(self, settings: tuple[Any, ...], tensors: tuple[Any, ...], unplanned: Callable[..., Any]) -> Any:
+        """A call whose arguments are those of the schema: by its plan, or by ``unplanned``, which is given all of them.
+
+        Args:
+            settings: as for ``planned``.
+            tensors: as for ``planned``.
+            unplanned: checks the arguments and runs the op.
+        """
         plan = self.planned(settings, tensors)
         if plan is not None:
             return plan(*tensors)
-        result = self.run(*args)
+        args = (*tensors, *settings)
+        result = unplanned(*args)
         self.plan(settings, tensors, args)
         return result
 

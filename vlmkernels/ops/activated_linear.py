@@ -42,28 +42,22 @@ def activated_linear(
         ValueError: shapes, dtypes or devices that don't fit, an unknown activation, or a gradient that is needed.
         BackendError: the forced backend can't run these inputs.
     """
-    settings, tensors = (activation, forced_backend(backend)), (x, weight, bias)
-    plan = _fwd.planned(settings, tensors)
-    if plan is not None:
-        planned: torch.Tensor = plan(*tensors)
-        return planned
-    _check(x, weight, bias, activation)
-    out: torch.Tensor = _fwd(*tensors, *settings)
-    _fwd.plan(settings, tensors, (*tensors, *settings))
+    out: torch.Tensor = _fwd.call((activation, forced_backend(backend)), (x, weight, bias), _unplanned)
     return out
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> None:
+def _unplanned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, name: str) -> Any:
     if x.dim() < 1 or not x.is_floating_point():
         raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., K] of a floating dtype")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise bad_argument("weight", tuple(weight.shape), f"[N, {x.shape[-1]}]")
     if bias.shape != weight.shape[:1]:
         raise bad_argument("bias", tuple(bias.shape), f"[{weight.shape[0]}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}, as x has")
+            raise bad_argument(what, f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}, as x has")
     if activation not in ACTIVATIONS:
         raise bad_argument("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         raise bad_argument("x, weight, bias", "a tensor that requires grad", "none, or torch.no_grad(): there is no gradient")
+    return _fwd(x, weight, bias, activation, name)

@@ -59,19 +59,18 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that don't fit, or a gradient that is needed.
         BackendError: the forced backend can't run these inputs.
     """
-    settings, tensors = (float(eps), forced_backend(backend)), (x, weight, bias, shift)
-    plan = _fwd.planned(settings, tensors)
-    if plan is not None:
-        planned: tuple[torch.Tensor, torch.Tensor] = plan(*tensors)
-        return planned
+    tensors = (x, weight, bias, shift)
+    out: tuple[torch.Tensor, torch.Tensor] = _fwd.call((float(eps), forced_backend(backend)), tensors, _unplanned)
+    return out
+
+
+def _unplanned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor, eps: float, name: str) -> Any:
     if x.dim() < 1 or x.shape[-1] == 0 or not x.is_floating_point():
         raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., D] of a floating dtype")
-    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
+    for what, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
         if tensor.shape != x.shape[-1:] or tensor.dtype != x.dtype or tensor.device != x.device:
             got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise bad_argument(name, got, f"[{x.shape[-1]}] {x.dtype} on {x.device}, as x has")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise bad_argument(what, got, f"[{x.shape[-1]}] {x.dtype} on {x.device}, as x has")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, shift)):
         raise bad_argument("x, weight, bias, shift", "a tensor that requires grad", "none, or torch.no_grad()")
-    out: tuple[torch.Tensor, torch.Tensor] = _fwd(*tensors, *settings)
-    _fwd.plan(settings, tensors, (*tensors, *settings))
-    return out
+    return _fwd(x, weight, bias, shift, eps, name)

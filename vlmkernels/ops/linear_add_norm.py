@@ -43,24 +43,23 @@ def linear_add_norm(
     """
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise bad_argument("residual", f"shape {tuple(residual.shape)}", f"{(*x.shape[:-1], weight.shape[0])}")
-    settings = (float(eps), forced_backend(backend))
     tensors = (_rows(x), weight, bias, _rows(residual), norm_weight, norm_bias)
+    settings = (float(eps), forced_backend(backend))
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         _check(*tensors)
         out: Tensor = _LinearAddNorm.apply(x, weight, bias, residual, norm_weight, norm_bias, *settings)
         return out
-    plan = _fwd.planned(settings, tensors)
-    if plan is not None:
-        y: Tensor = plan(*tensors)
-    else:
-        _check(*tensors)
-        y = _fwd(*tensors, *settings)
-        _fwd.plan(settings, tensors, (*tensors, *settings))
+    y: Tensor = _fwd.call(settings, tensors, _unplanned)
     return y.view(residual.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unplanned(*arguments: Any) -> Any:
+    _check(*arguments[:6])
+    return _fwd(*arguments)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:

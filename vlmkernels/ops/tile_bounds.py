@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention must know of the key ranges before it starts: per tile of 64, what to skip, what to mask, what to take whole."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,19 +48,15 @@ def tile_bounds(ranges: KeyRanges, num_keys: int, *, backend: str | None = None)
         ValueError: ``num_keys`` is negative, or a length is over ``2**31 - 65``.
         BackendError: the forced backend can't run these inputs.
     """
-    start, stop = tensors = ranges.start, ranges.stop
-    settings = num_keys, forced_backend(backend)
-    plan = _op.planned(settings, tensors)
-    if plan is not None:
-        return TileBounds(*plan(*tensors))
+    return TileBounds(*_op.call((num_keys, forced_backend(backend)), (ranges.start, ranges.stop), _unplanned))
+
+
+def _unplanned(start: torch.Tensor, stop: torch.Tensor, num_keys: int, name: str) -> Any:
     if not 0 <= num_keys <= MAX_LENGTH:
         raise bad_argument("num_keys", num_keys, f"0 <= num_keys <= {MAX_LENGTH}")
     if start.shape[1] > MAX_LENGTH:
         raise bad_argument("ranges.start", f"{start.shape[1]} queries", f"at most {MAX_LENGTH}")
-    arguments = (*tensors, *settings)
-    bounds = TileBounds(*_op(*arguments))
-    _op.plan(settings, tensors, arguments)
-    return bounds
+    return _op(start, stop, num_keys, name)
 
 
 def _fake(start: torch.Tensor, stop: torch.Tensor, num_keys: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
