@@ -197,9 +197,12 @@ struct Config {
   // Bytes from the beginning of shared memory.
   static constexpr int kQueriesAt = kItemBytes;
   static constexpr int kStagingAt = kQueriesAt + kStages * 2 * kQueriesBytes;
-  static constexpr int kScoresAt = kStagingAt + kStagingBytes;
-  static constexpr int kTablesAt = kScoresAt + kScoreStages * kScoresBytes;
-  static constexpr int kBarriersAt = kTablesAt + kStages * kTablesBytes;
+  // Not at the end: memcheck takes the product with a table's columns, a second time in place of
+  // zeros (KeyGroup::start_product), to read as many bytes behind them.
+  static constexpr int kTablesAt = kStagingAt + kStagingBytes;
+  static constexpr int kScoresAt = kTablesAt + kStages * kTablesBytes;
+  static_assert(kScoresAt % 1024 == 0);  // the swizzle repeats so often
+  static constexpr int kBarriersAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
   static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
   static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
