@@ -40,12 +40,29 @@ OWN = {"attention_kernel", "_rope_fwd_kernel"}
 
 def test_findings_by_kernel() -> None:
     """Also where a function of ours stands for its kernel, and a call of the API for none."""
-    total, ours, others, shown = sanitize.read_log(MEMCHECK, OWN)
+    total, counts, shown = sanitize.read_log(MEMCHECK, OWN)
     call = 'Program hit CUDA_ERROR_LAUNCH_FAILED (error 719) due to "uns'
-    assert (total, ours, others) == (3, {"attention_kernel": 1}, {"vectorized_elementwise_kernel": 1, call: 1})
+    assert (total, counts) == (3, [{"attention_kernel": 1}, {"vectorized_elementwise_kernel": 1, call: 1}, {}])
     assert "3 bytes after the nearest allocation" in shown["attention_kernel"]
-    assert sanitize.read_log(RACECHECK, OWN)[:3] == (2, {"_rope_fwd_kernel": 1, "Consumer": 1}, {})
-    assert sanitize.read_log("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", OWN) == (0, {}, {}, {})
+    assert sanitize.read_log(RACECHECK, OWN)[:2] == (2, [{"_rope_fwd_kernel": 1, "Consumer": 1}, {}, {}])
+    assert sanitize.read_log("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", OWN) == (0, [{}, {}, {}], {})
+
+
+def test_orders_that_racecheck_does_not_follow() -> None:
+    """As it names them. The same functions the other way round, another one beside them, or another kernel's are findings."""
+    config = "vlmk::attention::Config<__nv_bfloat16, (int)64, (bool)1>"
+    read, write = f"vlmk::attention::Consumer<{config}>::take()", f"vlmk::attention::Producer<{config}>::next()"
+    found = f"========= Error: Race reported between Read access at {read}+0x4f0 in consumer.h:315\n"
+    found += f"=========     and Write access at {write}+0x1628 in producer.h:102 [32 hazards]\n"
+    assert not sanitize.follows(found, "tests/test_attention_cuda.py")
+    assert sanitize.read_log(found, OWN)[1] == [{}, {}, {"Producer": 1}]
+    assert sanitize.follows(found.replace("Read", "x").replace("Write", "Read").replace("x", "Write"), "")
+    assert sanitize.follows(
+        found + f"=========     and Read access at {read.replace('take', 'work_at')}+0x10 in consumer.h:9\n", ""
+    )
+    bias = found.replace(read, "vlmk::load_shared(unsigned int, uint4 &)").replace(write, "vlmk::copy_from_global(unsigned int)")
+    assert sanitize.follows(bias, "tests/test_attention_cuda.py")
+    assert not sanitize.follows(bias, "tests/test_activated_linear.py")
 
 
 def test_own_kernels_are_found() -> None:
@@ -83,11 +100,12 @@ echo "$tests passed in 0.10s"
 exit 86
 """)
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: str(tool))
     names = ["tests/test_a.py::one", "tests/test_a.py::two", "tests/test_a.py::three", "tests/test_b.py::hangs"]
     monkeypatch.setattr(sanitize, "collect", lambda files, expression: names)
     monkeypatch.setattr(sanitize, "own_kernels", lambda: OWN)
-    monkeypatch.setattr(sanitize, "machine", lambda: "a GPU")
+    monkeypatch.setattr(sanitize, "machine", lambda sanitizer: "a GPU")
+    monkeypatch.setattr(sanitize, "tool_options", lambda sanitizer, own: {})
     monkeypatch.setattr(sanitize, "PAGE", tmp_path / "page.md")
     sanitize.PAGE.write_text("before\n<!-- results -->\n<!-- end -->\nbehind\n")
     results = tmp_path / "build" / "results.jsonl"
@@ -100,7 +118,9 @@ exit 86
         ("timeout", 0, {}),
     ]
     page = sanitize.PAGE.read_text()
-    assert "| memcheck | test_a.py | 3 | 2 | 4 | 0 | 0 |" in page and "| memcheck | test_b.py | 0 | 0 | 0 | 0 | 1 |" in page
+    assert (
+        "| memcheck | test_a.py | 3 | 2 | 4 | 0 | 0 | 0 |" in page and "| memcheck | test_b.py | 0 | 0 | 0 | 0 | 0 | 1 |" in page
+    )
     assert "memcheck, `attention_kernel`: 2" in page and page.startswith("before") and page.endswith("behind\n")
     assert (tmp_path / "calls").read_text() == "1\n1\n"
     names[3] = "tests/test_b.py::ends"
@@ -109,6 +129,30 @@ exit 86
     assert "every part came to its end" in capfd.readouterr().out
 
 
+def test_an_old_tool_is_told_what_it_knows(tmp_path: Path) -> None:
+    """The kernels of ours by one name for CUDA and all for Triton; one block, and reads of ours alone, where it can."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho --tool\n")
+    tool.chmod(0o755)
+    ours = ["--kernel-name", "regex=4vlmk|_rope_fwd_kernel"]
+    assert sanitize.tool_options(str(tool), OWN) == {"racecheck": ours, "initcheck": []}
+    tool.write_text("#!/bin/sh\necho --racecheck-filter-cluster-id --initcheck-track-filtered-global-memory\n")
+    one = ["--racecheck-filter-cluster-id", "0"]
+    assert sanitize.tool_options(str(tool), OWN) == {"racecheck": ours + one, "initcheck": ours}
+
+
+def test_the_wheel_comes_before_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.touch()
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/somewhere/{name}")
+    monkeypatch.setattr(sanitize.importlib.util, "find_spec", lambda name: None)
+    assert sanitize.find_sanitizer() == "/somewhere/compute-sanitizer"
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
+    monkeypatch.setattr(sanitize.importlib.util, "find_spec", lambda name: spec)
+    assert sanitize.find_sanitizer() == str(tool)
+
+
 def test_without_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     assert sanitize.main([]) == 2 and "comes with the CUDA toolkit" in capsys.readouterr().err
