@@ -572,22 +572,6 @@ def test_offsets_beyond_31_bits(where: str, backend: str, device: torch.device) 
 
 
 @pytest.mark.gpu
-@pytest.mark.backends(BWD, exclude=("reference", "cuda"))
-def test_pixel_gradients_beyond_31_bits(backend: str, device: torch.device) -> None:
-    """More than 2^31 pixels with a gradient, those of one image given many times."""
-    flavour, batch = Flavour((1, 3, 360, 720), (8, 8), 4050, dim=16, bias=False, pos="none"), 2800
-    tensors = flavour.inputs(torch.bfloat16, device)
-    grad = torch.randn(1, 4050, 16, device="cpu").to(device, torch.bfloat16)
-    exact = gradients(lambda t: stock(flavour, t), double(tensors), grad.double())["pixels"]
-    pixels = tensors["pixels"].expand(batch, -1, -1, -1).detach().requires_grad_()
-    times = 2.0 ** (torch.arange(batch, device=device) % 7)
-    out = embed(flavour, tensors | {"pixels": pixels}, backend=backend)
-    (got,) = torch.autograd.grad(out, pixels, (grad * times[:, None, None]).bfloat16())
-    assert got.numel() > 2**31
-    assert all(compare(got[i : i + 1], exact * times[i].double(), "gemm") for i in (0, 1381, 2762, batch - 1))
-
-
-@pytest.mark.gpu
 def test_output_beyond_31_bits(device: torch.device) -> None:
     """More than 2^31 elements of output, from one image given many times."""
     batch = 1100

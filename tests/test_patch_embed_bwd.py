@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of patch embedding where rows of prefix tokens, several shares of the images and huge values make them hard."""
+"""Gradients of patch embedding where rows of prefix tokens, shares of the images, huge values or many pixels make them hard."""
 
 from dataclasses import replace
 
@@ -76,3 +76,20 @@ def test_same_bits_every_time(backend: str, device: torch.device) -> None:
     first, second = (gradients(lambda t: embed(SMALL, t, backend=backend), tensors, grad) for _ in range(2))
     for name in ("bias", "prefix_tokens", "pos_embed", "norm_weight", "norm_bias"):
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.backends(BWD, exclude=("reference", "cuda"))
+def test_pixel_gradients_beyond_31_bits(backend: str, device: torch.device) -> None:
+    """More than 2^31 pixels with a gradient, those of one image given many times."""
+    flavour, batch = Flavour((1, 3, 360, 720), (8, 8), 4050, dim=16, bias=False, pos="none"), 2800
+    tensors = flavour.inputs(torch.bfloat16, device)
+    grad = torch.randn(1, 4050, 16, device="cpu").to(device, torch.bfloat16)
+    exact = gradients(lambda t: stock(flavour, t), double(tensors), grad.double())["pixels"]
+    pixels = tensors["pixels"].expand(batch, -1, -1, -1).detach().requires_grad_()
+    times = 2.0 ** (torch.arange(batch, device=device) % 7)
+    out = embed(flavour, tensors | {"pixels": pixels}, backend=backend)
+    (got,) = torch.autograd.grad(out, pixels, (grad * times[:, None, None]).bfloat16())
+    assert got.numel() > 2**31
+    for image in (0, 1381, 2762, batch - 1):
+        assert compare(got[image : image + 1], exact * times[image].double(), "gemm"), image

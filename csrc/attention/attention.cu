@@ -94,7 +94,7 @@ int check(const VlmkAttentionParams& p) {
 
 namespace attention_few {
 
-// Where they were faster, or as fast, on an H200 (docs/attention.md).
+// Where they were faster, or as fast, on an H200 (docs/attention_forward.md).
 bool takes(const VlmkAttentionParams& p) {
   const int group = p.num_heads / p.num_kv_heads, width = std::max(p.dim, p.value_dim);
   const int64_t rows = int64_t{p.num_queries} * group, heads = int64_t{p.batch} * p.num_kv_heads;

@@ -138,8 +138,8 @@ inline bool better_with_tail(int num_queries) {
          21 * 192 * ceil_div(num_queries - tail, 192) < 20 * 256 * ceil_div(num_queries, 256);
 }
 
-// The fastest of the tiles tried (docs/attention.md). Four warpgroups hide each other's softmax
-// best, but have registers for few columns; up to 256 queries they take a head at once.
+// The fastest of the tiles tried (docs/attention_forward.md). Four warpgroups hide each other's
+// softmax best, but have registers for few columns; up to 256 queries they take a head at once.
 template <typename T>
 int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);

@@ -14,6 +14,7 @@
 namespace vlmk {
 namespace attention {
 
+// A signed remainder. With that of common/threads.h the dense tiles of 80 keys of D 80 spill.
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 
 // threadIdx.x for what is seldom worked out: it is asked for anew, where nvcc would rather keep all
