@@ -148,7 +148,7 @@ def idefics() -> Case:
 
 def _qwen(model: nn.Module, width: int, layer: str, attention: str) -> Case:
     inputs = {"hidden_states": torch.randn(24, width), "grid_thw": torch.tensor([[1, 4, 4], [2, 2, 2]])}
-    return Case(model, inputs, ("last_hidden_state",), {layer: 1, attention: 2})
+    return Case(model, inputs, ("last_hidden_state",), {type(model).__name__: 1, layer: 1, attention: 2})
 
 
 def qwen2_vl() -> Case:

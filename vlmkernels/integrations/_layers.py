@@ -24,7 +24,7 @@ from vlmkernels.integrations._attention_layers import (
     rate,
 )
 from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, unhooked
-from vlmkernels.integrations._tower_layers import TowerLayer
+from vlmkernels.integrations._tower_layers import PackedTower, TowerLayer
 from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import (
@@ -378,6 +378,12 @@ REPLACEMENTS: dict[str, Replacement] = {
         part=("norm1", "norm2"),
         attends="attn",
         last="proj",
+    ),
+    **_rows(
+        PackedTower,
+        "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",
     ),
     **_rows(Embeddings, "vit.modeling_vit.ViTEmbeddings", layout="vit"),
     **_rows(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of towers around attention and feed-forward, which are replaced by themselves: norms and residuals."""
+"""What stands around attention and feed-forward in towers, which are replaced by themselves: norms, residuals, positions."""
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from vlmkernels.integrations._attention_layers import Attention, PackedAttention
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast, unhooked
 from vlmkernels.nn._packed import plain
+from vlmkernels.nn._patch_positions import PatchPositions
 from vlmkernels.nn._pre_norm import PreNorm
 
 Tensor = torch.Tensor
@@ -57,3 +59,20 @@ class TowerLayer(Swapped):
             return None
         given: tuple[Any, ...] | None = attention.arguments(x, *args, **kwargs)
         return given
+
+
+class PackedTower(Swapped):
+    """A tower of Qwen-VL, which reads its grids back and makes the positions of each image by themselves."""
+
+    part = ()
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if not hasattr(sys.modules[type(layer).__module__], "get_vision_position_ids"):
+            raise Unfit("it takes no positions")
+        return PatchPositions(layer.spatial_merge_size)
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is None and grid_thw.device == hidden_states.device:
+            kwargs["position_ids"] = self.fast(grid_thw, hidden_states.shape[0])
+        return super().forward(hidden_states, grid_thw, **kwargs)
