@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 12
+#define VLMK_ABI_VERSION 13
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -308,27 +308,29 @@ VLMK_API int vlmk_contrastive_check(const VlmkContrastiveParams* params);
 #define VLMK_GELU 0       /* with erf */
 #define VLMK_GELU_TANH 1  /* with tanh */
 #define VLMK_QUICK_GELU 2 /* x sigmoid(1.702 x) */
+#define VLMK_SILU 3       /* x sigmoid(x) */
 
 #define VLMK_ACTIVATED_LINEAR_MIN_DEPTH 512
 
-/* out = activation(x weight^T + bias), with a product that is rounded before. All pointers are
- * multiples of 16 bytes, all tensors contiguous. */
+/* out = activation(x weight^T + bias), or activation(x weight^T) * (x up^T), with products that are
+ * rounded before. All pointers are multiples of 16 bytes, all tensors contiguous. */
 typedef struct {
   const void* x;      /* [rows, depth] */
   const void* weight; /* [dim, depth] */
-  const void* bias;   /* [dim] */
+  const void* bias;   /* [dim]; NULL with up */
+  const void* up;     /* [dim, depth]; NULL with bias */
   void* out;          /* [rows, dim] */
   int32_t rows;
   int32_t depth;      /* a multiple of 8, at least VLMK_ACTIVATED_LINEAR_MIN_DEPTH */
   int32_t dim;        /* a multiple of 8 */
-  int32_t activation; /* VLMK_GELU to VLMK_QUICK_GELU */
+  int32_t activation; /* VLMK_GELU to VLMK_QUICK_GELU; with up VLMK_SILU or VLMK_GELU_TANH */
   int32_t type;       /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all of them */
 } VlmkActivatedLinearParams;
 
 VLMK_API int vlmk_activated_linear(const VlmkActivatedLinearParams* params, void* stream);
 
 /* 0 if vlmk_activated_linear takes these sizes and types, else an error whose text says what it
- * wants. Looks at nothing else. */
+ * wants. Of bias and up it looks at which is NULL, and at nothing else. */
 VLMK_API int vlmk_activated_linear_check(const VlmkActivatedLinearParams* params);
 
 #ifdef __cplusplus

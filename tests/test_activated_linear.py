@@ -22,7 +22,10 @@ MATH: dict[str, Any] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+    "silu": F.silu,
 }
+#: What the CUDA kernel takes with a bias, and with a second weight.
+PLAIN, GATED = ACTIVATIONS[:3], ("silu", "gelu_tanh")
 
 
 def leaves(rows: int, depth: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,9 +35,9 @@ def leaves(rows: int, depth: int, dim: int, dtype: torch.dtype, device: torch.de
     return x, weight, bias
 
 
-def exact(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    y: Tensor = MATH[activation](F.linear(x.double(), weight.double(), bias.double()))
-    return y
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, up: Tensor | None = None) -> Tensor:
+    y: Tensor = MATH[activation](F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    return y if up is None else y * F.linear(x.double(), up.double())
 
 
 def rule(backend: str) -> str:
@@ -56,6 +59,22 @@ def test_forward(activation: str, dtype: torch.dtype, backend: str, device: torc
         got = activated_linear(x, *tensors[1:], activation, backend=ran(backend, activation))
         assert got.is_contiguous() and compare(got, exact(x, *tensors[1:], activation), rule(backend))
     assert activated_linear(tensors[0][:0], *tensors[1:], activation, backend=ran(backend, activation)).shape == (0, 24)
+
+
+@every_backend
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gated(activation: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """Times a second product, and without a bias; what one product is rounded to, the other multiplies."""
+    x, weight, bias = leaves(33, 40, 24, dtype, device)
+    up = (randn(24, 40) * 40**-0.5).to(device, dtype)
+    for rows in (x, x.view(3, 11, 40), x[::2]):
+        for added in (None, bias):
+            got = activated_linear(rows, weight, added, activation, up=up, backend=backend)
+            assert got.is_contiguous() and compare(got, exact(rows, weight, added, activation, up), "module")
+    got = activated_linear(x, weight, None, activation, backend=backend)
+    assert compare(got, exact(x, weight, None, activation), "module")
+    assert activated_linear(x[:0], weight, None, activation, up=up, backend=backend).shape == (0, 24)
 
 
 @every_backend
@@ -115,7 +134,8 @@ def test_the_widths_of_a_qformer(rows: int, dtype: torch.dtype, device: torch.de
 @pytest.mark.backends("activated_linear_fwd", exclude=("cuda",) if ON_GPU else ("cuda", "triton"))
 def test_opcheck_and_compile(backend: str, device: torch.device) -> None:
     tensors = leaves(8, 16, 24, torch.float32, device)
-    opcheck(torch.ops.vlmkernels.activated_linear_fwd, (*tensors, "gelu", backend))
+    opcheck(torch.ops.vlmkernels.activated_linear_fwd, (*tensors, None, "gelu", backend))
+    opcheck(torch.ops.vlmkernels.activated_linear_fwd, (*tensors[:2], None, tensors[1], "silu", backend))
     compiled = torch.compile(activated_linear, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     with torch.no_grad():
         got = compiled(*tensors, "quick_gelu", backend=backend)
@@ -130,10 +150,13 @@ def test_refusals(device: torch.device) -> None:
         ((x, weight.double(), bias, "gelu"), "weight"),
         ((x, weight, bias[1:], "gelu"), "bias"),
         ((x, weight, bias, "relu"), "activation"),
-        ((x.requires_grad_(), weight, bias, "gelu"), "x, weight, bias"),
+        ((x.requires_grad_(), weight, bias, "gelu"), "x, weight, bias, up"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got"):
             activated_linear(*arguments)
+    for up in (weight[1:], weight.double()):
+        with pytest.raises(ValueError, match="^up: got"):
+            activated_linear(x.detach(), weight, None, "silu", up=up)
     with torch.no_grad():
         assert activated_linear(x, weight, bias, "gelu").shape == (8, 24)
 
@@ -152,20 +175,46 @@ SIZES = {
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda_library")
-@every_activation
+@pytest.mark.parametrize("activation", PLAIN)
 @pytest.mark.parametrize("name", SIZES)
 def test_cuda(name: str, activation: str, device: torch.device) -> None:
     dtype = torch.float16 if name == "rests" else torch.bfloat16
     tensors = leaves(*SIZES[name], dtype, device)
-    assert OPS["activated_linear_fwd"].why_not("cuda", device, *tensors, activation) is None
+    assert OPS["activated_linear_fwd"].why_not("cuda", device, *tensors, None, activation) is None
     got = activated_linear(*tensors, activation)
     assert compare(got, exact(*tensors, activation), "gemm")
     assert torch.equal(activated_linear(*tensors, activation), got), "with the plan, and the same bits"
 
 
+# Both widths of tiles (128 columns of the result and 96), and rests of rows, depth and columns.
+GATED_SIZES = {
+    "LLaVA": (8192, 4096, 11008),
+    "Gemma-3": (4096, 2560, 10240),
+    "least depth": (9000, 512, 1000),
+    "rests": (34001, 584, 264),
+    "narrow": (33792, 640, 96),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda_library")
-@every_activation
+@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("name", GATED_SIZES)
+def test_cuda_gated(name: str, activation: str, device: torch.device) -> None:
+    rows, depth, dim = GATED_SIZES[name]
+    x, weight, _ = leaves(rows, depth, dim, torch.float16 if name == "rests" else torch.bfloat16, device)
+    up = torch.randn_like(weight) * depth**-0.5
+    got = activated_linear(x, weight, None, activation, up=up, backend="cuda")
+    some = torch.cat([torch.arange(300), torch.arange(rows - 300, rows), torch.randint(rows, (400,))]).to(device)
+    assert compare(got[some], exact(x[some], weight, None, activation, up), "module")
+    assert torch.equal(got, activated_linear(x, weight, None, activation, up=up)), "with the plan, and the same bits"
+    with pytest.raises(BackendError, match="a bias or a second weight"):
+        activated_linear(x, weight, weight[:, 0].contiguous(), activation, up=up, backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_library")
+@pytest.mark.parametrize("activation", PLAIN)
 def test_cuda_far_from_zero(activation: str, device: torch.device) -> None:
     """Every bf16 number from 2^-20 to 64 and its negative comes as a bias, and what is no number stays in its column."""
     x, weight, _ = leaves(33792, 512, 6664, torch.bfloat16, device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nn_parity import quick_backend, randn, randomize
 
 from vlmkernels.nn import _feed_forward
-from vlmkernels.nn._feed_forward import ActivatedLinear, FeedForward, GatedFeedForward
+from vlmkernels.nn._feed_forward import ActivatedLinear, DecoderFeedForward, FeedForward, GatedFeedForward
 from vlmkernels.ops.activated_linear import ACTIVATIONS
 from vlmkernels.testing import compare
 
@@ -55,14 +55,15 @@ def test_gradients_of_gated(device: torch.device) -> None:
 
 def test_layers_that_are_watched_are_called(device: torch.device) -> None:
     x, calls = randn(2, 16).to(device), []
-    for module in (GatedFeedForward(16, 30), FeedForward(16, 30, "quick_gelu"), ActivatedLinear(16, 30, "gelu")):
+    modules = GatedFeedForward(16, 30), DecoderFeedForward(16, 30, "silu"), FeedForward(16, 30, "quick_gelu")
+    for module in (*modules, ActivatedLinear(16, 30, "gelu")):
         randomize(module).to(device)
         want = module(x)
         for layer in module.children():
             layer.register_forward_hook(lambda *_: calls.append(1))
         with torch.no_grad():
             assert compare(module(x), want.double(), "module")
-    assert len(calls) == 6
+    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -91,3 +92,34 @@ def test_plain(activation: str, dtype: torch.dtype, device: torch.device, monkey
     wide.load_state_dict(module.state_dict())
     assert compare(got, wide(x.double()), "module") and compare(learnt, wide(x.double()), "module")
     assert compare(half, wide(x.double(), projected=False), "module")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoder(activation: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation before the last layer without gradients; with them, under autocast and with a bias the layers are called."""
+    module = randomize(DecoderFeedForward(16, 30, activation)).to(device, dtype)
+    x = randn(3, 5, 16).to(device, dtype)
+    calls, fused = [], _feed_forward.activated_linear
+
+    def noted(*args: Any, up: torch.Tensor) -> torch.Tensor:
+        calls.append(up)
+        return fused(*args, up=up)
+
+    monkeypatch.setattr(_feed_forward, "activated_linear", noted)
+    with torch.no_grad():
+        got = module(x)
+    assert len(calls) == 1 and calls[0] is module.up_proj.weight
+    learnt = module(x)
+    learnt.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    biased = randomize(DecoderFeedForward(16, 30, activation, bias=True)).to(device, dtype)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        module(x.float())
+    with torch.no_grad():
+        biased(x)
+    assert len(calls) == 1
+    wide = DecoderFeedForward(16, 30, activation).to(device, torch.float64)
+    wide.load_state_dict(module.state_dict())
+    exact = wide.down_proj(_feed_forward._ACTIVATIONS[activation](wide.gate_proj(x.double())) * wide.up_proj(x.double()))
+    assert compare(got, exact, "module") and compare(learnt, exact, "module")

@@ -322,13 +322,15 @@ def test_pos_embed(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
 @property_of("activated_linear_fwd", few=3)
 def test_activated_linear(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Each activation; in CUDA enough tiles, with rests of rows, depth and columns."""
-    activation = draw(of(*ACTIVATIONS))
+    gated = draw(st.booleans())
     if backend == "cuda":
+        activation = draw(of(*(("silu", "gelu_tanh") if gated else ACTIVATIONS[:3])))
         depth, dim = 512 + 8 * draw(st.integers(0, 80)), 8 * draw(st.integers(64, 300))
-        rows = 256 * -(-MIN_TILES // -(-dim // 256)) + draw(st.integers(-255, 300))
+        rows = 256 * -(-MIN_TILES // -(-dim // (128 if gated else 256))) + draw(st.integers(-255, 300))
     else:
+        activation = draw(of(*ACTIVATIONS))
         rows, depth, dim = draw(st.integers(1, 70)), draw(st.integers(8, 70)), draw(st.integers(8, 70))
-    return verify._activated_linear_case("generated", activation, rows, depth, dim)
+    return verify._activated_linear_case("generated", activation, rows, depth, dim, gated)
 
 
 @property_of("layer_norm_fwd", few=3)

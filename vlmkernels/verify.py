@@ -88,15 +88,18 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
 def _activated_linear_cases(small: bool) -> Iterator[Case]:
     """The first half of a feed-forward, of CLIP-L's width; large enough for the kernel on a GPU."""
     for activation in ACTIVATIONS:
-        yield _activated_linear_case(activation, activation, *((33, 96, 136) if small else (9000, 1024, 4096)))
+        for gated in (False, True):
+            name = f"{activation}{' times a product' if gated else ''}"
+            yield _activated_linear_case(name, activation, *((33, 96, 136) if small else (9000, 1024, 4096)), gated)
 
 
-def _activated_linear_case(name: str, activation: str, rows: int, depth: int, dim: int) -> Case:
+def _activated_linear_case(name: str, activation: str, rows: int, depth: int, dim: int, gated: bool = False) -> Case:
     def inputs() -> Inputs:
-        return {"x": torch.randn(rows, depth), "weight": torch.randn(dim, depth) * depth**-0.5, "bias": torch.randn(dim)}
+        weights = {name: torch.randn(dim, depth) * depth**-0.5 for name in ("weight", "up")[: 1 + gated]}
+        return {"x": torch.randn(rows, depth), **weights, **({} if gated else {"bias": torch.randn(dim)})}
 
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
-        return (activated_linear(t["x"], t["weight"], t["bias"], activation, backend=backend),)
+        return (activated_linear(t["x"], t["weight"], t.get("bias"), activation, up=t.get("up"), backend=backend),)
 
     return Case("activated_linear", name, "module", inputs, run)
 

@@ -35,8 +35,8 @@ __device__ __forceinline__ float activate(float x) {
     // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
     return gated(x, 1.5957691216f * x * fmaf(0.044715f * x, x, 1.f));
   } else {
-    static_assert(kActivation == VLMK_QUICK_GELU);
-    return gated(x, 1.702f * x);
+    static_assert(kActivation == VLMK_QUICK_GELU || kActivation == VLMK_SILU);
+    return gated(x, kActivation == VLMK_SILU ? x : 1.702f * x);
   }
 }
 

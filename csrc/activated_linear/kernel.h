@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A linear layer and its activation. One thread copies, two warpgroups multiply, 64 rows by all
-// columns of a tile each. What they get waits in registers, rounded, and is activated and stored
-// during the products of the next tile: only the bias is added between the products of two tiles.
+// A linear layer and its activation, maybe times a second layer. One thread copies, two warpgroups
+// multiply, 64 rows by all columns of a tile each. What they get waits in registers, rounded, and
+// is activated and stored during the products of the next tile: only the bias is added between the
+// products of two tiles.
 #pragma once
 
 #include <cstdint>
@@ -18,29 +19,30 @@
 namespace vlmk {
 namespace activated_linear {
 
-// The thread that copies: this block's rows, and half of the columns for both blocks.
+// The thread that copies: this block's rows, and half of the weights for both blocks.
 template <typename C>
 __device__ __forceinline__ void copy_tiles(const VlmkActivatedLinearParams& p, const Schedule& s,
                                            const Maps& maps, uint32_t shared, TileRing<C> ring) {
   const int rank = block_in_cluster();
+  const CUtensorMap& weight = C::kGated && rank == 1 ? maps.up : maps.weight;
   int bias_slot = 0;
 #pragma unroll 1
-  for (int tile = cluster_index(); tile < s.tiles; tile += clusters(), bias_slot ^= 1) {
-    const int row_tile = tile / s.column_tiles, column_tile = tile - row_tile * s.column_tiles;
-    const int row = row_tile * kTile + rank * kRows, column = column_tile * C::kColumns;
-    const int bias_bytes = 2 * min(C::kColumns, p.dim - column);
+  for (int tile = cluster_index(); tile < s.tiles(); tile += clusters(), bias_slot ^= 1) {
+    const int2 place = s.place(tile);
+    const int row = place.x * kTile + rank * kRows, column = place.y * C::kOut;
+    const int bias_bytes = C::kGated ? 0 : 2 * min(C::kOut, p.dim - column);
 #pragma unroll 1
     for (int step = 0; step < s.steps; ++step) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
       barrier_expect(ring.full(), C::kStageBytes + (step == 0 ? bias_bytes : 0));
-      if (step == 0) {
+      if (!C::kGated && step == 0) {
         copy_from_global(shared + C::kBias + bias_slot * C::kBiasBytes,
                          static_cast<const typename C::Token*>(p.bias) + column, bias_bytes,
                          ring.full());
       }
       copy_tile(ring.stage(), maps.rows, step * kDepth, row, 0, 0, ring.full());
-      copy_tile_to_blocks(ring.stage() + kLeftBytes + rank * (C::kColumns / 2) * kRowBytes,
-                          maps.weight, step * kDepth, 0, column / 8, 2 * rank, ring.full(), 3);
+      copy_tile_to_blocks(ring.stage() + kLeftBytes + rank * (C::kColumns / 2) * kRowBytes, weight,
+                          step * kDepth, 0, column / 8, C::kGated ? 0 : 2 * rank, ring.full(), 3);
       ring.advance();
     }
   }
@@ -50,7 +52,7 @@ __device__ __forceinline__ void copy_tiles(const VlmkActivatedLinearParams& p, c
 template <typename C>
 struct Waiting {
   using Token = typename C::Token;
-  uint4 eights[C::kEights][2];
+  uint4 eights[C::kProducts][C::kEights][2];
   int row[2] = {-1, -1};  // -1 where there is none
   int column = 0;         // the first: there are 8 in every 32
 
@@ -61,34 +63,36 @@ struct Waiting {
   __device__ __forceinline__ void finish(const VlmkActivatedLinearParams& p, int g) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      uint4 x = eights[g][h];
+      uint4 x = eights[0][g][h], factor = eights[C::kProducts - 1][g][h];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = to_floats<Token>((&x.x)[i]);
-        (&x.x)[i] = pack<Token>(activate<C::kActivation>(pair.x), activate<C::kActivation>(pair.y));
+        const float2 pair = to_floats<Token>((&x.x)[i]), by = to_floats<Token>((&factor.x)[i]);
+        const float first = activate<C::kActivation>(pair.x);
+        const float second = activate<C::kActivation>(pair.y);
+        (&x.x)[i] =
+            C::kGated ? pack<Token>(first * by.x, second * by.y) : pack<Token>(first, second);
       }
       auto* out = static_cast<Token*>(p.out) + int64_t{row[h]} * p.dim + column + 32 * g;
       if (there(p, h, g)) store_global(out, x);
     }
   }
 
-  // The sums of a tile with their bias, rounded.
+  // The sums of a tile with their bias, if there is one, rounded.
   __device__ __forceinline__ void take(const VlmkActivatedLinearParams& p, const int (&next)[2],
                                        int next_column, const float (&sum)[C::kSums],
                                        uint32_t bias) {
     row[0] = next[0], row[1] = next[1], column = next_column;
 #pragma unroll
     for (int g = 0; g < C::kEights; ++g) {
-      uint4 added;
-      load_shared(bias + 64 * g, added);
+      uint4 added = {};
+      if constexpr (!C::kGated) load_shared(bias + 64 * g, added);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
+      for (int i = 0; i < 8 * C::kProducts; ++i) {
+        const int product = i / 8, u = i / 2 % 4, h = i % 2;
+        const float* x = &sum[product * C::kSums / 2 + 4 * (u * C::kEights + g) + 2 * h];
         const float2 b = to_floats<Token>((&added.x)[u]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float* x = &sum[4 * (u * C::kEights + g) + 2 * h];
-          (&eights[g][h].x)[u] = pack<Token>(x[0] + b.x, x[1] + b.y);
-        }
+        (&eights[product][g][h].x)[u] =
+            C::kGated ? pack<Token>(x[0], x[1]) : pack<Token>(x[0] + b.x, x[1] + b.y);
       }
     }
   }
@@ -127,11 +131,11 @@ __device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& 
   };
   if (group == 1) named_wait<256>(kAheadBarrier);
 #pragma unroll 1
-  for (int tile = cluster_index(); tile < s.tiles; tile += clusters()) {
-    const int row_tile = tile / s.column_tiles, column_tile = tile - row_tile * s.column_tiles;
-    const int row = row_tile * kTile + own_row;
+  for (int tile = cluster_index(); tile < s.tiles(); tile += clusters()) {
+    const int2 place = s.place(tile);
+    const int row = place.x * kTile + own_row;
     const int rows[2] = {row < p.rows ? row : -1, row + 8 < p.rows ? row + 8 : -1};
-    const int column = column_tile * C::kColumns + lane % 4 * 8;
+    const int column = place.y * C::kOut + lane % 4 * 8;
 #pragma unroll
     for (int step = 0; step < C::kEights; ++step) {
       multiply(step == 0, [&] {

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -114,7 +114,7 @@ class ActivatedLinearParams(ctypes.Structure):
     """``VlmkActivatedLinearParams``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "up", "out")),
         *((name, ctypes.c_int32) for name in ("rows", "depth", "dim", "activation", "type")),
     ]
 
