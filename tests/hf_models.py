@@ -126,6 +126,7 @@ def kosmos2() -> Case:
     where[:, 1:7] = 1
     inputs = {"pixel_values": pixels(), "input_ids": ids(2, 10), "image_embeds_position_mask": where}
     replaced = {"Kosmos2VisionEmbeddings": 1, **layers("Kosmos2Vision", "EncoderLayer", 2), "Kosmos2ImageToTextProjection": 1}
+    replaced["KosmosTextAttention"] = 2
     return Case(model, inputs, ("last_hidden_state",), replaced)
 
 
@@ -143,6 +144,7 @@ def idefics() -> Case:
         "image_attention_mask": torch.ones(2, 7, 2, dtype=torch.long),
     }
     replaced = {"IdeficsVisionEmbeddings": 1, **layers("IdeficsVision", "EncoderLayer", 2), "IdeficsPerceiverResampler": 1}
+    replaced |= {"IdeficsAttention": 4, "IdeficsMLP": 4, "IdeficsRMSNorm": 9}
     return Case(hf.IdeficsModel(config), inputs, ("last_hidden_state",), replaced)
 
 

@@ -181,18 +181,21 @@ def minigpt4() -> Whole:
 
 #: By name, and how many layers of each class are replaced.
 WHOLE: dict[str, tuple[Callable[[], Whole], dict[str, int]]] = {
-    "llava": (llava, {"CLIPAttention": 2, "LlamaAttention": 2, "LlamaRMSNorm": 5}),
+    "llava": (llava, {"CLIPAttention": 2, "LlamaAttention": 2, "LlamaRMSNorm": 5, "LlamaMLP": 2}),
     "llava_next": (llava_next, {"CLIPAttention": 2, "LlamaAttention": 2, "LlamaRMSNorm": 5}),
-    "paligemma": (paligemma, {"SiglipAttention": 2, "SiglipMLP": 2, "GemmaAttention": 2}),
-    "gemma3": (gemma3, {"SiglipAttention": 2, "SiglipMLP": 2, "Gemma3Attention": 2}),
+    "paligemma": (paligemma, {"SiglipAttention": 2, "SiglipMLP": 2, "GemmaAttention": 2, "GemmaMLP": 2}),
+    "gemma3": (gemma3, {"SiglipAttention": 2, "SiglipMLP": 2, "Gemma3Attention": 2, "Gemma3MLP": 2}),
     "qwen2_vl": (qwen2_vl, {"PatchEmbed": 1, "VisionAttention": 1, "Qwen2VLAttention": 2, "Qwen2VLRMSNorm": 5}),
     "qwen2_5_vl": (qwen2_5_vl, {"Qwen2_5_VLVisionAttention": 1, "Qwen2_5_VLAttention": 2, "Qwen2_5_VLRMSNorm": 8}),
-    "qwen3_vl": (qwen3_vl, {"Qwen3VLVisionAttention": 1, "Qwen3VLTextAttention": 2, "Qwen3VLTextRMSNorm": 5}),
+    "qwen3_vl": (
+        qwen3_vl,
+        {"Qwen3VLVisionAttention": 1, "Qwen3VLTextAttention": 2, "Qwen3VLTextRMSNorm": 5, "Qwen3VLTextMLP": 2},
+    ),
     "blip2": (blip2, {"Blip2Attention": 2, "Blip2QFormerEncoder": 1, "OPTAttention": 2}),
     "instructblip": (instructblip, {"InstructBlipAttention": 2, "InstructBlipQFormerEncoder": 1, "OPTAttention": 2}),
     "git": (git, {"GitVisionAttention": 2, "GitSelfAttention": 2}),
-    "kosmos2": (kosmos2, {"Kosmos2VisionAttention": 2, "Kosmos2ImageToTextProjection": 1}),
-    "idefics": (idefics, {"IdeficsVisionAttention": 2, "IdeficsPerceiverResampler": 1}),
-    "mllama": (mllama, {"MllamaTextSelfAttention": 2}),
+    "kosmos2": (kosmos2, {"Kosmos2VisionAttention": 2, "Kosmos2ImageToTextProjection": 1, "KosmosTextAttention": 2}),
+    "idefics": (idefics, {"IdeficsVisionAttention": 2, "IdeficsPerceiverResampler": 1, "IdeficsAttention": 4}),
+    "mllama": (mllama, {"MllamaTextSelfAttention": 2, "MllamaTextCrossAttention": 1, "MllamaTextMLP": 3}),
     "minigpt4": (minigpt4, {"Blip2Attention": 2, "Blip2QFormerEncoder": 1, "LlamaAttention": 2, "LlamaRMSNorm": 5}),
 }

@@ -13,6 +13,7 @@ from nn_parity import quick_backend
 from torch import Tensor, nn
 
 from vlmkernels import accelerate, restore
+from vlmkernels.nn._patch_positions import PatchPositions
 from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
@@ -284,3 +285,26 @@ def test_feed_forwards_that_are_watched(name: str) -> None:
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
         again = case.model(**case.inputs)
     assert all(compare(outputs[key].to(torch.bfloat16), again[key].double(), "model") for key in case.outputs)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_packed_images(name: str) -> None:
+    """Made for all images at once, and not where the call has them."""
+    case = make(name)
+    wanted: list[Tensor] = []
+    rotate = case.model.rotary_pos_emb.register_forward_pre_hook(lambda module, args: wanted.append(args[1]))
+    with torch.no_grad():
+        exact = case.model(**case.inputs).last_hidden_state
+        accelerate(case.model)
+        calls = count_calls(case.model)
+        case.model(**case.inputs)
+        assert calls[""] == 1 and torch.equal(wanted[0], wanted[1])
+        got = case.model(**case.inputs, position_ids=wanted[0]).last_hidden_state
+    rotate.remove()
+    assert calls[""] == 1 and wanted[2] is wanted[0]
+    assert compare(got, exact.double(), "model")
+
+
+def test_a_grid_of_other_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="total: got 12, wanted 16, the patches of grid_thw"):
+        PatchPositions(2)(torch.tensor([[1, 4, 4]]), 12)

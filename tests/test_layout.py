@@ -33,9 +33,10 @@ MAY_IMPORT = [
     *((f"vlmkernels.backends.{name}", [f"vlmkernels.backends.{name}"]) for name in BACKENDS),
     ("vlmkernels.backends", []),
     ("vlmkernels.masks", ["vlmkernels.masks", "vlmkernels.ops._op"]),  # _op, which holds bad_argument, imports nothing of ours
+    ("vlmkernels.rope_tables", ["vlmkernels.ops._op"]),
     ("vlmkernels.ops._op", []),
     ("vlmkernels.ops", ["vlmkernels.masks", "vlmkernels.ops"]),
-    ("vlmkernels.nn", ["vlmkernels.masks", "vlmkernels.ops", "vlmkernels.nn"]),
+    ("vlmkernels.nn", [f"vlmkernels.{layer}" for layer in ("masks", "rope_tables", "ops", "nn")]),
     ("vlmkernels.integrations", [f"vlmkernels.{layer}" for layer in ("masks", "ops", "nn", "integrations")]),
     ("vlmkernels.testing", ["vlmkernels.testing"]),
 ]

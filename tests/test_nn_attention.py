@@ -18,6 +18,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2QFor
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.idefics.modeling_idefics import IdeficsAttention
 from transformers.models.kosmos2.modeling_kosmos2 import KosmosTextAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -224,6 +225,49 @@ def test_kosmos_resampler_attention() -> None:
         randn(B, S, C),
         zero_gradients=("k_proj.bias",),
     )
+
+
+def test_kosmos_text_attention(device: torch.device) -> None:
+    """With the norm before its last layer."""
+    config = configured(transformers.Kosmos2Config().text_config, "eager")
+    mask = KeyRanges.causal(S, S, device=device).dense(S)[:, None]
+    added = torch.zeros(mask.shape, device=device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    check_parity(
+        SelfAttention(C, H, layout="kosmos", norm_eps=config.layer_norm_eps, causal=True),
+        KosmosTextAttention(config, C, H, add_inner_attn_layernorm=True),
+        lambda m, x: m(x),
+        lambda m, x: m(x, attention_mask=added)[0],
+        randn(B, S, C),
+        zero_gradients=("k_proj.bias",),
+    )
+
+
+def test_idefics_cross_attention() -> None:
+    config = configured(transformers.IdeficsConfig(vision_config={"embed_dim": 40}), "eager")
+    check_parity(
+        CrossAttention(C, H, context_dim=40, layout="idefics", bias=False, qk_norm="rms", norm_eps=config.rms_norm_eps),
+        IdeficsAttention(C, H, is_cross_attention=True, config=config, qk_layer_norms=True, layer_idx=0),
+        lambda m, x, context: m(x, context),
+        lambda m, x, context: m(x, context)[0],
+        randn(B, 4, C),
+        randn(B, S, 40),
+    )
+
+
+def test_a_cache_of_cross_attention(device: torch.device) -> None:
+    """What it returns is attended to; it gets keys behind their norm."""
+    module = randomize(CrossAttention(C, H, layout="llama", qk_norm="rms")).to(device)
+    x, first, second = (randn(B, n, C).to(device) for n in (3, 5, 4))
+    kept: list[Tensor] = []
+
+    def cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [kept[:2], [k, v]] if kept else [[k, v]]
+        kept[:] = [torch.cat(both, 1) for both in zip(*parts, strict=True)]
+        return kept[0], kept[1]
+
+    module(x, first, cached=cached)
+    exact = copy.deepcopy(module).double()(x.double(), torch.cat((first, second), 1).double())
+    assert compare(module(x, second, cached=cached), exact, "module")
 
 
 def test_timm_pool_attention() -> None:

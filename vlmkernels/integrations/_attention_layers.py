@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from vlmkernels.integrations._once import once
-from vlmkernels.integrations._swap import Swapped, autocast
+from vlmkernels.integrations._read_masks import ranges_of
+from vlmkernels.integrations._swap import Swapped, Unfit, autocast
 from vlmkernels.integrations.ranges_mask import RangesMask, fitting
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn import SelfAttention
+from vlmkernels.nn import CrossAttention, SelfAttention
+from vlmkernels.nn._attention import ATTENTION_LAYOUTS
 
 Tensor = torch.Tensor
 
@@ -148,6 +150,20 @@ def _takes_kwargs(kind: Any) -> bool:
     return "kwargs" in inspect.signature(kind.update).parameters
 
 
+def _read(mask: Any, queries: int) -> KeyRanges | None:
+    """The ranges of a mask, also of one that the model added up by itself; None of other masks and without one."""
+    if isinstance(mask, RangesMask):
+        return fitting(mask, queries, mask.shape[3])
+    found = ranges_of(mask, queries, mask.shape[-1]) if isinstance(mask, Tensor) else None
+    return found if isinstance(found, KeyRanges) else None
+
+
+def _stays(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether such a call of a decoder's attention is the original's, whatever its mask."""
+    drops = layer.training and rate(layer) > 0
+    return bool(args) or autocast(x) or drops or bool(kwargs.get("output_attentions"))
+
+
 class DecoderAttention(Swapped):
     """Self-attention of a text decoder with rope and a cache: one product, and norms of the heads and rope in one pass."""
 
@@ -175,8 +191,8 @@ class DecoderAttention(Swapped):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        stays = args or autocast(hidden_states) or (self.training and rate(self) > 0) or kwargs.get("output_attentions")
-        if not isinstance(mask, RangesMask) or tables is None or stays or not self.untouched():
+        other = _stays(self, hidden_states, args, kwargs) or not self.untouched()
+        if other or not isinstance(mask, RangesMask) or tables is None:
             return super().forward(hidden_states, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_embeddings")}
         ranges = _fitted(mask, hidden_states)
@@ -192,11 +208,95 @@ class OptAttention(Swapped):
         return SelfAttention(layer.embed_dim, layer.num_heads, bias=layer.enable_bias, scale=layer.scaling, device="meta")
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask, drops = kwargs.get("attention_mask"), self.training and rate(self) > 0
-        if not isinstance(mask, RangesMask) or args or drops or autocast(hidden_states) or kwargs.get("output_attentions"):
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, RangesMask) or _stays(self, hidden_states, args, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         return self.fast(hidden_states, _fitted(mask, hidden_states), None, _cached(self, (), given)), None
+
+
+class KosmosAttention(Swapped):
+    """Self-attention of Kosmos-2's decoder, with a cache and a norm before its last layer."""
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if layer.inner_attn_ln is None:
+            raise Unfit("it has no norm inside")
+        q, norm = layer.q_proj, layer.inner_attn_ln
+        arguments: dict[str, Any] = {"bias": q.bias is not None, "norm_eps": norm.eps, "scale": layer.scaling, "device": "meta"}
+        return SelfAttention(layer.embed_dim, layer.num_heads, layout="kosmos", **arguments)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        other = _stays(self, hidden_states, args, kwargs) or kwargs.get("encoder_hidden_states") is not None
+        ranges = None if other else _read(kwargs.get("attention_mask"), hidden_states.shape[1])
+        if ranges is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "encoder_hidden_states")}
+        return self.fast(hidden_states, ranges, None, _cached(self, (), given)), None
+
+
+class ImageAttention(Swapped):
+    """Attention of text to images, in mllama's layers and gated ones of IDEFICS: one product for keys and values."""
+
+    layout = "llama"
+    #: What the call has the tokens of the images in.
+    context = "cross_attention_states"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        q, k, out, width = layer.q_proj, layer.k_proj, layer.o_proj, layer.head_dim
+        norm = getattr(layer, ATTENTION_LAYOUTS[cls.layout].norms[0], None)
+        return CrossAttention(
+            q.in_features,
+            q.out_features // width,
+            k.out_features // width,
+            width,
+            context_dim=k.in_features,
+            layout=cls.layout,
+            bias=q.bias is not None,
+            out_bias=out.bias is not None,
+            qk_norm=None if norm is None else "rms",
+            norm_eps=0.0 if norm is None else norm.variance_epsilon,
+            scale=layer.scaling,
+            device="meta",
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        images, other = kwargs.get(self.context), _stays(self, hidden_states, args, kwargs)
+        ranges = None if other or images is None else _read(kwargs.get("attention_mask"), hidden_states.shape[1])
+        if ranges is None or images is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", self.context)}
+        images = images.reshape(len(hidden_states), -1, images.shape[-1])  # mllama has the tiles in the batch
+        return self.fast(hidden_states, images, ranges, cached=_cached(self, (), given)), None
+
+
+class IdeficsAttention(ImageAttention):
+    """Both attentions of IDEFICS's decoder; a cache has keys before their norm there, so there are none with both."""
+
+    layout = "idefics"
+    context = "key_value_states"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if layer.is_cross_attention:
+            return super().build(layer)
+        if layer.qk_layer_norms:
+            raise Unfit("it has norms behind its cache")
+        bias = layer.q_proj.bias is not None
+        return SelfAttention(layer.hidden_size, layer.num_heads, layout="idefics", bias=bias, scale=layer.scaling, device="meta")
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_cross_attention and kwargs.get("past_key_values") is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        other = self.is_cross_attention or kwargs.get("key_value_states") is not None or positions is None
+        if other or not isinstance(mask, RangesMask) or _stays(self, hidden_states, args, kwargs):
+            return self.original.forward(self, hidden_states, *args, **kwargs)
+        known = ("attention_mask", "key_value_states", "position_ids")
+        given = {name: value for name, value in kwargs.items() if name not in known}
+        rope = tuple(_half(table) for table in self.rotary_emb(hidden_states, positions))
+        return self.fast(hidden_states, _fitted(mask, hidden_states), rope, _cached(self, (), given)), None
 
 
 class PackedAttention(Swapped):

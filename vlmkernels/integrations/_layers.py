@@ -17,6 +17,9 @@ from vlmkernels.integrations._attention_layers import (
     CaptionAttention,
     DecoderAttention,
     EncoderAttention,
+    IdeficsAttention,
+    ImageAttention,
+    KosmosAttention,
     OptAttention,
     PackedAttention,
     asked,
@@ -36,7 +39,7 @@ from vlmkernels.nn import (
     PerceiverResampler,
     QFormer,
 )
-from vlmkernels.nn._feed_forward import ActivatedLinear, FeedForward, GatedFeedForward
+from vlmkernels.nn._feed_forward import ActivatedLinear, DecoderFeedForward, FeedForward, GatedFeedForward
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
@@ -191,7 +194,7 @@ class Gated(Swapped):
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        if type(layer.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        if _activation(layer.act_fn) != "silu":
             raise Unfit(f"its activation is {type(layer.act_fn).__name__}")
         gate = layer.gate_proj
         return GatedFeedForward(gate.in_features, gate.out_features, bias=gate.bias is not None, device="meta")
@@ -204,6 +207,7 @@ def _activation(layer: nn.Module) -> str:
     """What the op ``activated_linear`` calls the activation of this class."""
     kind, approximate = type(layer).__name__, getattr(layer, "approximate", "none")
     known = {"QuickGELUActivation": "quick_gelu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
+    known |= {"SiLU": "silu", "SiLUActivation": "silu"}
     if kind == "GELU":
         return "gelu_tanh" if approximate == "tanh" else "gelu"
     if kind not in known:
@@ -235,6 +239,17 @@ class Plain(Activated):
     def build(cls, layer: Any) -> nn.Module:
         first, activation = getattr(layer, cls.names[0]), _activation(getattr(layer, cls.activation))
         return FeedForward(first.in_features, first.out_features, activation, names=cls.names, device="meta")
+
+
+class Decoder(Activated):
+    """The gated feed-forward of a text decoder."""
+
+    activation = "act_fn"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        gate, activation = layer.gate_proj, _activation(layer.act_fn)
+        return DecoderFeedForward(gate.in_features, gate.out_features, activation, bias=gate.bias is not None, device="meta")
 
 
 class Perceiver(Swapped):
@@ -341,6 +356,9 @@ REPLACEMENTS: dict[str, Replacement] = {
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextAttention",
     ),
     **_rows(OptAttention, "opt.modeling_opt.OPTAttention"),
+    **_rows(KosmosAttention, "kosmos2.modeling_kosmos2.KosmosTextAttention"),
+    **_rows(ImageAttention, "mllama.modeling_mllama.MllamaTextCrossAttention"),
+    **_rows(IdeficsAttention, "idefics.modeling_idefics.IdeficsAttention"),
     **_rows(CaptionAttention, "git.modeling_git.GitSelfAttention"),
     **_rows(EncoderAttention, "bert.modeling_bert.BertSelfAttention"),
     **_rows(
@@ -421,6 +439,7 @@ REPLACEMENTS: dict[str, Replacement] = {
     ),
     **_rows(
         Norm,
+        "idefics.modeling_idefics.IdeficsRMSNorm",
         "llama.modeling_llama.LlamaRMSNorm",
         "mistral.modeling_mistral.MistralRMSNorm",
         "mllama.modeling_mllama.MllamaTextRMSNorm",
@@ -431,6 +450,21 @@ REPLACEMENTS: dict[str, Replacement] = {
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm",
     ),
     **_rows(Gated, "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP"),
+    **_rows(
+        Decoder,
+        "gemma.modeling_gemma.GemmaMLP",
+        "gemma2.modeling_gemma2.Gemma2MLP",
+        "gemma3.modeling_gemma3.Gemma3MLP",
+        "idefics.modeling_idefics.IdeficsMLP",
+        "llama.modeling_llama.LlamaMLP",
+        "mistral.modeling_mistral.MistralMLP",
+        "mllama.modeling_mllama.MllamaTextMLP",
+        "qwen2.modeling_qwen2.Qwen2MLP",
+        "qwen2_vl.modeling_qwen2_vl.Qwen2MLP",
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2MLP",
+        "qwen3.modeling_qwen3.Qwen3MLP",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextMLP",
+    ),
     **_rows(
         Plain,
         "blip.modeling_blip.BlipMLP",

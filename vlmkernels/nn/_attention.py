@@ -30,11 +30,13 @@ class AttentionLayout:
             one after another.
         out: the output projection, or None where the layer returns the heads unprojected.
         norms: the norms of q and k, where the layer has them.
+        inner: the LayerNorm of all heads together before the output projection, or None where there is none.
     """
 
     projections: tuple[str, ...]
     out: str | None
     norms: tuple[str, str] = ("q_norm", "k_norm")
+    inner: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.projections) not in (1, 2, 3):
@@ -50,6 +52,8 @@ ATTENTION_LAYOUTS = {
     "timm": AttentionLayout(("qkv",), "proj"),
     "timm_pool": AttentionLayout(("q", "kv"), "proj"),
     "flamingo": AttentionLayout(("to_q", "to_kv"), "to_out"),
+    "idefics": AttentionLayout(("q_proj", "k_proj", "v_proj"), "o_proj", ("q_layer_norm", "k_layer_norm")),
+    "kosmos": AttentionLayout(("q_proj", "k_proj", "v_proj"), "out_proj", inner="inner_attn_ln"),
 }
 #: By the value of ``qk_norm``: what normalises each head, from its width and an epsilon.
 QK_NORMS: dict[str, Callable[..., nn.Module]] = {
@@ -121,6 +125,8 @@ class ProjectedAttention(SideBySide):
         if self.layout.out is not None:
             out_bias = bias if out_bias is None else out_bias
             self.add_module(self.layout.out, nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, **made))
+        if self.layout.inner is not None:
+            self.add_module(self.layout.inner, nn.LayerNorm(num_heads * self.head_dim, norm_eps, **made))
         if qk_norm is not None:
             for name in self.layout.norms:
                 self.add_module(name, QK_NORMS[qk_norm](self.head_dim, norm_eps, **made))
@@ -169,6 +175,7 @@ class ProjectedAttention(SideBySide):
 
     def _project_out(self, y: torch.Tensor) -> torch.Tensor:
         """The output of heads ``[..., H * D]``."""
+        y = y if self.layout.inner is None else getattr(self, self.layout.inner)(y)
         return y if self.layout.out is None else getattr(self, self.layout.out)(y)
 
     def _check_dropout(self) -> None:

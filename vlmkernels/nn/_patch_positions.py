@@ -19,5 +19,11 @@ class PatchPositions(nn.Module):
         self.merge_size = merge_size
 
     def forward(self, grid_thw: torch.Tensor, total: int) -> torch.Tensor:
-        """``grid_thw``: frames, rows and columns of patches of each image, ``[N, 3]``; ``total``: the patches of all."""
+        """``grid_thw``: frames, rows and columns of patches of each image, ``[N, 3]``; ``total``: the patches of all.
+
+        Raises:
+            ValueError: ``total`` is another number; on a GPU, where nobody waits for it, the device asserts that it isn't.
+        """
+        if grid_thw.is_cuda:
+            torch._assert_async(grid_thw.prod(1).sum() == total, "vlmkernels: grid_thw has another number of patches")
         return vision_positions(grid_thw, merge_size=self.merge_size, total=total).t()

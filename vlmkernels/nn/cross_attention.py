@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention: queries, or text, that read the tokens of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class CrossAttention(ProjectedAttention):
         context: torch.Tensor,
         ranges: KeyRanges | None = None,
         keys_values: tuple[torch.Tensor, ...] | None = None,
+        cached: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Let each query read its keys.
 
@@ -109,6 +110,7 @@ class CrossAttention(ProjectedAttention):
             ranges: the keys that each query sees, ``[B|1, Sq]`` (packed: ``[1, Tq]``), for example
                 ``KeyRanges.key_padding(lengths, Sq)``; all of them by default.
             keys_values: k and v ``[..., Hk, D]`` of ``context``, where they were computed for several layers at once.
+            cached: puts k and v ``[B, Sk, Hk, D]`` into a cache and returns all of its keys and values; the ranges are of those.
 
         Returns:
             ``[B, Sq, C]``, packed ``[Tq, C]``; without an output projection (layout ``"bert"``) ``[..., H * D]``.
@@ -125,7 +127,7 @@ class CrossAttention(ProjectedAttention):
         if batches[0] != batches[1] and 1 not in batches:
             raise bad_argument("context", f"a batch of {batches[1]}", f"x's {batches[0]}, or 1 in either")
         self._check_dropout()
-        apart = keys_values is None and self._value_bias_apart(context, ranges)
+        apart = keys_values is None and cached is None and self._value_bias_apart(context, ranges)
         if apart:
             keys_values = self.keys_values(project(context, self.projections()[1:], (False, True)))
         if keys_values is None:
@@ -133,6 +135,8 @@ class CrossAttention(ProjectedAttention):
         else:
             (q,), (k, v) = self._heads(0, (self.projections()[0](x),)), keys_values
         q, k = self._position(q, k, None)
+        if cached is not None:
+            k, v = cached(k, v)
         if x.dim() == 3:
             q, k, v, ranges = one_batch(q, k, v, ranges)
         y = self._attend(q, k, v, ranges)

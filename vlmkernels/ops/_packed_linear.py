@@ -210,14 +210,16 @@ class _PackedLinear(torch.autograd.Function):
         if needs_x:
             # The sum over the parts then happens inside the product, in fp32.
             dy = torch.cat(grads, -1)
-            dx = _bwd(dy, weights)
-            parts = dy.flatten(0, -2).split(sizes, -1)
-            dweights = (dy.flatten(0, -2).t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
+            dx, dy = _bwd(dy, weights), dy.flatten(0, -2)
+            parts = dy.split(sizes, -1)
+            dweights = (dy.t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
         else:
             wanted = [part for part, need in zip(parts, needs, strict=False) if need]
             found = iter(_dweights(wanted, rows).split([part.shape[1] for part in wanted]) if wanted else ())
             dweights = [next(found) if need else None for need in needs[:count]]
         dbiases: Sequence[torch.Tensor | None] = ()
-        if ctx.biased:
+        if ctx.biased and needs_x and all(needs):
+            dbiases = dy.sum(0).split(sizes)
+        elif ctx.biased:
             dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[count:], strict=True)]
         return dx, None, *dweights, *dbiases
