@@ -65,18 +65,17 @@ struct PairGroup : KeyGroup<C> {
 
   // To what other blocks add, by way of shared memory: the copy engine adds while this warp goes
   // on, which else waited for its registers to leave (a sixth of its time; D 128, H200).
-  template <int kOwn>
   __device__ __forceinline__ void add_by_copy(const QueryTile& tile) {
     const int thread = attention::thread_again(), lane = thread % 32, warp = thread / 32 % 4;
-    const uint32_t staging = at(C::kStagingAt) + (group * 4 + warp) * (kPanel / 8 * 512);
+    const uint32_t staging = at(C::kStagingAt) + (group * 4 + warp) * (kColumns / 8 * 512);
     if (lane == 0) store_wait_read();
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kOwn / 8; ++i) store_shared(staging + i * 512 + lane * 16, sums(i));
+    for (int i = 0; i < kColumns / 8; ++i) store_shared(staging + i * 512 + lane * 16, sums(i));
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) {
-      add_to_global(place(tile), staging, kOwn / 8 * 512);
+      add_to_global(place(tile), staging, kColumns / 8 * 512);
       store_commit();
     }
   }
@@ -85,7 +84,7 @@ struct PairGroup : KeyGroup<C> {
   template <int kOwn>
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
     if constexpr (C::kCopiedSums) {
-      if (!schedule.whole) return add_by_copy<kOwn>(tile);
+      if (!schedule.whole) return add_by_copy(tile);
     }
     float4* const sums_there = place(tile);
     const bool first = schedule.whole && tile.flags & kFirst;

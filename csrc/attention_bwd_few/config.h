@@ -42,12 +42,11 @@ struct Config {
   static constexpr int kThreads = 128 * kGroups;
   static constexpr int kKeys = 64 * kGroups;  // of a tile
   // The last panel is as narrow as its columns, in shared memory too: see attention_few/config.h.
-  static constexpr int kPanels = ceil_div(kWidth, kPanel);
-  static constexpr int kLastColumns = kWidth - (kPanels - 1) * kPanel;
-  static constexpr bool kNarrow = kLastColumns < kPanel;
-  __host__ __device__ static constexpr int row_bytes(int panel) {
-    return panel == kPanels - 1 ? 2 * kLastColumns : kRowBytes;
-  }
+  using Columns = attention::Panels<kWidth>;
+  static_assert(Columns::kRow == 2 * kWidth);  // nothing is filled up
+  static constexpr int kPanels = Columns::kCount;
+  static constexpr int kLastColumns = Columns::kLast;
+  static constexpr bool kNarrow = Columns::kNarrow;
   static constexpr int kOwnPanels = kPanels / kGroups;
   // Of a multiprocessor: as many as have registers for their sums.
   static constexpr int kBlocks = kWidth <= 64 ? (kRows <= 32   ? 4
@@ -61,9 +60,9 @@ struct Config {
   static constexpr bool kTogether = kRows < 128 && kSums + 50 <= 65536 / (kBlocks * kThreads);
 
   // As many stages as fit of a tile of keys and one of values.
-  static constexpr int kRowsBytes = kRows * 2 * kWidth;
+  static constexpr int kRowsBytes = kRows * Columns::kRow;
   static constexpr int kScoresBytes = kGroups * kRows * kRowBytes;
-  static constexpr int kTileBytes = kKeys * 2 * kWidth;
+  static constexpr int kTileBytes = kKeys * Columns::kRow;
   static constexpr int kExtraBytes = kRows * 16 + (1 + 2 * kMaxStages) * 8;
   static constexpr int kRoom = (228 * 1024 / kBlocks - 1024) / 16 * 16;  // the driver takes 1 KB
   static constexpr int kFitting =

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_queries(const VlmkAttentionBwdParams& p, co
                                              const Head& head, char* shared, uint32_t barrier) {
   const uint32_t base = shared_address(shared);
   const int first = head.head * head.heads;
-  barrier_expect(barrier, 2 * head.rows * 2 * C::kWidth);
+  barrier_expect(barrier, 2 * head.rows * C::Columns::kRow);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     const uint32_t at = base + panel * C::kRows * kRowBytes;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
   }
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    const int words = C::row_bytes(panel) / 16;
+    const int words = C::Columns::row_bytes(panel) / 16;
     char* at = shared + panel * C::kRows * kRowBytes;
     for (int i = head.rows * words + static_cast<int>(threadIdx.x); i < C::kRows * words;
          i += C::kThreads) {

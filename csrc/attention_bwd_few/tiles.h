@@ -99,7 +99,7 @@ struct Tiles {
     char* keys = shared + C::kStagesAt + ring.stage * 2 * C::kTileBytes;
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      const int words = C::row_bytes(panel) / 16;
+      const int words = C::Columns::row_bytes(panel) / 16;
       auto* rows = reinterpret_cast<uint4*>(keys + panel * C::kKeys * kRowBytes);
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < C::kKeys * words; i += C::kThreads) {
@@ -117,7 +117,7 @@ struct Tiles {
 #pragma unroll
     for (int step = 0; step < C::kWidth / 16; ++step) {
       const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      const int bytes = C::row_bytes(panel);
+      const int bytes = C::Columns::row_bytes(panel);
       const uint64_t a =
           row_descriptor(tile + panel * C::kKeys * kRowBytes + group() * 64 * bytes, bytes);
       const uint64_t b = row_descriptor(rows + panel * C::kRows * kRowBytes, bytes);
@@ -130,7 +130,7 @@ struct Tiles {
                                                  const uint32_t (&left)[C::kRows / 4],
                                                  uint32_t rows) {
     const uint64_t b = swizzled_descriptor(rows, C::kRows * kRowBytes);
-    constexpr int kLast = C::kPanels - 1, kLastBytes = C::row_bytes(kLast);
+    constexpr int kLast = C::kPanels - 1, kLastBytes = C::Columns::row_bytes(kLast);
     const uint64_t last = row_descriptor(rows + kLast * C::kRows * kRowBytes, kLastBytes);
 #pragma unroll
     for (int step = 0; step < C::kRows / 16; ++step) {
@@ -156,7 +156,7 @@ struct Tiles {
     const uint64_t b = swizzled_descriptor(shared_address(shared) + C::kScoresAt, 16);
 #pragma unroll
     for (int panel = 0; panel < C::kOwnPanels; ++panel) {
-      const int bytes = C::row_bytes(first + panel);
+      const int bytes = C::Columns::row_bytes(first + panel);
       const uint64_t a =
           row_descriptor(keys_at(ring.stage) + (first + panel) * C::kKeys * kRowBytes, bytes);
       keep(dq[panel]);
@@ -209,12 +209,12 @@ struct Tiles {
                                         int first_key) {
     const int lane = lane_index();
     const auto rows = [&](int panel) {
-      return tile + panel * C::kKeys * kRowBytes + warp() * 16 * C::row_bytes(panel);
+      return tile + panel * C::kKeys * kRowBytes + warp() * 16 * C::Columns::row_bytes(panel);
     };
 #pragma unroll
     for (int block = 0; block < C::kWidth / 8; block += 2) {
       const float* x = &sums[4 * block];
-      const int bytes = C::row_bytes(block / 8);
+      const int bytes = C::Columns::row_bytes(block / 8);
       const int turn = bytes == kRowBytes ? lane % 8 : lane / 2 % 4;  // the copy engine's swizzle
       const uint32_t row = rows(block / 8) + lane % 16 * bytes + ((lane / 16 ^ turn) << 4);
       store_matrices(row ^ (block % 8 << 4),

@@ -39,20 +39,21 @@ struct Config {
   static constexpr int kRows = kGroups * attention::kGroupQueries;
   static constexpr int kThreads = kGroups * 128;
   static constexpr int kKeys = 64;  // of a tile
-  static constexpr int kPanels = ceil_div(kWidth, kPanel);
+  using Columns = attention::Panels<kWidth>;
+  static constexpr int kPanels = Columns::kCount;
   // Keys and values have a last panel of as many columns as are left: the copy engine takes as long
   // over a row of a panel whose columns aren't there. Copies alone of 64 x 321 of head dim 96 took
   // 23.5 us instead of 28.5, of head dim 80 21.1 instead of 28.7 (H200).
-  static constexpr int kLastColumns = kWidth - (kPanels - 1) * kPanel;
+  static constexpr int kLastColumns = Columns::kLast;
   static constexpr int kLastBytes = 2 * kLastColumns;  // of a row
-  static constexpr bool kNarrow = kLastColumns < kPanel;
+  static constexpr bool kNarrow = Columns::kNarrow;
   // Of a multiprocessor.
   static constexpr int kBlocks = kGroups == 2 ? 1 : kWidth <= 64 ? 3 : 2;
-  static_assert(kWidth % 16 == 0 && kWidth <= kMaxWidth);
+  static_assert(Columns::kRow == 2 * kWidth && kWidth <= kMaxWidth);  // nothing is filled up
 
   // As many stages as fit of a tile of keys and one of values.
   static constexpr int kRowsBytes = kPanels * kRows * kRowBytes;
-  static constexpr int kTileBytes = kKeys * ((kPanels - 1) * kRowBytes + kLastBytes);
+  static constexpr int kTileBytes = kKeys * Columns::kRow;
   static constexpr int kBarrierBytes = (1 + 2 * kMaxStages) * 8;
   static constexpr int kRoom = (228 * 1024 / kBlocks - 1024) / 16 * 16;  // the driver takes 1 KB
   static constexpr int kFitting = (kRoom - kRowsBytes - kBarrierBytes) / (2 * kTileBytes);
