@@ -279,10 +279,11 @@ typedef struct {
                         bfloat16 */
   void* low_a;       /* the same: panel_rows * dim bytes */
   void* low_b;       /* the same: columns * dim / 2 bytes, none with wide_b */
-  int32_t* counters; /* the same: zeros, of each panel 2, and (2 panel_rows + columns) dim / 4096 */
+  int32_t* counters; /* workspace: zeros, 1 (of clip_fwd: of each panel), and with gradients of each
+                        panel 2 and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
   void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
-  float* sums;       /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
+  double* sums;      /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
   float* totals;     /* 3 */
   int64_t a_stride;
   int64_t b_stride;

@@ -56,7 +56,7 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
 
 // As many clusters as find room, or as there are tiles of logits.
 template <auto kKernel, typename Params, typename... Args>
-int launch_for_tiles(const char* name, const Params& p, int64_t tiles, bool at_once, void* stream,
+int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* stream,
                      const Args&... args) {
   int count = 0;
   int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
@@ -65,8 +65,7 @@ int launch_for_tiles(const char* name, const Params& p, int64_t tiles, bool at_o
   if (code) return code;
   const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
   VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);
-  const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream,
-                            false, at_once);
+  const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream);
   return launch(name, kKernel, config, p, args...);
 }
 
@@ -74,15 +73,15 @@ template <typename Work>
 int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps& maps,
                   void* stream) {
   return launch_for_tiles<contrastive_logits_kernel<Work>>(
-      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, false, stream,
-      panel, maps);
+      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, stream, panel,
+      maps);
 }
 
 template <typename Work, int kColumns, bool kWideB>
 int launch_gradients(const Job& p, const Maps& maps, void* stream) {
   return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns, kWideB>>(
-      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), true,
-      stream, maps);
+      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), stream,
+      maps);
 }
 
 int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
@@ -126,19 +125,19 @@ int clip_forward(const VlmkContrastiveParams& p, void* stream) {
              p.columns);
   code = encode_maps(p, false, maps);
   if (code) return code;
-  Panel panel{0, 0, 0, p.columns / kTile, 0};
+  Panel panel{0, 0, 0, p.columns / kTile, 0, 0};
   for (int row = 0; row < p.rows; row += p.panel_rows) {
     const int rows = std::min(p.panel_rows, p.rows - row);
     panel.first_row = row;
     panel.row_tiles = rows / kTile;
     code = launch_logits<ClipForward>(p, panel, maps, stream);
     if (code) return code;
-    code = launch_merge({p.share_a, p.lse_a + row, panel.column_tiles, rows, false},
-                        {p.share_b, p.lse_b, rows / 64, p.columns, row > 0}, stream);
+    code = launch_merge({p.share_a, p.lse_a + row, panel.column_tiles, rows, p.panel_rows, false},
+                        {p.share_b, p.lse_b, rows / 64, p.columns, p.columns, row > 0}, stream);
     if (code) return code;
-    ++panel.kept_row;
+    ++panel.index;
   }
-  return launch_total(p, panel.kept_row, nullptr, stream);
+  return launch_total(p, panel.index, nullptr, stream);
 }
 
 int siglip(const VlmkContrastiveParams& p, void* stream) {
@@ -148,7 +147,7 @@ int siglip(const VlmkContrastiveParams& p, void* stream) {
   Maps maps;
   code = encode_maps(p, false, maps);
   if (code) return code;
-  const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0};
+  const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0, 0};
   code = launch_logits<SigLip<false>>(p, all, maps, stream);
   return code ? code : launch_total(p, 1, nullptr, stream);
 }

@@ -54,16 +54,15 @@ __device__ __forceinline__ Visit visit_of(const Job& p, int number) {
 }
 
 // Tiles of logits that both blocks and both warpgroups of each have stored, of each panel; likewise
-// of products that have read it; and by warpgroups, how often they have added to a tile of a sum.
-__device__ __forceinline__ int32_t* counters_of_logits(const Job& p) { return p.counters; }
-__device__ __forceinline__ int32_t* counters_of_products(const Job& p) {
-  return p.counters + p.panels();
+// of products that have read it; and by warpgroups, how often they have added to a tile of a sum:
+// where these counters are.
+__device__ __forceinline__ int counter_of_logits(int number) { return 1 + number; }
+__device__ __forceinline__ int counter_of_products(const Job& p, int number) {
+  return 1 + p.panels() + number;
 }
-__device__ __forceinline__ int32_t* counters_of_a(const Job& p) {
-  return p.counters + 2 * p.panels();
-}
-__device__ __forceinline__ int32_t* counters_of_b(const Job& p) {
-  return counters_of_a(p) + int64_t{2 * p.panel_rows / kRows} * (p.dim / 64) * kGroups;
+__device__ __forceinline__ int turns_of_a(const Job& p) { return 1 + 2 * p.panels(); }
+__device__ __forceinline__ int turns_of_b(const Job& p) {
+  return turns_of_a(p) + 2 * p.panel_rows / kRows * (p.dim / 64) * kGroups;
 }
 
 __device__ __forceinline__ int tiles_of_logits(const Panel& panel) {
@@ -77,24 +76,27 @@ __device__ __forceinline__ int tiles_of_products(const Job& p, const Panel& pane
 // All tiles of this block's cluster, one after another: `logits(number, visit, tile)` and
 // `products(number, visit, tile)`, with the number of the panel.
 template <int kColumns, typename Logits, typename Products>
-__device__ __forceinline__ void for_tiles(const Job& p, Logits logits, Products products) {
+__device__ __forceinline__ void for_tiles(const Job& p, Dealer& dealer, Logits logits,
+                                          Products products) {
   const int panels = p.panels();
-  int tile = cluster_index();  // behind the first of this panel's logits
+  int tile = dealer.next(), before = 0;  // this part of the list
 #pragma unroll 1
   for (int number = 0; number <= panels; ++number) {
     if (number < panels) {
       const Visit visit = visit_of(p, number);
       const int tiles = tiles_of_logits(visit.panel);
 #pragma unroll 1
-      for (; tile < tiles; tile += clusters()) logits(number, visit, tile);
-      tile -= tiles;
+      for (; tile < before + tiles; tile = dealer.next()) logits(number, visit, tile - before);
+      before += tiles;
     }
     if (number > 0) {
       const Visit visit = visit_of(p, number - 1);
       const int tiles = tiles_of_products<kColumns>(p, visit.panel);
 #pragma unroll 1
-      for (; tile < tiles; tile += clusters()) products(number - 1, visit, tile);
-      tile -= tiles;
+      for (; tile < before + tiles; tile = dealer.next()) {
+        products(number - 1, visit, tile - before);
+      }
+      before += tiles;
     }
   }
 }

@@ -11,8 +11,8 @@ from vlmkernels.backends.cuda._library import ContrastiveParams, EntryPoint
 
 #: Rows and columns of a tile of logits.
 TILE = 256
-#: Panels of gradients that are kept, and how many tiles their rows and columns come to.
-PANELS, PANEL_TILES, SMALL_PANEL_TILES = 3, 8, 7
+#: Panels of gradients that are kept, and how many tiles their rows and columns come to: the most that there is room for.
+PANELS, PANEL_TILES = 3, (12, 8, 7)
 #: What panels and the low bits of the sums may always take together.
 LEAST_ROOM = 33 << 20
 #: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are
@@ -59,13 +59,11 @@ def why_not_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> str | None:
 
 
 def panel_size(rows: int, columns: int, low_a: int, low_b: int, room: int) -> tuple[int, int]:
-    """Rows and columns of a panel, beside so many bytes for a row of it and for all columns.
-
-    Panels of 8 tiles wait less than those of 7, if there is room for them.
-    """
-    side = PANEL_TILES * TILE
-    need = PANELS * side * side * 2 + side * low_a + low_b
-    tiles = PANEL_TILES if need <= max(room, LEAST_ROOM) else SMALL_PANEL_TILES
+    """Rows and columns of a panel, beside so many bytes for a row of it and for all columns."""
+    for tiles in PANEL_TILES:
+        side = tiles * TILE
+        if PANELS * side * side * 2 + side * low_a + low_b <= max(room, LEAST_ROOM):
+            break
     # As even as they come: the last panel would else be small.
     size = [-(-x // (-(-x // (tiles * TILE)) * TILE)) * TILE for x in (rows, columns)]
     return size[0], size[1]
@@ -79,8 +77,11 @@ def _multiprocessors(device: torch.device) -> int:
 def _run(function: EntryPoint, a: Tensor, b: Tensor, size: tuple[int, int], weight: float, /, **tensors: Tensor) -> Tensor:
     """The three totals over all launches, whose panels are of this size."""
     slots = 2 * _multiprocessors(a.device)
-    sums = a.new_zeros((-(-len(a) // size[0]) if function is _clip_fwd else 1, 3, slots), dtype=torch.float32)
-    totals = sums.new_empty(3)
+    launches = -(-len(a) // size[0]) if function is _clip_fwd else 1
+    sums = a.new_zeros((launches, 3, slots), dtype=torch.float64)
+    if "counters" not in tensors:
+        tensors["counters"] = a.new_zeros(launches, dtype=torch.int32)
+    totals = a.new_empty(3, dtype=torch.float32)
     params = ContrastiveParams(
         a_stride=a.stride(0), b_stride=b.stride(0), rows=len(a), columns=len(b), dim=a.shape[1],
         panel_rows=size[0], panel_columns=size[1], slots=slots, weight=weight,
@@ -106,7 +107,7 @@ def _gradients(
         "panel": a.new_empty(min(PANELS, panels), *size),
         "low_a": a.new_empty(size[0] * dim, dtype=torch.uint8),
         "low_b": a.new_empty(low_b, dtype=torch.uint8),
-        "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
+        "counters": a.new_zeros(1 + 2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
     }
     return da, db, _run(function, a, b, size, weight, **workspace, da=da, db=db, **rest)
 
