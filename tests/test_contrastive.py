@@ -384,5 +384,6 @@ def test_panels_take_the_room_there_is() -> None:
     rows, columns, dim = 16384, 32768, 768
     room = rows * columns // 26
     assert panel_size(columns, columns, dim, columns * dim // 2, columns**2 // 13) == (3072, 3072)
+    assert panel_size(rows, columns, dim, 0, columns**2 // 13) == (2816, 3072)
     assert panel_size(rows, columns, dim, 0, room) == (2048, 2048)
     assert panel_size(rows, columns, dim, columns * dim // 2, room) == (1792, 1792)

@@ -100,7 +100,9 @@ def _gradients(
     (rows, dim), columns = a.shape, len(b)
     low_b = 0 if dtype_b == torch.float32 else columns * dim // 2
     # 1.92 % of what torch.compile of the dense form takes, which keeps the logits once for SigLIP's loss, and twice for CLIP's.
-    size = panel_size(rows, columns, dim, low_b, rows * columns // (13 if function is _clip_bwd else 26))
+    # Of ranks, whose gradients of b are wide, what it takes for the whole batch.
+    pairs = rows * columns if low_b else columns**2
+    size = panel_size(rows, columns, dim, low_b, pairs // (13 if function is _clip_bwd else 26))
     panels = -(-rows // size[0]) * -(-columns // size[1])
     da, db = a.new_empty(rows, dim), b.new_empty(columns, dim, dtype=dtype_b)
     workspace = {
