@@ -22,13 +22,9 @@ namespace contrastive {
 using namespace pairs;
 
 constexpr int kSums = kTile / 2;           // products of each thread
+constexpr int kNarrow = 128;               // channels of the last tile, where it has not kTile
 constexpr int kBoxBytes = 64 * kRowBytes;  // 64 rows of 64 columns
-// Four copies a stage take more registers than three; three fours of sums at a time, which sums of
-// 192 columns leave room for, take more of the others'.
-template <int kColumns>
-constexpr int kConsumerRegisters = kColumns > 192 ? 216 : 224;
-template <int kColumns>
-constexpr int kProducerRegisters = kColumns > 192 ? 72 : 56;
+constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
 
 // Named barriers. Of each warpgroup that multiplies: its own, and with the warp that publishes what
 // it stored, before and behind that. And for the second warpgroup to wait for the first.

@@ -20,8 +20,8 @@ int check(const VlmkContrastiveParams& p) {
   VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
              "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
              p.columns);
-  VLMK_CHECK(p.dim > 0 && (p.dim % 192 == 0 || p.dim % 256 == 0),
-             "it takes multiples of 192 or 256 channels, these are %d", p.dim);
+  VLMK_CHECK(p.dim >= kTile && p.dim % kNarrow == 0,
+             "it takes multiples of %d channels from %d on, these are %d", kNarrow, kTile, p.dim);
   VLMK_CHECK(tiled(p.panel_rows) && tiled(p.panel_columns), "panels of %d rows, %d columns",
              p.panel_rows, p.panel_columns);
   VLMK_CHECK(
@@ -48,7 +48,7 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
   if (code) return code;
   code = encode_matrix(maps.factor_b, p.b, p.columns, p.dim, p.b_stride, kDepth / kBlocks);
   if (code) return code;
-  const int64_t rows = int64_t{kPanels} * p.panel_rows, columns = p.panel_columns;
+  const int64_t rows = int64_t{p.kept_panels} * p.panel_rows, columns = p.panel_columns;
   code = encode_matrix(maps.panel_rows, p.panel, rows, columns, columns, kRows);
   if (code) return code;
   return encode_matrix(maps.panel_columns, p.panel, rows, columns, columns, kDepth);
@@ -77,9 +77,9 @@ int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps
       maps);
 }
 
-template <typename Work, int kColumns, bool kWideB>
+template <typename Work, bool kWideB>
 int launch_gradients(const Job& p, const Maps& maps, void* stream) {
-  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns, kWideB>>(
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kWideB>>(
       "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), stream,
       maps);
 }
@@ -98,14 +98,13 @@ int launch_total(const VlmkContrastiveParams& p, int panels, const float* times,
 template <typename Work>
 int gradients(const VlmkContrastiveParams& p, const float* times, void* stream) {
   Maps maps;
+  VLMK_CHECK(p.kept_panels > 1, "%d panels kept, wanted 2 or more", p.kept_panels);
   int code = encode_maps(p, true, maps);
   if (code) return code;
-  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
-  const auto run = p.dim % 256 == 0 ? p.wide_b ? launch_gradients<Work, 256, true>
-                                               : launch_gradients<Work, 256, false>
-                   : p.wide_b       ? launch_gradients<Work, 192, true>
-                                    : launch_gradients<Work, 192, false>;
-  code = run(job, maps, stream);
+  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
+                ceil_div(p.dim, kTile)};
+  code = p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
+                  : launch_gradients<Work, false>(job, maps, stream);
   return code ? code : launch_total(p, 1, times, stream);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "contrastive/logits.h"
 #include "contrastive/products.h"
@@ -29,16 +30,15 @@ __device__ __forceinline__ void see_what_was_counted() {
 }
 
 // The thread that copies.
-template <int kColumns>
 __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, Dealer dealer) {
-  for_tiles<kColumns>(
+  for_tiles(
       p, dealer,
       [&](int number, const Visit& visit, int tile) {
         set_logits(dealer.task(), p, visit.panel, tile, counter_of_logits(number));
-        if (number >= kPanels) {
-          const Panel before = visit_of(p, number - kPanels).panel;
-          const int wanted = kMembers * tiles_of_products<kColumns>(p, before);
-          while (load_counter(p, counter_of_products(p, number - kPanels)) < wanted) {
+        if (number >= p.kept_panels) {
+          const Panel before = visit_of(p, number - p.kept_panels).panel;
+          const int wanted = kMembers * tiles_of_products(p, before);
+          while (load_counter(p, counter_of_products(p, number - p.kept_panels)) < wanted) {
           }
           see_what_was_counted();
         }
@@ -46,8 +46,7 @@ __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, Dealer 
       },
       [&](int number, const Visit& visit, int tile) {
         Task& task = dealer.task();
-        const int turns_before =
-            set_products<kColumns>(task, p, visit, tile, counter_of_products(p, number));
+        const int turns_before = set_products(task, p, visit, tile, counter_of_products(p, number));
         const int wanted = kMembers * tiles_of_logits(visit.panel);
         bool ready;
         do {
@@ -56,7 +55,11 @@ __device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, Dealer 
           ready = logits >= wanted && min(first, second) >= turns_before;
         } while (!ready);
         see_what_was_counted();
-        copy_products<kColumns>(maps, visit, dealer);
+        if (is_narrow(p, task)) {
+          copy_products<kNarrow>(maps, visit, dealer);
+        } else {
+          copy_products<kTile>(maps, visit, dealer);
+        }
       });
   dealer.end();
 }
@@ -80,7 +83,7 @@ __device__ __forceinline__ void publish_all(const Job& p, const char* shared, in
 }
 
 // A warpgroup that multiplies.
-template <int kColumns, bool kWideB, typename Work>
+template <bool kWideB, typename Work>
 __device__ __forceinline__ void work_on_all(const Job& p, Work& work, const char* shared,
                                             StageRing ring, int group) {
   float products[kSums];  // of every tile: those of two kinds would not fit in registers together
@@ -88,12 +91,20 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, const char
     const auto before = [&] {
       if (!first) named_wait<160>(kPublishedBarrier + group);
     };
+    const auto multiply_and_add = [&](auto columns) {
+      constexpr int kColumns = decltype(columns)::value;
+      if (task.kind == kGradientA) {
+        add_products<Work, kColumns, false, false>(p, task, products, ring, group, first, before);
+      } else {
+        add_products<Work, kColumns, true, kWideB>(p, task, products, ring, group, first, before);
+      }
+    };
     if (task.kind == kLogits) {
       work_on_logits(work, task, products, ring, group, first, before);
-    } else if (task.kind == kGradientA) {
-      add_products<Work, kColumns, false, false>(p, task, products, ring, group, first, before);
+    } else if (is_narrow(p, task)) {
+      multiply_and_add(std::integral_constant<int, kNarrow>());
     } else {
-      add_products<Work, kColumns, true, kWideB>(p, task, products, ring, group, first, before);
+      multiply_and_add(std::integral_constant<int, kTile>());
     }
     fence_async_proxy_global();
     named_arrive<160>(kStoredBarrier + group);
@@ -103,19 +114,18 @@ __device__ __forceinline__ void work_on_all(const Job& p, Work& work, const char
   work.end(p.sums);
 }
 
-template <typename Work, int kColumns, bool kWideB>
+template <typename Work, bool kWideB>
 __global__ void __launch_bounds__(kThreads, 1)
     contrastive_gradients_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const StageRing stages(shared_address(shared));
   if (threadIdx.x == 0) Dealer::init(stages);
-  run<kConsumerRegisters<kColumns>, kProducerRegisters<kColumns>>(
-      stages,
-      [&](const StageRing& ring) { copy_all<kColumns>(p, maps, Dealer(ring, shared, p.counters)); },
+  run<kConsumerRegisters, kProducerRegisters>(
+      stages, [&](const StageRing& ring) { copy_all(p, maps, Dealer(ring, shared, p.counters)); },
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);
-        work_on_all<kColumns, kWideB>(p, work, shared, ring, group);
+        work_on_all<kWideB>(p, work, shared, ring, group);
       },
       [&](int group) { publish_all(p, shared, group); });
 }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const StageRing stages(shared_address(shared));
   if (threadIdx.x == 0) Dealer::init(stages);
-  run<kConsumerRegisters<kTile>, kProducerRegisters<kTile>>(
+  run<kConsumerRegisters, kProducerRegisters>(
       stages,
       [&](const StageRing& ring) {
         Dealer dealer(ring, shared, p.counters + panel.index);

@@ -14,19 +14,18 @@ namespace contrastive {
 
 // The tile of a number, of those that a panel adds to. First come a's, then b's. Returns how often
 // the warpgroups have added to it when it is this one's turn.
-template <int kColumns>
 __device__ __forceinline__ int set_products(Task& task, const Job& p, const Visit& visit, int tile,
                                             int counter) {
   const Panel& panel = visit.panel;
-  const int across = p.dim / kColumns, of_a = panel.row_tiles * across;
+  const int of_a = panel.row_tiles * p.across;
   const bool of_b = tile >= of_a;
   if (of_b) tile -= of_a;
-  const int row = tile / across * kTile, column = tile % across;
+  const int row = tile / p.across * kTile, column = tile % p.across;
   const int turn = of_b ? visit.turn_b : visit.turn_a;
   task.kind = of_b ? kGradientB : kGradientA;
   task.steps = (of_b ? panel.row_tiles : panel.column_tiles) * (kTile / kDepth);
   task.row = (of_b ? panel.first_column : panel.first_row) + row;
-  task.column = column * kColumns;
+  task.column = column * kTile;
   task.kept_row = of_b ? task.row : visit.slot * p.panel_rows + row;
   task.has_sum = turn > 0;
   task.is_last = turn == (of_b ? p.row_panels : p.column_panels) - 1;
@@ -34,6 +33,10 @@ __device__ __forceinline__ int set_products(Task& task, const Job& p, const Visi
   const int block = task.kept_row / kRows + block_in_cluster();
   task.turns = (of_b ? turns_of_b(p) : turns_of_a(p)) + (block * (p.dim / 64) + column) * kGroups;
   return of_b ? turn : visit.turns_of_slot + turn;
+}
+
+__device__ __forceinline__ bool is_narrow(const Job& p, const Task& task) {
+  return p.dim - task.column < kTile;
 }
 
 template <int kColumns>
@@ -68,15 +71,30 @@ __device__ __forceinline__ void copy_products(const Maps& maps, const Visit& vis
   });
 }
 
+// Four bytes of two words, the first of the second being number 4.
+template <unsigned kBytes>
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t x, uint32_t y) {
+  return __byte_perm(x, y, kBytes);
+}
+// The same of floats. As integers, sums would be copied to other registers while products run.
+template <unsigned kBytes>
+__device__ __forceinline__ uint32_t pick_bytes(float x, float y) {
+  uint32_t bytes;
+  asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "f"(x), "f"(y), "n"(kBytes));
+  return bytes;
+}
+
 // Sums of 20 bits: 16 where the result will be, and 4 beside it, or behind them in its rows where
-// it has 32. A warp keeps those of its 16 rows in an order of its own, a thread's 8 neighbours in
-// 16 bytes.
+// it has 32. The others are cut off, and taken to be half of the last when the sum is read: neither
+// takes an addition. (So infinity comes back as NaN.) A warp keeps those of its 16 rows in an order
+// of its own, a thread's 8 neighbours in 16 bytes, and their low bits in a word: a byte has those
+// of two, four columns apart.
 template <int kColumns, bool kOfB, bool kWide>
 struct Sums {
   using Element = std::conditional_t<kWide, float, uint16_t>;
   static constexpr int kChunks = kColumns / 16, kFours = kChunks / 4, kLowStep = kWide ? 2 : 128;
-  // Fours of chunks that find room in registers beside the sums.
-  static constexpr int kEarly = kColumns > 192 ? 2 : 3;
+  static constexpr int kEarly = 2;  // fours of chunks that find room in registers beside the sums
+  static constexpr uint32_t kKept = 0xfffff000, kHalf = 0x800;
   const Job& p;
   Element* out;  // of the warp's first row
   uint4* low;    // of the thread
@@ -90,9 +108,9 @@ struct Sums {
       low = reinterpret_cast<uint4*>(out + int64_t{lane_index() / 2} * p.dim + kColumns / 2) +
             lane_index() % 2;
     } else {
-      const int64_t tile =
-          int64_t{(task.kept_row + row) / 64} * (p.dim / kColumns) + task.column / kColumns;
-      low = static_cast<uint4*>(kOfB ? p.low_b : p.low_a) + tile * kFours * 128 + group_thread();
+      const int64_t block = (task.kept_row + row) / 64;
+      low = static_cast<uint4*>(kOfB ? p.low_b : p.low_a) + (block * p.dim + task.column) * 2 +
+            group_thread();
     }
   }
 
@@ -118,15 +136,13 @@ struct Sums {
     for (int four = 0; four < kFours; ++four) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        float* to = sum + (four * 4 + i) * 8;
         const uint4 high = highs[four % kEarly][i];
         const uint32_t bits = (&lows[four % kEarly].x)[i];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const uint32_t pair = (&high.x)[j / 2];
-          const uint32_t upper = j % 2 ? pair & 0xffff0000 : pair << 16;
-          const uint32_t lower = j < 3 ? bits << (12 - 4 * j) : bits >> (4 * j - 12);
-          sum[(four * 4 + i) * 8 + j] += __uint_as_float(upper | (lower & 0xf000));
-        }
+        add_pair<0x5400, 0x7611>(to, bits, high.x);
+        add_pair<0x5422, 0x7633>(to + 2, bits, high.y);
+        add_pair<0x5400, 0x7611>(to + 4, bits << 4, high.z);
+        add_pair<0x5422, 0x7633>(to + 6, bits << 4, high.w);
       }
       if (four + kEarly < kFours) load(four + kEarly);
     }
@@ -135,24 +151,20 @@ struct Sums {
   __device__ __forceinline__ void keep_sums(const float (&sum)[kColumns / 2]) const {
 #pragma unroll
     for (int four = 0; four < kFours; ++four) {
-      uint4 lows;
+      uint4 low_bits;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        uint4 highs;
-        uint32_t bits = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float x = sum[(four * 4 + i) * 8 + j];
-          // The NaN of a GPU has all bits set, and more would make it a number.
-          const uint32_t rounded = x == x ? __float_as_uint(x) + 0x800 : 0x7fc00000;
-          bits |= (rounded >> 12 & 15) << 4 * j;
-          uint32_t& pair = (&highs.x)[j / 2];
-          pair = j % 2 ? pair | (rounded & 0xffff0000) : rounded >> 16;
-        }
-        store_global(high(four * 4 + i), highs);
-        (&lows.x)[i] = bits;
+        const int at = (four * 4 + i) * 8;
+        const auto upper = [&](int j) { return pick_bytes<0x7632>(sum[at + j], sum[at + j + 1]); };
+        const auto second_bytes = [&](int j) {
+          return pick_bytes<0x5410>(pick_bytes<0x51>(sum[at + j], sum[at + j + 1]),
+                                    pick_bytes<0x51>(sum[at + j + 2], sum[at + j + 3]));
+        };
+        store_global(high(four * 4 + i), make_uint4(upper(0), upper(2), upper(4), upper(6)));
+        constexpr uint32_t kUpper = 0xf0f0f0f0;
+        (&low_bits.x)[i] = (second_bytes(0) & kUpper) | (second_bytes(4) >> 4 & ~kUpper);
       }
-      store_global(&low[four * kLowStep], lows);
+      store_global(&low[four * kLowStep], low_bits);
     }
   }
 
@@ -173,6 +185,14 @@ struct Sums {
       }
     }
   }
+
+ private:
+  // The first and the second half of a word are the upper bits of two sums.
+  template <unsigned kFirst, unsigned kSecond>
+  __device__ __forceinline__ static void add_pair(float* to, uint32_t bits, uint32_t high) {
+    to[0] += __uint_as_float((pick_bytes<kFirst>(bits, high) & kKept) | kHalf);
+    to[1] += __uint_as_float((pick_bytes<kSecond>(bits, high) & kKept) | kHalf);
+  }
 };
 
 // What a tile's products come to: another part of a sum, or with it the result.
@@ -182,7 +202,7 @@ __device__ __forceinline__ void add_products(const Job& p, const Task& task,
                                              bool first_tile, Before before) {
   auto& sum = reinterpret_cast<float (&)[kColumns / 2]>(products);
   Sums<kColumns, kOfB, kWide> sums(p, task, group);
-  // On a condition, what is loaded would be spilled. There is memory before a first part, too.
+  // Loads on a condition would be spilled; what a first part loads is not used.
   multiply<kColumns, kOfB, true>(sum, ring, group, task.steps, first_tile,
                                  [&] { sums.load_first(); });
   before();

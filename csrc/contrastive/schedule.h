@@ -14,7 +14,6 @@
 namespace vlmk {
 namespace contrastive {
 
-constexpr int kPanels = VLMK_LOSS_PANELS;  // that are kept
 // Rows of panels go in pairs, the second of them so many columns ahead: panels that follow each
 // other have no sum in common, and none waits for the one before.
 constexpr int kShift = 2;
@@ -22,6 +21,7 @@ constexpr int kShift = 2;
 // What a launch works on, with what would have to be divided for.
 struct Job : VlmkContrastiveParams {
   int32_t row_panels, column_panels;
+  int32_t across;  // tiles of a gradient beside each other
 
   __device__ __forceinline__ int panels() const { return row_panels * column_panels; }
 };
@@ -49,7 +49,7 @@ __device__ __forceinline__ Visit visit_of(const Job& p, int number) {
   v.panel.first_column = column * p.panel_columns;
   v.panel.row_tiles = min(p.panel_rows, p.rows - v.panel.first_row) / kTile;
   v.panel.column_tiles = min(p.panel_columns, p.columns - v.panel.first_column) / kTile;
-  v.panel.kept_row = number % kPanels * p.panel_rows;
+  v.panel.kept_row = number % p.kept_panels * p.panel_rows;
   return v;
 }
 
@@ -68,14 +68,13 @@ __device__ __forceinline__ int turns_of_b(const Job& p) {
 __device__ __forceinline__ int tiles_of_logits(const Panel& panel) {
   return panel.row_tiles * panel.column_tiles;
 }
-template <int kColumns>
 __device__ __forceinline__ int tiles_of_products(const Job& p, const Panel& panel) {
-  return (panel.row_tiles + panel.column_tiles) * (p.dim / kColumns);
+  return (panel.row_tiles + panel.column_tiles) * p.across;
 }
 
 // All tiles of this block's cluster, one after another: `logits(number, visit, tile)` and
 // `products(number, visit, tile)`, with the number of the panel.
-template <int kColumns, typename Logits, typename Products>
+template <typename Logits, typename Products>
 __device__ __forceinline__ void for_tiles(const Job& p, Dealer& dealer, Logits logits,
                                           Products products) {
   const int panels = p.panels();
@@ -91,7 +90,7 @@ __device__ __forceinline__ void for_tiles(const Job& p, Dealer& dealer, Logits l
     }
     if (number > 0) {
       const Visit visit = visit_of(p, number - 1);
-      const int tiles = tiles_of_products<kColumns>(p, visit.panel);
+      const int tiles = tiles_of_products(p, visit.panel);
 #pragma unroll 1
       for (; tile < before + tiles; tile = dealer.next()) {
         products(number - 1, visit, tile - before);
