@@ -240,7 +240,6 @@ VLMK_API int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params);
 /* Rows and columns of a tile of vlmk_clip_loss_* and vlmk_siglip_loss, and how many panels of the
  * gradient of the logits they keep. */
 #define VLMK_LOSS_TILE 256
-#define VLMK_LOSS_PANELS 3
 
 /* Contrastive losses of features a and b, in bfloat16. Row i of a and row j of b have the logit
  * scale * a[i] . b[j] + bias, and belong together where start[i] <= j < stop[i]. The gradient of
@@ -275,22 +274,24 @@ typedef struct {
   float* numbers;               /* the same: 4 */
   float* share_a;               /* workspace of clip_fwd: [columns / 256, panel_rows] */
   float* share_b;               /* the same: [panel_rows / 64, columns] */
-  void* panel;       /* workspace of gradients: [VLMK_LOSS_PANELS, panel_rows, panel_columns]
+  void* panel;       /* workspace of gradients: [kept_panels, panel_rows, panel_columns]
                         bfloat16 */
   void* low_a;       /* the same: panel_rows * dim bytes */
   void* low_b;       /* the same: columns * dim / 2 bytes, none with wide_b */
-  int32_t* counters; /* the same: zeros, of each panel 2, and (2 panel_rows + columns) dim / 4096 */
+  int32_t* counters; /* workspace: zeros, 1 (of clip_fwd: of each panel), and with gradients of each
+                        panel 2 and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
   void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
-  float* sums;       /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
+  double* sums;      /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
   float* totals;     /* 3 */
   int64_t a_stride;
   int64_t b_stride;
   int32_t rows;
   int32_t columns;
-  int32_t dim; /* a multiple of 192 or 256 */
+  int32_t dim; /* a multiple of 128, from 256 on */
   int32_t panel_rows;
   int32_t panel_columns;
+  int32_t kept_panels; /* 2 or more, with gradients */
   int32_t slots; /* twice the multiprocessors of the GPU */
   int32_t wide_b;
   float weight;

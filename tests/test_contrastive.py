@@ -378,10 +378,14 @@ def test_refusals(device: torch.device) -> None:
 
 
 def test_panels_take_the_room_there_is() -> None:
-    """Of 8 tiles, which wait less, where no low bits of a gradient lie beside it: that of the texts that ranks gather."""
-    from vlmkernels.backends.cuda.contrastive import panel_size
+    """Large ones beside CLIP's logits; those that wait less where no low bits of a gradient lie beside it, which ranks gather."""
+    from vlmkernels.backends.cuda.contrastive import panel_shape
 
     rows, columns, dim = 16384, 32768, 768
     room = rows * columns // 26
-    assert panel_size(rows, columns, dim, 0, room) == (2048, 2048)
-    assert panel_size(rows, columns, dim, columns * dim // 2, room) == (1792, 1792)
+    assert panel_shape(columns, columns, dim, columns * dim // 2, columns**2 // 13) == (3072, 3072, 3)
+    assert panel_shape(rows, columns, dim, 0, columns**2 // 13) == (2816, 3072, 3)
+    assert panel_shape(rows, columns, dim, 0, 2 * room) == (2048, 3072, 3)
+    assert panel_shape(rows, columns, dim, 0, room) == (2048, 2048, 3)
+    assert panel_shape(rows, columns, dim, columns * dim // 2, room) == (1792, 1792, 3)
+    assert panel_shape(columns, columns, 512, columns * 256, columns**2 // 26) == (2048, 1792, 4)

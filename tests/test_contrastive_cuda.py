@@ -16,32 +16,33 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_library")]
 
 both = pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 
-# images, texts, D, kind of targets, rows and columns of a panel. Rows of panels go in pairs: 1, 2 and 3 of them, and 5 columns.
+# images, texts, D, kind of targets, rows and columns of a panel and how many are kept. Rows of panels go in pairs: 1, 2 and 3 of
+# them, and 5 columns. The last tile of a gradient has 256 channels or 128.
 CASES = {
-    "one-panel": (512, 512, 256, "", (512, 512)),
-    "pair": (512, 1280, 512, "ranges", (256, 256)),
-    "three-rows": (768, 768, 768, "", (256, 256)),
-    "captions": (512, 1280, 768, "index", (256, 256)),
-    "rest": (1280, 1792, 192, "ranges", (512, 768)),
-    "narrow-tiles": (1024, 1536, 1152, "index", (512, 512)),
-    "more-than-kept": (1024, 1024, 256, "", (256, 256)),
+    "one-panel": (512, 512, 256, "", (512, 512, 3)),
+    "pair": (512, 1280, 512, "ranges", (256, 256, 3)),
+    "three-rows": (768, 768, 768, "", (256, 256, 3)),
+    "captions": (512, 1280, 768, "index", (256, 256, 2)),
+    "rest": (1280, 1792, 384, "ranges", (512, 768, 3)),
+    "narrow-tiles": (1024, 1536, 1152, "index", (512, 512, 3)),
+    "more-than-kept": (1024, 1024, 256, "", (256, 256, 4)),
     "1024": (2304, 2048, 1024, "ranges", None),
 }
 
 
-def panels(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None) -> None:
+def panels(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int] | None) -> None:
     from vlmkernels.backends.cuda import contrastive
 
-    if size is not None:
-        monkeypatch.setattr(contrastive, "panel_size", lambda *_: size)
+    if shape is not None:
+        monkeypatch.setattr(contrastive, "panel_shape", lambda *_: shape)
         monkeypatch.setattr(contrastive, "STRIP_TILES", 2)
 
 
 @both
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients(name: str, loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, texts, dim, kind, size = CASES[name]
-    panels(monkeypatch, size)
+    images, texts, dim, kind, shape = CASES[name]
+    panels(monkeypatch, shape)
     targets = {"index": several_captions, "ranges": runs}.get(kind)
     leaves = [*features(images, texts, dim, torch.bfloat16, device), *numbers(loss, device)]
     check(loss, leaves, "cuda", targets and targets(images, texts, device))
@@ -51,7 +52,7 @@ def test_loss_and_gradients(name: str, loss: Loss, device: torch.device, monkeyp
 @pytest.mark.parametrize("kind", ["scale", "far", "all-alike", "negative"])
 def test_extreme_logits(loss: Loss, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale of 100; rows so far apart that no exponential serves both directions; logits that all are far from 0."""
-    panels(monkeypatch, (256, 256))
+    panels(monkeypatch, (256, 256, 3))
     a, b = (F.normalize(torch.randn(512, 256, device=device)) for _ in range(2))
     # As alike as leaves something of the gradient: of a pair that nothing else comes near, only the rounding of logits is left.
     b = F.normalize(b + a / 8)
@@ -72,7 +73,7 @@ def test_strides(loss: Loss, device: torch.device) -> None:
 
 def test_nan_stays_in_its_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while a sum has 20 bits."""
-    panels(monkeypatch, (256, 256))
+    panels(monkeypatch, (256, 256, 3))
     leaves = [*features(768, 768, 256, torch.bfloat16, device), *numbers(siglip_loss, device)]
     with torch.no_grad():
         leaves[0][300, 3] = float("nan")
@@ -163,7 +164,8 @@ def test_choice(loss: Loss, device: torch.device) -> None:
     refused: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = {
         "it takes bfloat16, these are torch.float16": ((512, 512, 256), torch.float16, {}),
         "multiples of 256 features of both kinds, these are 500 and 512": ((512, 500, 256), torch.bfloat16, {}),
-        "multiples of 192 or 256 channels, these are 320": ((512, 512, 320), torch.bfloat16, {}),
+        "multiples of 128 channels from 256 on, these are 320": ((512, 512, 320), torch.bfloat16, {}),
+        "multiples of 128 channels from 256 on, these are 128": ((512, 512, 128), torch.bfloat16, {}),
         "it does not normalize": ((512, 512, 256), torch.bfloat16, {"normalize": True}),
     }
     if loss is clip_loss:
@@ -182,9 +184,9 @@ def test_choice(loss: Loss, device: torch.device) -> None:
 
 def test_gradients_that_ranks_add_up_are_wide(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rank computes for the others' texts: fp32, of more columns than rows, kept whole between panels."""
-    panels(monkeypatch, (256, 256))
+    panels(monkeypatch, (256, 256, 3))
     ops = torch.ops.vlmkernels
-    for dim in (256, 192):
+    for dim in (256, 384):
         a, b = (x.detach() for x in features(768, 1024, dim, torch.bfloat16, device))
         row, column = torch.rand(768, device=device), torch.rand(1024, device=device)
         start = torch.arange(768, dtype=torch.int32, device=device) + 256

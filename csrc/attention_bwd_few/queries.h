@@ -12,13 +12,13 @@
 #include "common/float16.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
+#include "common/threads.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention_bwd_few {
 
 using attention::Head;
-using attention::lane_index;
 
 // All barriers of a block, as addresses in shared memory.
 struct Barriers {

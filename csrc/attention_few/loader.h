@@ -10,13 +10,13 @@
 #include "attention_few/config.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
+#include "common/threads.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention_few {
 
 using attention::Head;
-using attention::lane_index;
 
 // The tiles that a block visits of a head: [begin, end), the first of all tiles beginning with the
 // first key that any row sees.

@@ -169,6 +169,13 @@ __device__ __forceinline__ void store_to_block(uint32_t destination, float2 x, u
       : "memory");
 }
 
+__device__ __forceinline__ void store_to_block(uint32_t destination, int32_t x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(
+                   destination),
+               "r"(x), "r"(barrier)
+               : "memory");
+}
+
 // From another block's shared memory.
 __device__ __forceinline__ float4 load_from_block(uint32_t address) {
   float4 x;

@@ -44,14 +44,13 @@ int multiprocessors(int& count) {
 
 // How a kernel is launched, in clusters of so many blocks. It points into itself. Blocks that start
 // early do so while the grids before in the stream are not done yet: such a kernel has to call
-// wait_for_previous_grids() before it touches memory. Blocks that wait for each other have to run
-// all at once.
+// wait_for_previous_grids() before it touches memory.
 struct LaunchConfig {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
   LaunchConfig(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void* stream,
-               bool early = false, bool at_once = false) {
+               bool early = false) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {cluster, 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -61,10 +60,7 @@ struct LaunchConfig {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = early || at_once ? 2 : 1;
-    if (!at_once) return;
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = 1;
+    config.numAttrs = early ? 2 : 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };

@@ -15,7 +15,8 @@ struct ClipBackward {
   const VlmkContrastiveParams& p;
   int group;
   float* scratch;  // of each column the log-sum-exp, and behind them all the shares
-  float scale, gain, lowest, dscale = 0;
+  Totals totals;
+  float scale, gain, lowest;
   bool narrow;
   float row_lse[2], row_share[2];
   float2 column_lse;  // of the two columns that this thread reads for all
@@ -24,10 +25,13 @@ struct ClipBackward {
       : p(p),
         group(group),
         scratch(scratch),
+        totals{reinterpret_cast<double*>(scratch + 2 * kTile)},
         scale(*p.scale * kLog2E),
         gain(p.numbers[kGain]),
         lowest(p.numbers[kLowest]),
-        narrow(p.numbers[kHighest] - lowest < kNarrowRange) {}
+        narrow(p.numbers[kHighest] - lowest < kNarrowRange) {
+    totals.clear(1);
+  }
 
   __device__ __forceinline__ static float factor(const VlmkContrastiveParams& p) {
     return p.numbers[kTimes] * *p.scale;
@@ -45,8 +49,7 @@ struct ClipBackward {
     return exp2_approximate(lowest - lse);
   }
 
-  __device__ __forceinline__ void finish(const Panel& panel, const Part& part,
-                                         const float (&x)[kSums]) {
+  __device__ __forceinline__ void prepare() {
     named_wait<128>(kGroupBarrier + group);  // all have read those of the tile before
     auto* columns = reinterpret_cast<float2*>(scratch) + group_thread();
     columns[0] = column_lse;
@@ -54,22 +57,27 @@ struct ClipBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) row_share[half] = share_of(row_lse[half]);
     named_wait<128>(kGroupBarrier + group);
+  }
+
+  __device__ __forceinline__ void finish(const Task& task, const Part& part,
+                                         const float (&x)[kSums]) {
     if (!narrow) {
-      store<true, false>(panel, part, x);
+      store<true, false>(task, part, x);
     } else if (part.near()) {
-      store<true, true>(panel, part, x);
+      store<true, true>(task, part, x);
     } else {
-      store<false, true>(panel, part, x);
+      store<false, true>(task, part, x);
     }
   }
 
-  __device__ __forceinline__ void end(float* sums) { store_sum(dscale, scratch, group, sums); }
+  __device__ __forceinline__ void end(double* sums) { totals.store(0, group, sums); }
 
  private:
   template <bool kNear, bool kNarrow>
-  __device__ __forceinline__ void store(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void store(const Task& task, const Part& part,
                                         const float (&x)[kSums]) {
-    const GradientRows out(p, panel, part);
+    const GradientRows out(p, task, part);
+    float dscale = 0;
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) {
       stay_behind(p.rows < 0);
@@ -102,6 +110,7 @@ struct ClipBackward {
         out.store(half, eight, g[half]);
       }
     }
+    totals.add(0, dscale);
   }
 
   __device__ __forceinline__ void subtract_targets(const Part& part, int eight, float (&g)[2][8]) {

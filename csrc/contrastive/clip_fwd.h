@@ -42,16 +42,24 @@ struct ClipForward {
   const VlmkContrastiveParams& p;
   int group;
   float* scratch;
-  float scale, shift = 0, picked = 0;
+  Totals totals;  // to the base 2
+  float scale, shift = 0;
 
   __device__ __forceinline__ ClipForward(const VlmkContrastiveParams& p, int group, float* scratch)
-      : p(p), group(group), scratch(scratch), scale(*p.scale * kLog2E) {}
+      : p(p),
+        group(group),
+        scratch(scratch),
+        totals{reinterpret_cast<double*>(scratch + kScratchFloats - 256)},
+        scale(*p.scale * kLog2E) {
+    totals.clear(1);
+  }
 
   __device__ __forceinline__ void meet() const { named_wait<128>(kGroupBarrier + group); }
 
   __device__ __forceinline__ void begin(const Part&) {}
+  __device__ __forceinline__ void prepare() {}
 
-  __device__ __forceinline__ void finish(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void finish(const Task& task, const Part& part,
                                          const float (&x)[kSums]) {
     if (part.near()) pick(part, x);
     float rows[2] = {0, 0}, columns[8];
@@ -75,17 +83,15 @@ struct ClipForward {
     }
     const bool all = is_exact(rows[0]) && is_exact(rows[1]) && is_exact(sums.x) && is_exact(sums.y);
     if (named_any<128>(kGroupBarrier + group, !all)) {
-      finish_far(panel, part, x);
+      finish_far(task, part, x);
       return;
     }
-    store_columns(panel, part,
+    store_columns(task, part,
                   make_float2(shift + log2_approximate(sums.x), shift + log2_approximate(sums.y)));
-    store_rows(panel, part, shift + log2_approximate(rows[0]), shift + log2_approximate(rows[1]));
+    store_rows(task, part, shift + log2_approximate(rows[0]), shift + log2_approximate(rows[1]));
   }
 
-  __device__ __forceinline__ void end(float* sums) {
-    store_sum(picked * kLn2, scratch, group, sums);
-  }
+  __device__ __forceinline__ void end(double* sums) { totals.store(0, group, sums); }
 
  private:
   __device__ __forceinline__ static void add_lanes_of_rows(float (&rows)[2]) {
@@ -110,24 +116,24 @@ struct ClipForward {
     return reinterpret_cast<const float2*>(scratch + warp * kTile)[group_thread()];
   }
 
-  __device__ __forceinline__ void store_columns(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void store_columns(const Task& task, const Part& part,
                                                 float2 lse) const {
-    float* out = p.share_b + int64_t{(part.first_row - panel.first_row) / 64} * p.columns +
+    float* out = p.share_b + int64_t{(task.kept_row + part.first_row - task.row) / 64} * p.columns +
                  part.first_column;
     reinterpret_cast<float2*>(out)[group_thread()] = lse;
   }
-  __device__ __forceinline__ void store_rows(const Panel& panel, const Part& part, float upper,
+  __device__ __forceinline__ void store_rows(const Task& task, const Part& part, float upper,
                                              float lower) const {
     if (lane_index() % 4) return;
     float* out =
-        p.share_a + int64_t{part.first_column / kTile} * panel.row_tiles * kTile - panel.first_row;
+        p.share_a + int64_t{part.first_column / kTile} * p.panel_rows + task.kept_row - task.row;
     out[part.row(0)] = upper;
     out[part.row(1)] = lower;
   }
 
   // A row or a column lies too far from `shift`: each gets a maximum of its own, and the next tile
   // a shift from this one.
-  __device__ __forceinline__ void finish_far(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void finish_far(const Task& task, const Part& part,
                                              const float (&x)[kSums]) {
     float top[2], rows[2], columns[8];
     const float row_scale = again(scale), column_scale = again(scale);
@@ -148,7 +154,7 @@ struct ClipForward {
       }
     }
     add_lanes_of_rows(rows);
-    store_rows(panel, part, top[0] + log2_approximate(rows[0]), top[1] + log2_approximate(rows[1]));
+    store_rows(task, part, top[0] + log2_approximate(rows[0]), top[1] + log2_approximate(rows[1]));
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) {
 #pragma unroll
@@ -175,7 +181,7 @@ struct ClipForward {
       const float2 other = exchanged(warp);
       lse = make_float2(add_logarithms(lse.x, other.x), add_logarithms(lse.y, other.y));
     }
-    store_columns(panel, part, lse);
+    store_columns(task, part, lse);
     float& next = scratch[4 * kTile];
     if (group_thread() == 0) next = fabsf(lse.x) < 1e30f ? lse.x : 0;
     meet();
@@ -190,6 +196,7 @@ struct ClipForward {
   // Adds what the loss subtracts of these logits, to the base 2.
   __device__ __forceinline__ void pick(const Part& part, const float (&x)[kSums]) {
     const float pick_scale = again(scale);
+    float picked = 0;
     const float row[2] = {p.row_positive[part.row(0)], p.row_positive[part.row(1)]};
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) {
@@ -205,6 +212,7 @@ struct ClipForward {
         }
       }
     }
+    totals.add(0, picked * kLn2);
   }
 };
 

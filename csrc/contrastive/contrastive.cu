@@ -20,8 +20,8 @@ int check(const VlmkContrastiveParams& p) {
   VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
              "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
              p.columns);
-  VLMK_CHECK(p.dim > 0 && (p.dim % 192 == 0 || p.dim % 256 == 0),
-             "it takes multiples of 192 or 256 channels, these are %d", p.dim);
+  VLMK_CHECK(p.dim >= kTile && p.dim % kNarrow == 0,
+             "it takes multiples of %d channels from %d on, these are %d", kNarrow, kTile, p.dim);
   VLMK_CHECK(tiled(p.panel_rows) && tiled(p.panel_columns), "panels of %d rows, %d columns",
              p.panel_rows, p.panel_columns);
   VLMK_CHECK(
@@ -48,7 +48,7 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
   if (code) return code;
   code = encode_matrix(maps.factor_b, p.b, p.columns, p.dim, p.b_stride, kDepth / kBlocks);
   if (code) return code;
-  const int64_t rows = int64_t{kPanels} * p.panel_rows, columns = p.panel_columns;
+  const int64_t rows = int64_t{p.kept_panels} * p.panel_rows, columns = p.panel_columns;
   code = encode_matrix(maps.panel_rows, p.panel, rows, columns, columns, kRows);
   if (code) return code;
   return encode_matrix(maps.panel_columns, p.panel, rows, columns, columns, kDepth);
@@ -56,7 +56,7 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
 
 // As many clusters as find room, or as there are tiles of logits.
 template <auto kKernel, typename Params, typename... Args>
-int launch_for_tiles(const char* name, const Params& p, int64_t tiles, bool at_once, void* stream,
+int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* stream,
                      const Args&... args) {
   int count = 0;
   int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
@@ -65,8 +65,7 @@ int launch_for_tiles(const char* name, const Params& p, int64_t tiles, bool at_o
   if (code) return code;
   const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
   VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);
-  const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream,
-                            false, at_once);
+  const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream);
   return launch(name, kKernel, config, p, args...);
 }
 
@@ -74,15 +73,15 @@ template <typename Work>
 int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps& maps,
                   void* stream) {
   return launch_for_tiles<contrastive_logits_kernel<Work>>(
-      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, false, stream,
-      panel, maps);
+      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, stream, panel,
+      maps);
 }
 
-template <typename Work, int kColumns, bool kWideB>
+template <typename Work, bool kWideB>
 int launch_gradients(const Job& p, const Maps& maps, void* stream) {
-  return launch_for_tiles<contrastive_gradients_kernel<Work, kColumns, kWideB>>(
-      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), true,
-      stream, maps);
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kWideB>>(
+      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), stream,
+      maps);
 }
 
 int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
@@ -99,14 +98,13 @@ int launch_total(const VlmkContrastiveParams& p, int panels, const float* times,
 template <typename Work>
 int gradients(const VlmkContrastiveParams& p, const float* times, void* stream) {
   Maps maps;
+  VLMK_CHECK(p.kept_panels > 1, "%d panels kept, wanted 2 or more", p.kept_panels);
   int code = encode_maps(p, true, maps);
   if (code) return code;
-  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns)};
-  const auto run = p.dim % 256 == 0 ? p.wide_b ? launch_gradients<Work, 256, true>
-                                               : launch_gradients<Work, 256, false>
-                   : p.wide_b       ? launch_gradients<Work, 192, true>
-                                    : launch_gradients<Work, 192, false>;
-  code = run(job, maps, stream);
+  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
+                ceil_div(p.dim, kTile)};
+  code = p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
+                  : launch_gradients<Work, false>(job, maps, stream);
   return code ? code : launch_total(p, 1, times, stream);
 }
 
@@ -126,19 +124,19 @@ int clip_forward(const VlmkContrastiveParams& p, void* stream) {
              p.columns);
   code = encode_maps(p, false, maps);
   if (code) return code;
-  Panel panel{0, 0, 0, p.columns / kTile, 0};
+  Panel panel{0, 0, 0, p.columns / kTile, 0, 0};
   for (int row = 0; row < p.rows; row += p.panel_rows) {
     const int rows = std::min(p.panel_rows, p.rows - row);
     panel.first_row = row;
     panel.row_tiles = rows / kTile;
     code = launch_logits<ClipForward>(p, panel, maps, stream);
     if (code) return code;
-    code = launch_merge({p.share_a, p.lse_a + row, panel.column_tiles, rows, false},
-                        {p.share_b, p.lse_b, rows / 64, p.columns, row > 0}, stream);
+    code = launch_merge({p.share_a, p.lse_a + row, panel.column_tiles, rows, p.panel_rows, false},
+                        {p.share_b, p.lse_b, rows / 64, p.columns, p.columns, row > 0}, stream);
     if (code) return code;
-    ++panel.kept_row;
+    ++panel.index;
   }
-  return launch_total(p, panel.kept_row, nullptr, stream);
+  return launch_total(p, panel.index, nullptr, stream);
 }
 
 int siglip(const VlmkContrastiveParams& p, void* stream) {
@@ -148,7 +146,7 @@ int siglip(const VlmkContrastiveParams& p, void* stream) {
   Maps maps;
   code = encode_maps(p, false, maps);
   if (code) return code;
-  const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0};
+  const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0, 0};
   code = launch_logits<SigLip<false>>(p, all, maps, stream);
   return code ? code : launch_total(p, 1, nullptr, stream);
 }

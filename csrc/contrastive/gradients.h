@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "contrastive/logits.h"
 #include "contrastive/products.h"
@@ -13,9 +14,12 @@ namespace contrastive {
 
 constexpr int kMembers = kBlocks * kGroups;  // warpgroups that have a part of a tile
 
-__device__ __forceinline__ int load_counter(const int32_t* counter) {
+__device__ __forceinline__ int load_counter(const Job& p, int counter) {
   int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(p.counters + counter)
+               : "memory");
   return value;
 }
 
@@ -26,102 +30,104 @@ __device__ __forceinline__ void see_what_was_counted() {
 }
 
 // The thread that copies.
-template <int kColumns>
-__device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, StageRing ring) {
-  for_tiles<kColumns>(
-      p,
+__device__ __forceinline__ void copy_all(const Job& p, const Maps& maps, Dealer dealer) {
+  for_tiles(
+      p, dealer,
       [&](int number, const Visit& visit, int tile) {
-        if (number >= kPanels) {
-          const Panel before = visit_of(p, number - kPanels).panel;
-          const int wanted = kMembers * tiles_of_products<kColumns>(p, before);
-          while (load_counter(counters_of_products(p) + number - kPanels) < wanted) {
+        set_logits(dealer.task(), p, visit.panel, tile, counter_of_logits(number));
+        if (number >= p.kept_panels) {
+          const Panel before = visit_of(p, number - p.kept_panels).panel;
+          const int wanted = kMembers * tiles_of_products(p, before);
+          while (load_counter(p, counter_of_products(p, number - p.kept_panels)) < wanted) {
           }
           see_what_was_counted();
         }
-        copy_logits(p, maps, visit.panel, tile, ring);
+        copy_logits(maps, dealer);
       },
       [&](int number, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
+        Task& task = dealer.task();
+        const int turns_before = set_products(task, p, visit, tile, counter_of_products(p, number));
         const int wanted = kMembers * tiles_of_logits(visit.panel);
         bool ready;
         do {
-          const int logits = load_counter(counters_of_logits(p) + number);
-          const int first = load_counter(t.turns), second = load_counter(t.turns + 1);
-          ready = logits >= wanted && min(first, second) >= t.turns_before;
+          const int logits = load_counter(p, counter_of_logits(number));
+          const int first = load_counter(p, task.turns), second = load_counter(p, task.turns + 1);
+          ready = logits >= wanted && min(first, second) >= turns_before;
         } while (!ready);
         see_what_was_counted();
-        copy_products<kColumns>(p, maps, visit, t, ring);
+        if (is_narrow(p, task)) {
+          copy_products<kNarrow>(maps, visit, dealer);
+        } else {
+          copy_products<kTile>(maps, visit, dealer);
+        }
       });
+  dealer.end();
 }
 
 // The warp that tells the others what a warpgroup has stored. That takes until all of it has
 // arrived, which the warpgroup does not wait for.
-template <int kColumns>
-__device__ __forceinline__ void publish_all(const Job& p, int group) {
-  const auto publish = [&](int32_t* counter, int32_t* turns) {
+__device__ __forceinline__ void publish_all(const Job& p, const char* shared, int group) {
+  const Task* tasks = reinterpret_cast<const Task*>(shared + Layout::kTaskPlace);
+  for (unsigned count = 0;; ++count) {
     named_wait<160>(kStoredBarrier + group);
+    const Task& task = tasks[count % kTasks];
+    if (task.kind == kNoMore) return;
     if (lane_index() == 0) {
       __threadfence();
-      if (turns) atomicAdd(turns, 1);
-      atomicAdd(counter, 1);
+      if (task.turns >= 0) atomicAdd(p.counters + task.turns + group, 1);
+      atomicAdd(p.counters + task.counter, 1);
     }
     __syncwarp();
     named_arrive<160>(kPublishedBarrier + group);
-  };
-  for_tiles<kColumns>(
-      p, [&](int number, const Visit&, int) { publish(counters_of_logits(p) + number, nullptr); },
-      [&](int number, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
-        publish(counters_of_products(p) + number, t.turns + group);
-      });
+  }
 }
 
 // A warpgroup that multiplies.
-template <int kColumns, bool kWideB, typename Work>
-__device__ __forceinline__ void work_on_all(const Job& p, Work& work, StageRing ring, int group) {
-  bool first_tile = true;
+template <bool kWideB, typename Work>
+__device__ __forceinline__ void work_on_all(const Job& p, Work& work, const char* shared,
+                                            StageRing ring, int group) {
   float products[kSums];  // of every tile: those of two kinds would not fit in registers together
-  const auto before = [&] {
-    if (!first_tile) named_wait<160>(kPublishedBarrier + group);
-  };
-  const auto stored = [&] {
+  const bool any = for_tasks(shared, ring, [&](const Task& task, bool first) {
+    const auto before = [&] {
+      if (!first) named_wait<160>(kPublishedBarrier + group);
+    };
+    const auto multiply_and_add = [&](auto columns) {
+      constexpr int kColumns = decltype(columns)::value;
+      if (task.kind == kGradientA) {
+        add_products<Work, kColumns, false, false>(p, task, products, ring, group, first, before);
+      } else {
+        add_products<Work, kColumns, true, kWideB>(p, task, products, ring, group, first, before);
+      }
+    };
+    if (task.kind == kLogits) {
+      work_on_logits(work, task, products, ring, group, first, before);
+    } else if (is_narrow(p, task)) {
+      multiply_and_add(std::integral_constant<int, kNarrow>());
+    } else {
+      multiply_and_add(std::integral_constant<int, kTile>());
+    }
     fence_async_proxy_global();
     named_arrive<160>(kStoredBarrier + group);
-    first_tile = false;
-  };
-  for_tiles<kColumns>(
-      p,
-      [&](int, const Visit& visit, int tile) {
-        work_on_logits(work, visit.panel, tile, products, ring, group, first_tile, before);
-        stored();
-      },
-      [&](int, const Visit& visit, int tile) {
-        const GradientTile t = gradient_tile<kColumns>(p, visit, tile);
-        if (t.of_b) {
-          add_products<Work, kColumns, true, kWideB>(p, visit, t, products, ring, group, first_tile,
-                                                     before);
-        } else {
-          add_products<Work, kColumns, false, false>(p, visit, t, products, ring, group, first_tile,
-                                                     before);
-        }
-        stored();
-      });
-  before();
+  });
+  if (any) named_wait<160>(kPublishedBarrier + group);
+  named_arrive<160>(kStoredBarrier + group);  // that there are no more
   work.end(p.sums);
 }
 
-template <typename Work, int kColumns, bool kWideB>
+template <typename Work, bool kWideB>
 __global__ void __launch_bounds__(kThreads, 1)
     contrastive_gradients_kernel(const __grid_constant__ Job p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
+  const StageRing stages(shared_address(shared));
+  if (threadIdx.x == 0) Dealer::init(stages);
   run<kConsumerRegisters, kProducerRegisters>(
-      StageRing(shared_address(shared)), [&](StageRing ring) { copy_all<kColumns>(p, maps, ring); },
+      stages, [&](const StageRing& ring) { copy_all(p, maps, Dealer(ring, shared, p.counters)); },
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);
-        work_on_all<kColumns, kWideB>(p, work, ring, group);
+        work_on_all<kWideB>(p, work, shared, ring, group);
       },
-      [&](int group) { publish_all<kColumns>(p, group); });
+      [&](int group) { publish_all(p, shared, group); });
 }
 
 }  // namespace contrastive

@@ -55,45 +55,51 @@ struct Part {
 };
 
 // The tile of a number: a band of row tiles after the other, column by column.
-__device__ __forceinline__ int2 tile_place(const Panel& panel, int tile) {
+__device__ __forceinline__ void set_logits(Task& task, const VlmkContrastiveParams& p,
+                                           const Panel& panel, int tile, int counter) {
   const int band = tile / (kBand * panel.column_tiles),
             inside = tile % (kBand * panel.column_tiles);
   const int size = min(panel.row_tiles - band * kBand, kBand);
-  return make_int2(panel.first_row + (band * kBand + inside % size) * kTile,
-                   panel.first_column + inside / size * kTile);
+  const int row = (band * kBand + inside % size) * kTile, column = inside / size * kTile;
+  task.kind = kLogits;
+  task.steps = p.dim / kDepth;
+  task.row = panel.first_row + row;
+  task.column = panel.first_column + column;
+  task.kept_row = panel.kept_row + row;
+  task.kept_column = column;
+  task.counter = counter;
+  task.turns = -1;
 }
 
 // Column 32 g + 8 q + 2 u + e of a tile is row 64 u + 8 g + 2 q + e of the map's box: of a
 // product's sums, a thread is given two of every eight, and so 8 neighbouring columns.
-__device__ __forceinline__ void copy_logits(const VlmkContrastiveParams& p, const Maps& maps,
-                                            const Panel& panel, int tile, StageRing& ring) {
+__device__ __forceinline__ void copy_logits(const Maps& maps, Dealer& dealer) {
   const int rank = block_in_cluster();
-  const int2 place = tile_place(panel, tile);
-  copy_stages<Layout::kStageBytes>(
-      ring, p.dim / kDepth, [&](uint32_t stage, uint32_t barrier, int step) {
-        const int k = step * kDepth;
-        copy_tile(stage, maps.rows_a, k, place.x + rank * kRows, 0, 0, barrier);
-        copy_tile_to_blocks(stage + kLeftBytes + rank * (kTile / 2 * kRowBytes), maps.columns_b, k,
-                            0, place.y / 8, 2 * rank, barrier, 3);
-      });
+  const int row = dealer.task().row + rank * kRows, column = dealer.task().column;
+  dealer.copy<Layout::kStageBytes>([&](uint32_t stage, uint32_t barrier, int step) {
+    const int k = step * kDepth;
+    copy_tile(stage, maps.rows_a, k, row, 0, 0, barrier);
+    copy_tile_to_blocks(stage + kLeftBytes + rank * (kTile / 2 * kRowBytes), maps.columns_b, k, 0,
+                        column / 8, 2 * rank, barrier, 3);
+  });
 }
 
-// `Work` has members `begin(part)`, whose loads are under way during the products, `finish(panel,
-// part, products)`, and `end(sums)` for behind the last tile; `before()` is called before `finish`
-// stores anything.
+// `Work` has members `begin(part)`, whose loads are under way during the products, `prepare()` for
+// when these end, `finish(task, part, products)`, and `end(sums)` for behind the last tile;
+// `before()` is called before `finish` stores anything.
 template <typename Work, typename Before>
-__device__ __forceinline__ void work_on_logits(Work& work, const Panel& panel, int tile,
+__device__ __forceinline__ void work_on_logits(Work& work, const Task& task,
                                                float (&products)[kSums], StageRing& ring, int group,
                                                bool first_tile, Before before) {
-  const int2 place = tile_place(panel, tile);
   Part part;
-  part.first_row = place.x + block_in_cluster() * kRows + group * 64;
-  part.first_column = place.y;
+  part.first_row = task.row + block_in_cluster() * kRows + group * 64;
+  part.first_column = task.column;
   part.load_ranges(work.p);
   work.begin(part);
-  multiply<kTile, false, false>(products, ring, group, work.p.dim / kDepth, first_tile);
+  multiply<kTile, false, false>(products, ring, group, task.steps, first_tile,
+                                [&] { work.prepare(); });
   before();
-  work.finish(panel, part, products);
+  work.finish(task, part, products);
 }
 
 // All tiles of one panel, of which nothing is kept.
@@ -103,26 +109,28 @@ __global__ void __launch_bounds__(kThreads, 1)
                               const __grid_constant__ Panel panel,
                               const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
-  const auto for_tiles = [&](auto one) {
-#pragma unroll 1
-    for (int tile = cluster_index(); tile < panel.row_tiles * panel.column_tiles;
-         tile += clusters()) {
-      one(tile);
-    }
-  };
+  const StageRing stages(shared_address(shared));
+  if (threadIdx.x == 0) Dealer::init(stages);
   run<kConsumerRegisters, kProducerRegisters>(
-      StageRing(shared_address(shared)),
-      [&](StageRing ring) {
-        for_tiles([&](int tile) { copy_logits(p, maps, panel, tile, ring); });
+      stages,
+      [&](const StageRing& ring) {
+        Dealer dealer(ring, shared, p.counters + panel.index);
+        const int tiles = panel.row_tiles * panel.column_tiles;
+#pragma unroll 1
+        for (int tile = dealer.next(); tile < tiles; tile = dealer.next()) {
+          set_logits(dealer.task(), p, panel, tile, 0);
+          copy_logits(maps, dealer);
+        }
+        dealer.end();
       },
       [&](StageRing ring, int group) {
         float* scratch = reinterpret_cast<float*>(shared + Layout::kScratch);
         Work work(p, group, scratch + group * kScratchFloats);
         float products[kSums];
-        for_tiles([&](int tile) {
-          work_on_logits(work, panel, tile, products, ring, group, tile == cluster_index(), [] {});
+        for_tasks(shared, ring, [&](const Task& task, bool first) {
+          work_on_logits(work, task, products, ring, group, first, [] {});
         });
-        work.end(p.sums + int64_t{panel.kept_row} * 3 * p.slots);
+        work.end(p.sums + int64_t{panel.index} * 3 * p.slots);
       },
       [](int) {});
 }
@@ -131,13 +139,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct GradientRows {
   uint16_t* row[2];
 
-  __device__ __forceinline__ GradientRows(const VlmkContrastiveParams& p, const Panel& panel,
+  __device__ __forceinline__ GradientRows(const VlmkContrastiveParams& p, const Task& task,
                                           const Part& part) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       row[half] = static_cast<uint16_t*>(p.panel) +
-                  int64_t{panel.kept_row + part.row(half) - panel.first_row} * p.panel_columns +
-                  (part.column(0) - panel.first_column);
+                  int64_t{task.kept_row + part.row(half) - task.row} * p.panel_columns +
+                  task.kept_column + part.column(0) - task.column;
     }
   }
 

@@ -14,7 +14,6 @@
 namespace vlmk {
 namespace contrastive {
 
-constexpr int kPanels = VLMK_LOSS_PANELS;  // that are kept
 // Rows of panels go in pairs, the second of them so many columns ahead: panels that follow each
 // other have no sum in common, and none waits for the one before.
 constexpr int kShift = 2;
@@ -22,6 +21,7 @@ constexpr int kShift = 2;
 // What a launch works on, with what would have to be divided for.
 struct Job : VlmkContrastiveParams {
   int32_t row_panels, column_panels;
+  int32_t across;  // tiles of a gradient beside each other
 
   __device__ __forceinline__ int panels() const { return row_panels * column_panels; }
 };
@@ -49,52 +49,53 @@ __device__ __forceinline__ Visit visit_of(const Job& p, int number) {
   v.panel.first_column = column * p.panel_columns;
   v.panel.row_tiles = min(p.panel_rows, p.rows - v.panel.first_row) / kTile;
   v.panel.column_tiles = min(p.panel_columns, p.columns - v.panel.first_column) / kTile;
-  v.panel.kept_row = number % kPanels * p.panel_rows;
+  v.panel.kept_row = number % p.kept_panels * p.panel_rows;
   return v;
 }
 
 // Tiles of logits that both blocks and both warpgroups of each have stored, of each panel; likewise
-// of products that have read it; and by warpgroups, how often they have added to a tile of a sum.
-__device__ __forceinline__ int32_t* counters_of_logits(const Job& p) { return p.counters; }
-__device__ __forceinline__ int32_t* counters_of_products(const Job& p) {
-  return p.counters + p.panels();
+// of products that have read it; and by warpgroups, how often they have added to a tile of a sum:
+// where these counters are.
+__device__ __forceinline__ int counter_of_logits(int number) { return 1 + number; }
+__device__ __forceinline__ int counter_of_products(const Job& p, int number) {
+  return 1 + p.panels() + number;
 }
-__device__ __forceinline__ int32_t* counters_of_a(const Job& p) {
-  return p.counters + 2 * p.panels();
-}
-__device__ __forceinline__ int32_t* counters_of_b(const Job& p) {
-  return counters_of_a(p) + int64_t{2 * p.panel_rows / kRows} * (p.dim / 64) * kGroups;
+__device__ __forceinline__ int turns_of_a(const Job& p) { return 1 + 2 * p.panels(); }
+__device__ __forceinline__ int turns_of_b(const Job& p) {
+  return turns_of_a(p) + 2 * p.panel_rows / kRows * (p.dim / 64) * kGroups;
 }
 
 __device__ __forceinline__ int tiles_of_logits(const Panel& panel) {
   return panel.row_tiles * panel.column_tiles;
 }
-template <int kColumns>
 __device__ __forceinline__ int tiles_of_products(const Job& p, const Panel& panel) {
-  return (panel.row_tiles + panel.column_tiles) * (p.dim / kColumns);
+  return (panel.row_tiles + panel.column_tiles) * p.across;
 }
 
 // All tiles of this block's cluster, one after another: `logits(number, visit, tile)` and
 // `products(number, visit, tile)`, with the number of the panel.
-template <int kColumns, typename Logits, typename Products>
-__device__ __forceinline__ void for_tiles(const Job& p, Logits logits, Products products) {
+template <typename Logits, typename Products>
+__device__ __forceinline__ void for_tiles(const Job& p, Dealer& dealer, Logits logits,
+                                          Products products) {
   const int panels = p.panels();
-  int tile = cluster_index();  // behind the first of this panel's logits
+  int tile = dealer.next(), before = 0;  // this part of the list
 #pragma unroll 1
   for (int number = 0; number <= panels; ++number) {
     if (number < panels) {
       const Visit visit = visit_of(p, number);
       const int tiles = tiles_of_logits(visit.panel);
 #pragma unroll 1
-      for (; tile < tiles; tile += clusters()) logits(number, visit, tile);
-      tile -= tiles;
+      for (; tile < before + tiles; tile = dealer.next()) logits(number, visit, tile - before);
+      before += tiles;
     }
     if (number > 0) {
       const Visit visit = visit_of(p, number - 1);
-      const int tiles = tiles_of_products<kColumns>(p, visit.panel);
+      const int tiles = tiles_of_products(p, visit.panel);
 #pragma unroll 1
-      for (; tile < tiles; tile += clusters()) products(number - 1, visit, tile);
-      tile -= tiles;
+      for (; tile < before + tiles; tile = dealer.next()) {
+        products(number - 1, visit, tile - before);
+      }
+      before += tiles;
     }
   }
 }

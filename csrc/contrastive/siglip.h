@@ -11,39 +11,45 @@ template <bool kGradients>
 struct SigLip {
   const VlmkContrastiveParams& p;
   int group;
-  float* scratch;
-  float scale, bias, loss = 0, dscale = 0, dbias = 0;  // the loss to the base 2
+  Totals totals;  // the loss to the base 2
+  float scale, bias;
 
   __device__ __forceinline__ SigLip(const VlmkContrastiveParams& p, int group, float* scratch)
-      : p(p), group(group), scratch(scratch), scale(*p.scale * kLog2E), bias(*p.bias * kLog2E) {}
+      : p(p),
+        group(group),
+        totals{reinterpret_cast<double*>(scratch)},
+        scale(*p.scale * kLog2E),
+        bias(*p.bias * kLog2E) {
+    totals.clear(kGradients ? 3 : 1);
+  }
 
   __device__ __forceinline__ static float factor(const VlmkContrastiveParams& p) {
     return p.weight * *p.scale;
   }
 
   __device__ __forceinline__ void begin(const Part&) {}
+  __device__ __forceinline__ void prepare() {}
 
-  __device__ __forceinline__ void finish(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void finish(const Task& task, const Part& part,
                                          const float (&x)[kSums]) {
     if (part.near()) {
-      add_up<true>(panel, part, x);
+      add_up<true>(task, part, x);
     } else {
-      add_up<false>(panel, part, x);
+      add_up<false>(task, part, x);
     }
   }
 
-  __device__ __forceinline__ void end(float* sums) {
-    store_sum(loss * kLn2, scratch, group, sums);
-    if (!kGradients) return;
-    store_sum(dscale, scratch, group, sums + p.slots);
-    store_sum(dbias, scratch, group, sums + 2 * p.slots);
+  __device__ __forceinline__ void end(double* sums) {
+#pragma unroll
+    for (int i = 0; i < (kGradients ? 3 : 1); ++i) totals.store(i, group, sums + i * p.slots);
   }
 
  private:
   template <bool kNear>
-  __device__ __forceinline__ void add_up(const Panel& panel, const Part& part,
+  __device__ __forceinline__ void add_up(const Task& task, const Part& part,
                                          const float (&x)[kSums]) {
-    const GradientRows out(p, panel, part);
+    const GradientRows out(p, task, part);
+    float loss = 0, dscale = 0, dbias = 0;
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) {
       stay_behind(p.rows < 0);
@@ -81,6 +87,10 @@ struct SigLip {
         if (kGradients) out.store(half, eight, g);
       }
     }
+    totals.add(0, loss * kLn2);
+    if (!kGradients) return;
+    totals.add(1, dscale);
+    totals.add(2, dbias);
   }
 };
 

@@ -25,6 +25,7 @@ struct Merge {
   const float* shares;
   float* lse;
   int32_t tiles, size;
+  int32_t stride;  // of the shares' tiles
   bool add;
 };
 
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   Exponentials part;
 #pragma unroll 8
   for (int tile = warp; tile < m.tiles; tile += kMergeWarps) {
-    part.add(m.shares[int64_t{tile} * m.size + at], 1);
+    part.add(m.shares[int64_t{tile} * m.stride + at], 1);
   }
   parts[warp][lane] = make_float2(part.top, part.sum);
   __syncthreads();
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(3 * 32)
   const int warp = warp_index();
   double sum = 0;
   for (int panel = 0; panel < panels; ++panel) {
-    const float* sums = p.sums + (int64_t{panel} * 3 + warp) * p.slots;
+    const double* sums = p.sums + (int64_t{panel} * 3 + warp) * p.slots;
     for (int slot = lane_index(); slot < p.slots; slot += 32) sum += sums[slot];
   }
 #pragma unroll

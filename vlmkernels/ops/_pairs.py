@@ -108,10 +108,15 @@ class Group:
     def __init__(self, group: Any) -> None:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
+    def start_gather(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The rows of all ranks, in order, once this has been waited for; the stream goes on meanwhile."""
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        return out, _all_gather(out, x.contiguous(), group=self.group, async_op=True)
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, in order."""
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        _all_gather(out, x.contiguous(), group=self.group)
+        out, arrival = self.start_gather(x)
+        arrival.wait()
         return out
 
     def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:

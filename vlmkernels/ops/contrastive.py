@@ -129,8 +129,10 @@ def _clip_forward(
     p: Pairs, scale: torch.Tensor, smoothing: float, normalize: bool, shared: Group | None, backend: str
 ) -> tuple[torch.Tensor, tuple[Any, ...], tuple[float, float]]:
     """The loss, the tensors that its backward pass needs, and the two factors of label smoothing."""
+    b, arrival = (p.b, None) if shared is None else shared.start_gather(p.b)
     w = weights(p, smoothing, shared)
-    b = p.b if shared is None else shared.gather(p.b)
+    if arrival is not None:
+        arrival.wait()
     vectors = (w.start, w.stop, w.row, w.row_positive, w.column, w.column_positive, *_norms(p.a, b, normalize))
     smooth = (w.smooth_row, w.smooth_column)
     lse_a, lse_b, picked = _clip_fwd(p.a, b, scale, *vectors, *smooth, backend)

@@ -105,7 +105,8 @@ class ContrastiveParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("share_a", "share_b", "panel", "low_a", "low_b", "counters")),
         *((name, ctypes.c_void_p) for name in ("da", "db", "sums", "totals")),
         *((f"{name}_stride", ctypes.c_int64) for name in "ab"),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "slots", "wide_b")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "kept_panels")),
+        *((name, ctypes.c_int32) for name in ("slots", "wide_b")),
         ("weight", ctypes.c_float),
     ]
 

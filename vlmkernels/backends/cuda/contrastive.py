@@ -11,8 +11,11 @@ from vlmkernels.backends.cuda._library import ContrastiveParams, EntryPoint
 
 #: Rows and columns of a tile of logits.
 TILE = 256
-#: Panels of gradients that are kept, and how many tiles their rows and columns come to.
-PANELS, PANEL_TILES, SMALL_PANEL_TILES = 3, 8, 7
+#: Panels of gradients: how many tiles their rows and columns come to, and how many are kept. Each has what waits less, or adds
+#: to sums less often, than the next, which takes less memory.
+PANELS = (12, 12, 3), (8, 12, 3), (8, 8, 3), (7, 7, 3)
+#: The same below 640 channels, where tiles of logits take little time beside those of the products that their panels wait for.
+PANELS_OF_FEW_CHANNELS = (12, 12, 3), (8, 8, 4), (8, 7, 4), (7, 7, 3)
 #: What panels and the low bits of the sums may always take together.
 LEAST_ROOM = 33 << 20
 #: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are
@@ -58,17 +61,16 @@ def why_not_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> str | None:
     return _why_not(a, b, rest[4])
 
 
-def panel_size(rows: int, columns: int, low_a: int, low_b: int, room: int) -> tuple[int, int]:
-    """Rows and columns of a panel, beside so many bytes for a row of it and for all columns.
-
-    Panels of 8 tiles wait less than those of 7, if there is room for them.
-    """
-    side = PANEL_TILES * TILE
-    need = PANELS * side * side * 2 + side * low_a + low_b
-    tiles = PANEL_TILES if need <= max(room, LEAST_ROOM) else SMALL_PANEL_TILES
+def panel_shape(rows: int, columns: int, dim: int, low_b: int, room: int) -> tuple[int, int, int]:
+    """Rows and columns of a panel and how many to keep, beside so many bytes for all columns: the first that have room."""
+    shapes = PANELS if dim >= 640 else PANELS_OF_FEW_CHANNELS
+    for tiles in shapes:
+        need = tiles[2] * tiles[0] * tiles[1] * TILE * TILE * 2 + tiles[0] * TILE * dim + low_b
+        if need <= max(room, LEAST_ROOM):
+            break
     # As even as they come: the last panel would else be small.
-    size = [-(-x // (-(-x // (tiles * TILE)) * TILE)) * TILE for x in (rows, columns)]
-    return size[0], size[1]
+    size = [-(-x // (-(-x // (side * TILE)) * TILE)) * TILE for x, side in zip((rows, columns), tiles, strict=False)]
+    return size[0], size[1], tiles[2]
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -76,14 +78,17 @@ def _multiprocessors(device: torch.device) -> int:
     return count
 
 
-def _run(function: EntryPoint, a: Tensor, b: Tensor, size: tuple[int, int], weight: float, /, **tensors: Tensor) -> Tensor:
-    """The three totals over all launches, whose panels are of this size."""
+def _run(function: EntryPoint, a: Tensor, b: Tensor, shape: tuple[int, int, int], weight: float, /, **tensors: Tensor) -> Tensor:
+    """The three totals over all launches, whose panels are of this shape."""
     slots = 2 * _multiprocessors(a.device)
-    sums = a.new_zeros((-(-len(a) // size[0]) if function is _clip_fwd else 1, 3, slots), dtype=torch.float32)
-    totals = sums.new_empty(3)
+    launches = -(-len(a) // shape[0]) if function is _clip_fwd else 1
+    sums = a.new_zeros((launches, 3, slots), dtype=torch.float64)
+    if "counters" not in tensors:
+        tensors["counters"] = a.new_zeros(launches, dtype=torch.int32)
+    totals = a.new_empty(3, dtype=torch.float32)
     params = ContrastiveParams(
         a_stride=a.stride(0), b_stride=b.stride(0), rows=len(a), columns=len(b), dim=a.shape[1],
-        panel_rows=size[0], panel_columns=size[1], slots=slots, weight=weight,
+        panel_rows=shape[0], panel_columns=shape[1], kept_panels=shape[2], slots=slots, weight=weight,
         wide_b="db" in tensors and tensors["db"].dtype == torch.float32,
     )  # fmt: skip
     for name, tensor in {"a": a, "b": b, "sums": sums, "totals": totals, **tensors}.items():
@@ -99,16 +104,18 @@ def _gradients(
     (rows, dim), columns = a.shape, len(b)
     low_b = 0 if dtype_b == torch.float32 else columns * dim // 2
     # 1.92 % of what torch.compile of the dense form takes, which keeps the logits once for SigLIP's loss, and twice for CLIP's.
-    size = panel_size(rows, columns, dim, low_b, rows * columns // (13 if function is _clip_bwd else 26))
-    panels = -(-rows // size[0]) * -(-columns // size[1])
+    # Of ranks, whose gradients of b are wide, what it takes for the whole batch.
+    pairs = rows * columns if low_b else columns**2
+    shape = panel_shape(rows, columns, dim, low_b, pairs // (13 if function is _clip_bwd else 26))
+    panels = -(-rows // shape[0]) * -(-columns // shape[1])
     da, db = a.new_empty(rows, dim), b.new_empty(columns, dim, dtype=dtype_b)
     workspace = {
-        "panel": a.new_empty(min(PANELS, panels), *size),
-        "low_a": a.new_empty(size[0] * dim, dtype=torch.uint8),
+        "panel": a.new_empty(min(shape[2], panels), *shape[:2]),
+        "low_a": a.new_empty(shape[0] * dim, dtype=torch.uint8),
         "low_b": a.new_empty(low_b, dtype=torch.uint8),
-        "counters": a.new_zeros(2 * panels + (2 * size[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
+        "counters": a.new_zeros(1 + 2 * panels + (2 * shape[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
     }
-    return da, db, _run(function, a, b, size, weight, **workspace, da=da, db=db, **rest)
+    return da, db, _run(function, a, b, shape, weight, **workspace, da=da, db=db, **rest)
 
 
 def clip_loss_fwd(
@@ -130,7 +137,7 @@ def clip_loss_fwd(
     lse_a, lse_b = torch.empty_like(row), torch.empty_like(column)
     shares = {"share_a": row.new_empty(len(b) // TILE * strip), "share_b": row.new_empty(strip // 64 * len(b))}
     vectors = {"start": start, "stop": stop, "row_positive": row_positive, "column_positive": column_positive}
-    totals = _run(_clip_fwd, a, b, (strip, len(b)), 1.0, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
+    totals = _run(_clip_fwd, a, b, (strip, len(b), 0), 1.0, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
     return lse_a, lse_b, totals[0]
 
 
@@ -179,5 +186,5 @@ def siglip_loss_fwd(
     if grads:
         da, db, totals = _gradients(_siglip, a, b, dtype_b, weight, **given)
         return totals[0].clone(), da, db, totals[1:]  # no result of an op is a view of another
-    totals = _run(_siglip, a, b, (len(a), len(b)), weight, **given)
+    totals = _run(_siglip, a, b, (len(a), len(b), 0), weight, **given)
     return totals[0], a.new_empty(0), b.new_empty(0, dtype=dtype_b), totals.new_empty(0)
