@@ -193,6 +193,8 @@ struct Config {
       kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
+  // Where dQ comes a tile later, one more is to be known.
+  static constexpr int kTileSlots = kStages + (kWide && !kHalves);
 
   // Bytes from the beginning of shared memory.
   static constexpr int kQueriesAt = kItemBytes;
@@ -205,7 +207,8 @@ struct Config {
   static constexpr int kBarriersAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
   static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
-  static constexpr int kSharedBytes = kQueryTilesAt + kStages * static_cast<int>(sizeof(QueryTile));
+  static constexpr int kSharedBytes =
+      kQueryTilesAt + kTileSlots * static_cast<int>(sizeof(QueryTile));
   static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
 
   __device__ static constexpr int keys_at(int stage) {

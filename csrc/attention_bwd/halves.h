@@ -71,7 +71,7 @@ struct HalfGroup : PairGroup<C> {
     this->store_scores(x.weights, weights + own);
     fence_async_proxy();
     this->meet();
-    this->start_own_columns();
+    this->start_own_columns(buffer.stage);
     start_gradient(dv, weights, at(C::dout_at(stage)));
     start_gradient(dk, ds, at(C::queries_at(stage)));
     mma_wait<2>();

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     barrier_init(barriers.values_empty(), 4 * C::kGroups);
     for (int stage = 0; stage < C::kScoreStages; ++stage) {
       barrier_init(barriers.scores_full(stage), 4 * kKeyGroups);
-      barrier_init(barriers.scores_empty(stage), 4);
+      barrier_init(barriers.scores_empty(stage), C::kWide ? 4 * kKeyGroups : 4);
     }
     for (int stage = 0; stage < C::kStages; ++stage) {
       barrier_init(barriers.queries_full(stage), 1);
@@ -46,10 +46,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     grow_registers<C::kKeyRegisters>();
     if constexpr (C::kHalves) {
       HalfGroup<C> halves{{{p, maps, shared, barriers, group}, s, w}};
-      halves.run([&](int first_key) { halves.attend(first_key); });
+      const auto attend = [&](int first_key) { halves.attend(first_key); };
+      halves.run(attend, attend, [] {});
     } else if constexpr (C::kWide) {
       PairGroup<C> pairs{{p, maps, shared, barriers, group}, s, w};
-      pairs.run([&](int first_key) { pairs.attend(first_key); });
+      pairs.run([&](int first_key) { pairs.template attend<false>(first_key); },
+                [&](int first_key) { pairs.template attend<true>(first_key); },
+                [&] { pairs.end_all(); });
     } else {
       KeyGroup<C> keys{p, maps, shared, barriers, group};
       keys.run();

@@ -34,12 +34,13 @@ struct PairGroup : KeyGroup<C> {
   Scores<C::kOwnQueries> x;
   float dq[kColumns / 2];
   uint32_t values_parity = 0;
+  Ring<C::kTileSlots> tiles{0};  // what it gives to dQ is whose
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
 
   // dq = dS K, of this warpgroup's columns of K, whose last may be zeros.
-  __device__ __forceinline__ void start_own_columns() {
-    const uint64_t a = swizzled_descriptor(at(C::scores_at(buffer.stage)), 16);
+  __device__ __forceinline__ void start_own_columns(int stage) {
+    const uint64_t a = swizzled_descriptor(at(C::scores_at(stage)), 16);
     constexpr int kPanelBytes = C::kKeys * kRowBytes;
     const uint64_t b = swizzled_descriptor(
         at(C::keys_at(keys.stage)) + group * (kColumns / kPanel) * kPanelBytes, kPanelBytes);
@@ -121,6 +122,23 @@ struct PairGroup : KeyGroup<C> {
     }
   }
 
+  __device__ __forceinline__ const QueryTile& tile_at(int slot) const {
+    return reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[slot];
+  }
+
+  // dQ of the tile of queries before, of which both have stored dS a while ago.
+  __device__ __forceinline__ void start_dq(int stage, uint32_t parity) {
+    barrier_wait(barriers.scores_full(stage), parity);
+    start_own_columns(stage);
+  }
+  __device__ __forceinline__ void end_dq(int stage) {
+    release(barriers.scores_empty(stage));
+    add_up(tile_at(tiles.stage));
+    tiles.advance();
+  }
+
+  // A tile of queries, with `behind` others.
+  template <bool kBehind>
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
@@ -128,16 +146,17 @@ struct PairGroup : KeyGroup<C> {
     // 5.30 where the copy engine did not add (8192 tokens, H200).
     if (C::kCopiedSums) this->begin_dp(x, stage);
     this->start_scores(x, stage);
-    const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
     if (C::kCopiedSums) barrier_wait(barriers.values_full(), values_parity);
     if (!C::kCopiedSums) this->begin_dp(x, stage);
     this->start_dp(x, stage);
     float2 lse[kQueries / 8];
 #pragma unroll
     for (int i = 0; i < kQueries / 8; ++i) lse[i] = this->load_pair(C::sums_at(stage), i);
+    const int slot = tiles.stage + kBehind == C::kTileSlots ? 0 : tiles.stage + kBehind;
+    const bool masked = tile_at(slot).flags & kMasked;
     mma_wait<1>();
     keep(x.scores);
-    if (tile.flags & kMasked) {
+    if (masked) {
       this->template weigh<true>(x, first_key, lse);
     } else {
       this->template weigh<false>(x, first_key, lse);
@@ -145,30 +164,42 @@ struct PairGroup : KeyGroup<C> {
     this->start_gradient(dv, x.weights, at(C::dout_at(stage)));
     mma_wait<1>();
     keep(x.dp);
-    if (tile.flags & kMasked) {
+    if (masked) {
       this->template differentiate<true>(x);
     } else {
       this->template differentiate<false>(x);
     }
+    barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
     this->store_scores(x.ds, this->own_scores());
     fence_async_proxy();
-    meet();
-    start_own_columns();
+    release(barriers.scores_full(buffer.stage));
+    buffer.advance();
+    if (kBehind) start_dq(buffer.stage, buffer.parity);
     this->start_gradient(dk, x.ds, at(C::queries_at(stage)));
     mma_wait<1>();
     keep(dv);
     keep(x.weights);
-    keep(dq);
-    add_up(tile);
-    buffer.advance();
+    if (kBehind) {
+      keep(dq);
+      end_dq(buffer.stage);
+    }
     mma_wait<0>();
     this->end_tile(x, stage);
     queries.advance();
   }
 
-  // With `attend`, which takes a tile of queries.
-  template <typename Attend>
-  __device__ __forceinline__ void run(Attend attend) {
+  // What is left of an item behind its last tile of queries.
+  __device__ __forceinline__ void end_all() {
+    const int stage = buffer.stage ^ 1;
+    start_dq(stage, buffer.parity ^ buffer.stage);
+    mma_wait<0>();
+    keep(dq);
+    end_dq(stage);
+  }
+
+  // With what takes the first tile of queries of an item and the next ones, and what is left then.
+  template <typename First, typename Next, typename End>
+  __device__ __forceinline__ void run(First first, Next next, End end) {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = this->item_at(keys.stage);
@@ -179,13 +210,14 @@ struct PairGroup : KeyGroup<C> {
       if (count > 0) {
         clear_unseen<C, 128 * kKeyGroups>(p, item, shared + C::keys_at(keys.stage), kPairBarrier);
       }
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        attend(first_key);
-        if (C::kItemStages > 1 && i == 0 && items > 0) this->end_item(keys.stage ^ 1);
+      if (!C::kHalves) {
+        if (count > 0) first(first_key);
+        if (items > 0) this->end_item(keys.stage ^ 1);
       }
-      if (C::kItemStages > 1 && count == 0 && items > 0) this->end_item(keys.stage ^ 1);
+#pragma unroll 1
+      for (int i = C::kHalves ? 0 : 1; i < count; ++i) next(first_key);
       if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
+      if (count > 0) end();
       meet();  // nobody multiplies the keys any more
       this->store(dv, 1, at(C::values_at(keys.stage)), this->maps.dv, keys.stage);
       this->store(dk, p.scale, at(C::keys_at(keys.stage)), this->maps.dk, keys.stage);

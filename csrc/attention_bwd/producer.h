@@ -27,6 +27,7 @@ struct Producer {
   // The first turn of a stage waits for nobody.
   Ring<C::kItemStages> keys{1};
   Ring<C::kStages> queries{1};
+  Ring<C::kTileSlots> tiles{0};
   uint32_t values_parity = 1;
   bool values_due = false;
   int num_tiles = ceil_div(p.num_queries, kQueries);
@@ -167,7 +168,8 @@ struct Producer {
     const int heads = p.num_heads / p.num_kv_heads, of_group = head - item.head * heads;
     const int row_of_sums = schedule.whole ? static_cast<int>(blockIdx.x) * heads + of_group : row;
     const QueryTile tile{flags, item.batch, head, first, row_of_sums * num_tiles + of_head};
-    reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[stage] = tile;
+    const int slot = C::kTileSlots > C::kStages ? tiles.stage : stage;
+    reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[slot] = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
     constexpr bool kEnds = C::kSums == Sums::kBehind;  // the second panel
@@ -221,6 +223,7 @@ struct Producer {
           }
           __syncwarp();
           queries.advance();
+          tiles.advance();
           if (C::kCopiedSums && values_due) copy_values_alone(item);
         }
       }
