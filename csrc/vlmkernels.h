@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 13
+#define VLMK_ABI_VERSION 14
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -192,9 +192,10 @@ VLMK_API int vlmk_attention(const VlmkAttentionParams* params, void* stream);
  * wants. Reads no pointer. */
 VLMK_API int vlmk_attention_check(const VlmkAttentionParams* params);
 
-/* The gradients of vlmk_attention, without a softcap. With P the weights of the softmax and
+/* The gradients of vlmk_attention. With P the weights of the softmax and
  * delta[i] = sum(dout[i] * out[i]) - dlse[i]:
  *   dv = P^T dout,  dS = P * (dout v^T - delta),  dq = scale dS k,  dk = scale dS^T q
+ * and with a softcap, dS times 1 - tanh^2(scale q k^T / softcap).
  * A query that sees no key has a gradient of 0, and so has a key that no query sees. dout and out
  * begin at multiples of 16 bytes; strides are as for vlmk_attention, and that of the batch may
  * be 0. */
@@ -223,12 +224,13 @@ typedef struct {
   int32_t num_keys;
   int32_t num_heads;
   int32_t num_kv_heads;
-  int32_t dim;       /* 8 to 128, a multiple of 8 */
+  int32_t dim;       /* 8 to 256, a multiple of 8 */
   int32_t value_dim; /* likewise */
   int32_t type;      /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all but lse and dlse */
   int32_t causal;
   int32_t deterministic; /* the same bits in every run, or an error */
   float scale;           /* positive */
+  float softcap;         /* as for vlmk_attention */
 } VlmkAttentionBwdParams;
 
 VLMK_API int vlmk_attention_bwd(const VlmkAttentionBwdParams* params, void* stream);
@@ -274,10 +276,10 @@ typedef struct {
   float* numbers;               /* the same: 4 */
   float* share_a;               /* workspace of clip_fwd: [columns / 256, panel_rows] */
   float* share_b;               /* the same: [panel_rows / 64, columns] */
-  void* panel;       /* workspace of gradients: [kept_panels, panel_rows, panel_columns]
-                        bfloat16 */
-  void* low_a;       /* the same: panel_rows * dim bytes */
-  void* low_b;       /* the same: columns * dim / 2 bytes, none with wide_b */
+  void* panel;                  /* workspace of gradients: [kept_panels, panel_rows, panel_columns]
+                                   bfloat16 */
+  void* low_a;                  /* the same: panel_rows * dim bytes */
+  void* low_b;                  /* the same: columns * dim / 2 bytes, none with wide_b */
   int32_t* counters; /* workspace: zeros, 1 (of clip_fwd: of each panel), and with gradients of each
                         panel 2 and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
@@ -292,7 +294,7 @@ typedef struct {
   int32_t panel_rows;
   int32_t panel_columns;
   int32_t kept_panels; /* 2 or more, with gradients */
-  int32_t slots; /* twice the multiprocessors of the GPU */
+  int32_t slots;       /* twice the multiprocessors of the GPU */
   int32_t wide_b;
   float weight;
 } VlmkContrastiveParams;

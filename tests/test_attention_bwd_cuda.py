@@ -8,7 +8,6 @@ from test_attention_bwd_few_cuda import (
     DTYPES,
     check,
     check_nan_stays_in_its_head,
-    check_no_softcap,
     check_offsets_past_2_31,
     check_unseen,
     gradients,
@@ -111,15 +110,16 @@ def test_views(view, device):
         check(inputs)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("batch", [2, 66])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_padding_of_nan(batch, dim, device):
+def test_padding_of_nan(dim, batch, softcap, device):
     inputs = [x.detach() for x in make_qkv((batch, 4, 2, 150, 300, dim, dim), torch.bfloat16, device)]
     ranges = KeyRanges(*(torch.full((batch, 150), x, device=device, dtype=torch.int32) for x in (70, 210)))
     ranges.stop[1, 3] = 0  # sees nothing
     unseen = torch.ones(batch, 300, dtype=torch.bool, device=device)
     unseen[:, 70:210] = False
-    check_unseen(inputs, ranges, unseen)
+    check_unseen(inputs, ranges, unseen, softcap)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
@@ -155,5 +155,34 @@ def test_cuda_graph(batch, device):
         assert compare(x, y.double(), "grad")
 
 
-def test_no_softcap(device):
-    check_no_softcap((1, 2, 2, 200, 40, 64, 64), device)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_softcap(shape, dtype, mask, device):
+    inputs, ranges = make_qkv(shape, DTYPES[dtype], device), make_ranges(mask, shape, device)
+    check(inputs, ranges, causal=mask == "causal", softcap=2.0, with_dlse=True)
+
+
+@pytest.mark.parametrize("dim", range(8, 264, 8))
+def test_softcap_of_every_head_dim(dim, device):
+    for dtype in DTYPES.values():
+        for batch in (2, 66):
+            shape = (batch, 2, 2, 140, 333, dim, dim)
+            check(make_qkv(shape, dtype, device), make_ranges("random", shape, device), softcap=5.0)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_softcap_of_large_logits(dim, device):
+    """Of up to 100 times the softcap, where exp overflows; of most the slope is zero."""
+    q, k, v = make_qkv((2, 2, 2, 150, 300, dim, dim), torch.bfloat16, device)
+    check([30 * q.detach(), k, v], softcap=2.0)
+
+
+@pytest.mark.parametrize("mask", ["prefix", "packed"])
+@pytest.mark.parametrize("dim", [64, 72, 88, 128, 256])
+def test_softcap_of_images_and_text(dim, mask, device):
+    """As PaliGemma 2 has it, and packed, one segment without tokens."""
+    cu_seqlens = torch.tensor([0, 130, 130, 513, 700], dtype=torch.int32, device=device)
+    packed, prefix = KeyRanges.packed(cu_seqlens, 700), KeyRanges.prefix_lm(700, 256, device=device)
+    inputs = make_qkv((1, 8, 4, 700, 700, dim, dim), torch.bfloat16, device)
+    check(inputs, prefix if mask == "prefix" else packed, softcap=50.0)

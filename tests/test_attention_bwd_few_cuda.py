@@ -27,16 +27,17 @@ SHAPES = {
 }
 
 
-def gradients(inputs, ranges=None, *, causal=False, scale=0.2, with_dlse=False, dout=None):
+def gradients(inputs, ranges=None, *, causal=False, scale=0.2, softcap=0.0, with_dlse=False, dout=None):
     """dQ, dK and dV by the kernel and exactly, both from what the exact forward pass gives, rounded."""
     q, k, v = (x.detach() for x in inputs)
     exact_inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    options = dict(causal=causal, scale=scale, return_lse=True, backend="reference")
+    options = dict(causal=causal, scale=scale, softcap=softcap, return_lse=True, backend="reference")
     out, lse = attention(*exact_inputs, ranges, **options)
     dout = torch.randn_like(out).to(q.dtype) if dout is None else dout
     dlse = torch.randn(lse.shape, device=q.device) if with_dlse else None
     start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
-    got = _gradients(dout, dlse, q, k, v, out.detach().to(q.dtype), lse.detach().float(), start, stop, causal, scale, 0.0, "cuda")
+    results = out.detach().to(q.dtype), lse.detach().float()
+    got = _gradients(dout, dlse, q, k, v, *results, start, stop, causal, scale, softcap, "cuda")
     incoming = [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()]
     return got, torch.autograd.grad([out, lse], exact_inputs, incoming)
 
@@ -48,14 +49,14 @@ def check(inputs, ranges=None, terms=0.0, **options):
         assert result, f"{name}: {result}"
 
 
-def check_unseen(inputs, ranges, unseen):
+def check_unseen(inputs, ranges, unseen, softcap=0.0):
     """Keys that no query sees may hold anything: they get zeros as gradients, and nothing comes of them."""
     q, k, v = inputs
     dout = torch.randn(*q.shape[:3], v.shape[3], device=q.device).bfloat16()
-    clean, _ = gradients(inputs, ranges, dout=dout)
+    clean, _ = gradients(inputs, ranges, dout=dout, softcap=softcap)
     k[unseen], v[unseen] = float("nan"), float("inf")
-    out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, backend="reference")
-    got = _gradients(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, 0.0, "cuda")
+    out, lse = attention(q, k, v, ranges, return_lse=True, scale=0.2, softcap=softcap, backend="reference")
+    got = _gradients(dout, None, q, k, v, out, lse, ranges.start, ranges.stop, False, 0.2, softcap, "cuda")
     for x, y in zip(got, clean, strict=True):
         assert compare(x, y.double(), "grad")
     assert (got[0][1, 3] == 0).all() and (got[1][unseen] == 0).all() and (got[2][unseen] == 0).all()
@@ -84,16 +85,6 @@ def check_offsets_past_2_31(where, far_rows, near_rows, device):
     far = wide.as_strided((1, far_rows, 1, 64), (0, step, 64, 1)).normal_()
     near = torch.randn(1, near_rows, 1, 64, dtype=torch.bfloat16, device=device)
     check([far, near, near] if where == "q" else [near, far, far])
-
-
-def check_no_softcap(shape, device):
-    """It goes to another backend where none is forced."""
-    inputs = make_qkv(shape, torch.bfloat16, device)
-    out = attention(*inputs, softcap=5.0, backend="cuda")
-    with pytest.raises(BackendError, match="cuda: the backward takes no softcap"):
-        torch.autograd.grad(out.sum(), inputs)
-    got = torch.autograd.grad(attention(*inputs, softcap=5.0).sum(), inputs)
-    assert all(x.isfinite().all() for x in got)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -242,5 +233,9 @@ def test_it_is_chosen(device):
     assert all(torch.equal(x, y) for x, y in zip(chosen, forced, strict=True))
 
 
-def test_no_softcap(device):
-    check_no_softcap((1, 2, 2, 20, 40, 64, 64), device)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_softcap(shape, mask, device):
+    """It is the other kernel's, for any number of queries."""
+    inputs, ranges = make_qkv(shape, torch.bfloat16, device), make_ranges(mask, shape, device)
+    check(inputs, ranges, causal=mask == "causal", softcap=2.0, with_dlse=True)

@@ -31,7 +31,7 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   const int64_t num_tiles = ceil_div(p.num_queries, kQueries);
   const int64_t heads = int64_t{p.batch} * p.num_heads,
                 kv_heads = int64_t{p.batch} * p.num_kv_heads;
-  const int width = width_for(std::max(p.dim, p.value_dim));
+  const int width = width_for(std::max(p.dim, p.value_dim), p.softcap > 0);
   const int64_t of_tile = int64_t{kQueries} * width * 4;
   const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
   s.tiles_of_head = ceil_div(p.num_keys, keys_of_tile(width));
@@ -53,7 +53,7 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
     return begin;
   };
   const int64_t ranges = p.range_stride_b ? p.batch : 1;
-  const Sums sums = sums_of(width, s.whole);
+  const Sums sums = sums_of(width, s.whole, p.softcap > 0);
   w.sums = take(heads * num_tiles * kQueries * bytes_of_query(sums));
   const int64_t ends = sums == Sums::kBehind ? heads * num_tiles * kQueries : 0;
   w.query_ends = take(ends * kEndBytes);
@@ -68,9 +68,10 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
 }
 
 // Whether the kernels for few queries run: those of all query heads that read a key head together.
+// They know of no softcap.
 static bool few_queries(const VlmkAttentionBwdParams& p) {
   return int64_t{p.num_queries} * (p.num_heads / p.num_kv_heads) <= attention::kMaxRows &&
-         p.dim == p.value_dim && p.dim <= attention_bwd_few::kMaxWidth;
+         p.dim == p.value_dim && p.dim <= attention_bwd_few::kMaxWidth && p.softcap <= 0;
 }
 
 static int check_sizes(const VlmkAttentionBwdParams& p) {
@@ -86,6 +87,7 @@ static int check_sizes(const VlmkAttentionBwdParams& p) {
   // Tiles reach beyond the end.
   VLMK_CHECK(p.num_queries < INT_MAX / 2 && p.num_keys < INT_MAX / 2, "more than 2^30 tokens");
   VLMK_CHECK(p.scale > 0, "scale %g: positive", static_cast<double>(p.scale));
+  VLMK_CHECK(p.softcap >= 0, "softcap %g: 0 or positive", static_cast<double>(p.softcap));
   VLMK_CHECK(!p.start == !p.stop, "start and stop: both or neither");
   VLMK_CHECK(!p.start || !p.causal, "ranges or causal, not both");
   struct {

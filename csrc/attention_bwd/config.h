@@ -97,12 +97,13 @@ struct Barriers {
   __device__ uint32_t at(int index) const { return base + 8 * index; }
 };
 
-// The width of the variant that takes heads of so many columns.
-constexpr int width_for(int columns) {
-  return columns <= 64   ? 64
-         : columns <= 88 ? ceil_div(columns, 8) * 8
-         : columns <= 96 ? 96
-                         : ceil_div(columns, 128) * 128;
+// The width of the variant that takes heads of so many columns. With a softcap there are those of
+// 64, 128 and 256 alone: the heads of the models that have one are of 128 and 256.
+constexpr int width_for(int columns, bool capped) {
+  return columns <= 64            ? 64
+         : columns > 96 || capped ? ceil_div(columns, 128) * 128
+         : columns <= 88          ? ceil_div(columns, 8) * 8
+                                  : 96;
 }
 
 // Of a tile: 64 of each of two warpgroups. Above 128 columns the two share 64, as their registers
@@ -115,9 +116,11 @@ constexpr int keys_of_tile(int width) { return width <= 128 ? 128 : 64; }
 // constants multiply (KeyGroup::start_product). At 72 they lie in columns that products take along
 // anyway, as their depth is 80: the workspace has the last 16 columns of Q and dO, where they are
 // the latter 8. That takes 3.17 instead of 3.63 ms where blocks share heads (4096 tokens, H200),
-// but 0.78 instead of 0.74 where each has whole ones (729). Wider heads have no room for either.
+// but 0.78 instead of 0.74 where each has whole ones (729). Wider heads have no room for either,
+// and a softcap comes before the log-sum-exp is subtracted.
 enum class Sums { kNumbers, kApart, kBehind };
-constexpr Sums sums_of(int width, bool whole_heads) {
+constexpr Sums sums_of(int width, bool whole_heads, bool capped) {
+  if (capped) return Sums::kNumbers;
   return width <= 64 ? Sums::kApart : width == 72 && !whole_heads ? Sums::kBehind : Sums::kNumbers;
 }
 // Bytes of a query: in a table, and of each of its rows' ends.
@@ -131,9 +134,11 @@ constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
 __device__ constexpr float kParts[] = {32768, 1, 1.f / 4096};
 constexpr float kLargest = 65504;  // of fp16
 
-template <typename T, int kWidth_, Sums kSums_>
+template <typename T, int kWidth_, Sums kSums_, bool kCapped_ = false>
 struct Config {
   using Element = T;
+  static constexpr bool kCapped = kCapped_;     // with a softcap
+  using Uncapped = Config<T, kWidth_, kSums_>;  // what comes before and behind knows of none
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kWidth = kWidth_;                    // columns of a head
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
@@ -153,6 +158,7 @@ struct Config {
   __device__ static constexpr int own_query(int group) { return kHalves ? group * kOwnQueries : 0; }
   static constexpr Sums kSums = kSums_;
   static constexpr bool kSumsInProducts = kSums != Sums::kNumbers;
+  static_assert(!(kCapped && kSumsInProducts));
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 
@@ -164,9 +170,9 @@ struct Config {
   static constexpr int kKeyRegisters =
       (kRegisters - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
 
-  // Keys as left operands are, values where they find room.
+  // Keys as left operands are, values where they find room: a softcap's numbers take it.
   static constexpr bool kKeysInRegisters = kWidth < 80;
-  static constexpr bool kValuesInRegisters = kWidth <= 64;
+  static constexpr bool kValuesInRegisters = kWidth <= 64 && !kCapped;
 
   // Keys and values of this item and the next, but where sums of dQ are copied no other values; as
   // many stages of queries and dout as fit.

@@ -77,24 +77,28 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
     if (code) return code;
   }
   const int tiles = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries);
-  code = launch("prepare_rows_kernel", prepare_rows_kernel<C>, dim3(tiles), dim3(kRowThreads), 0,
-                stream, p, s, w);
+  code = launch("prepare_rows_kernel", prepare_rows_kernel<typename C::Uncapped>, dim3(tiles),
+                dim3(kRowThreads), 0, stream, p, s, w);
   if (code) return code;
   const int blocks = std::min(count, s.whole ? p.batch * p.num_kv_heads : s.items);
   code = launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(C::kThreads),
                 C::kSharedBytes, stream, p, maps, s, w);
   if (code || s.whole) return code;
-  return launch("finish_queries_kernel", finish_queries_kernel<C>, dim3(tiles), dim3(128), 0,
-                stream, p, w);
+  return launch("finish_queries_kernel", finish_queries_kernel<typename C::Uncapped>, dim3(tiles),
+                dim3(128), 0, stream, p, w);
 }
 
 template <typename T, int kWidth>
 int run_width(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w,
               void* stream) {
-  if constexpr (sums_of(kWidth, true) != sums_of(kWidth, false)) {
-    if (s.whole) return run<Config<T, kWidth, sums_of(kWidth, true)>>(p, s, w, stream);
+  constexpr Sums kWhole = sums_of(kWidth, true, false), kShared = sums_of(kWidth, false, false);
+  if constexpr (kWhole != kShared) {
+    if (s.whole) return run<Config<T, kWidth, kWhole>>(p, s, w, stream);
   }
-  return run<Config<T, kWidth, sums_of(kWidth, false)>>(p, s, w, stream);
+  if constexpr (width_for(kWidth, true) == kWidth) {
+    if (p.softcap > 0) return run<Config<T, kWidth, Sums::kNumbers, true>>(p, s, w, stream);
+  }
+  return run<Config<T, kWidth, kShared>>(p, s, w, stream);
 }
 
 template <typename T>
@@ -105,7 +109,7 @@ int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
   if (code) return code;
   VLMK_CHECK(p.workspace && p.workspace_bytes >= w.bytes, "a workspace of %lld bytes, wanted %lld",
              static_cast<long long>(p.workspace_bytes), static_cast<long long>(w.bytes));
-  switch (width_for(std::max(p.dim, p.value_dim))) {
+  switch (width_for(std::max(p.dim, p.value_dim), p.softcap > 0)) {
     case 64:
       return run_width<T, 64>(p, s, w, stream);
     case 72:

@@ -26,6 +26,28 @@ using attention::release;
 
 constexpr int kKeyGroupBarrier = 2;  // and the next
 
+// A softcap of a score, softcap tanh(scale score / softcap), in units of log2 like all that is made
+// of it. tanh(x) = 1 - below with below = 2 / (exp(2 x) + 1) overflows at neither end.
+struct Cap {
+  float inner, outer;
+
+  // Worked out anew in every tile, like what thread_again() gives: kept they were a register too
+  // many at head dim 256.
+  __device__ __forceinline__ void begin(float scale, float softcap) {
+    asm volatile("mov.b32 %0, %1;" : "=f"(outer) : "f"(softcap * kLog2E));
+    inner = 2 * kLog2E * kLog2E * scale * reciprocal_approximate(outer);
+  }
+
+  // The weight of a score, of which `minus_lse` is the log-sum-exp's; the score becomes the weight
+  // times the softcap's slope, 1 - tanh^2.
+  __device__ __forceinline__ float weigh(float& score, float minus_lse) const {
+    const float below = reciprocal_approximate(exp2_approximate(fmaf(score, inner, -1)) + 0.5f);
+    const float weight = exp2_approximate(fmaf(below, -outer, outer + minus_lse));
+    score = weight * (below * (2 - below));
+    return weight;
+  }
+};
+
 // Of 64 keys of a warpgroup and so many queries, what a thread has.
 template <int kRows>
 struct Scores {
@@ -172,11 +194,14 @@ struct KeyGroup {
     mma_commit();
   }
 
-  // Scores become weights; of what a query does not see 0, whatever they were.
+  // Scores become weights; of what a query does not see 0, whatever they were. With a softcap those
+  // in 32 bits, which dS is made of, have its slope as a factor.
   template <bool kMasked, int kRows>
   __device__ __forceinline__ void weigh(Scores<kRows>& x, int first_key,
                                         const float2 (&lse)[kRows / 8]) {
     const float scale = p.scale * kLog2E;
+    [[maybe_unused]] Cap cap;
+    if constexpr (C::kCapped) cap.begin(p.scale, p.softcap);
     const uint32_t table =
         at(C::ranges_at(queries.stage)) + C::own_query(group) * 8 + lane_index() % 4 * 16;
     const int key = first_key + C::own_key(group) + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
@@ -187,21 +212,31 @@ struct KeyGroup {
       if (kMasked) load_shared(table + i * 64, ranges);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        [[maybe_unused]] float weights[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = x.scores[4 * i + 2 * half + j];
-          score = exp2_approximate(
-              C::kSumsInProducts ? score * scale : fmaf(score, scale, j ? lse[i].y : lse[i].x));
+          if constexpr (C::kCapped) {
+            weights[j] = cap.weigh(score, j ? lse[i].y : lse[i].x);
+          } else {
+            score = exp2_approximate(
+                C::kSumsInProducts ? score * scale : fmaf(score, scale, j ? lse[i].y : lse[i].x));
+          }
           if (kMasked) {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
-            score = static_cast<uint32_t>(key + 8 * half) - from < count ? score : 0;
+            const bool seen = static_cast<uint32_t>(key + 8 * half) - from < count;
+            score = seen ? score : 0;
+            if constexpr (C::kCapped) weights[j] = seen ? weights[j] : 0;
           }
         }
+        if constexpr (C::kCapped) x.weights[2 * i + half] = pack<T>(weights[0], weights[1]);
       }
     }
+    if constexpr (!C::kCapped) {
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      x.weights[i] = pack<T>(x.scores[2 * i], x.scores[2 * i + 1]);
+      for (int i = 0; i < kRows / 4; ++i) {
+        x.weights[i] = pack<T>(x.scores[2 * i], x.scores[2 * i + 1]);
+      }
     }
   }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -93,6 +93,7 @@ class AttentionBwdParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
         *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal", "deterministic")),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     ]
 
 

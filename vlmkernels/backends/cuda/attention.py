@@ -39,9 +39,9 @@ def _prepared(
     """All but the pointers, or why the kernel doesn't take them. ``ranges``: the stride of the ranges over the batch."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
-    params = AttentionParams(softcap=softcap)
+    params = AttentionParams()
     strides = {"q": q_strides, "k": k_strides, "v": v_strides}
-    _fill(params, q_shape, k_shape, value_dim, strides, dtype, ranges, causal, scale)
+    _fill(params, q_shape, k_shape, value_dim, strides, dtype, ranges, causal, scale, softcap)
     return _check.why_not(params) or params
 
 
@@ -55,6 +55,7 @@ def _fill(
     ranges: int | None,
     causal: bool,
     scale: float,
+    softcap: float,
 ) -> None:
     """What forward and backward have in common."""
     params.start = params.stop = None if ranges is None else 1  # for the check: whether there are any
@@ -62,7 +63,7 @@ def _fill(
     params.batch, params.num_queries, params.num_heads, params.dim = q_shape
     params.num_keys, params.num_kv_heads = k_shape[1:3]
     params.value_dim = value_dim
-    params.type, params.causal, params.scale = TYPES[dtype], causal, scale
+    params.type, params.causal, params.scale, params.softcap = TYPES[dtype], causal, scale, softcap
     for name, of_tensor in strides.items():
         for axis, stride in zip("bsh", of_tensor, strict=False):
             setattr(params, f"{name}_stride_{axis}", stride)
@@ -165,6 +166,7 @@ def _prepared_bwd(
     ranges: int | None,
     causal: bool,
     scale: float,
+    softcap: float,
     deterministic: bool,
 ) -> AttentionBwdParams | str:
     """All but the pointers, or why the kernel doesn't take them. ``strides``: of dout, q, k and v; ``ranges``: over the batch."""
@@ -172,7 +174,7 @@ def _prepared_bwd(
         return f"it takes bfloat16 and float16, these are {dtype}"
     params = AttentionBwdParams(deterministic=deterministic)
     named = dict(zip(("dout", "q", "k", "v"), strides, strict=True))
-    _fill(params, q_shape, k_shape, value_dim, named, dtype, ranges, causal, scale)
+    _fill(params, q_shape, k_shape, value_dim, named, dtype, ranges, causal, scale, softcap)
     return _check_bwd.why_not(params) or params
 
 
@@ -185,11 +187,11 @@ def _addressable(x: Tensor) -> Tensor:
 
 
 def _prepare_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float, softcap: float
 ) -> AttentionBwdParams | str:
-    strides = (dout.stride(), q.stride(), k.stride(), v.stride())
+    layout = q.shape, k.shape, v.shape[3], (dout.stride(), q.stride(), k.stride(), v.stride())
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _prepared_bwd(q.shape, k.shape, v.shape[3], strides, q.dtype, _range_stride(start), causal, scale, deterministic)
+    return _prepared_bwd(*layout, q.dtype, _range_stride(start), causal, scale, softcap, deterministic)
 
 
 def why_not_attention_bwd(
@@ -206,11 +208,9 @@ def why_not_attention_bwd(
     scale: float,
     softcap: float,
 ) -> str | None:
-    if softcap > 0:
-        return "the backward takes no softcap"
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return "q, k and v must begin at multiples of 16 bytes"
-    prepared = _prepare_bwd(out, q, k, v, start, causal, scale)
+    prepared = _prepare_bwd(out, q, k, v, start, causal, scale, softcap)
     return prepared if isinstance(prepared, str) else None
 
 
@@ -237,7 +237,7 @@ def attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
-    params = _prepare_bwd(dout, q, k, v, start, causal, scale)
+    params = _prepare_bwd(dout, q, k, v, start, causal, scale, softcap)
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
     size = params.workspace_bytes  # none for few queries
     workspace = q.new_empty(size, dtype=torch.uint8) if size else None
