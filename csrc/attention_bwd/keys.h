@@ -38,13 +38,25 @@ struct Cap {
     inner = 2 * kLog2E * kLog2E * scale * reciprocal_approximate(outer);
   }
 
-  // The weight of a score, of which `minus_lse` is the log-sum-exp's; the score becomes the weight
-  // times the softcap's slope, 1 - tanh^2.
-  __device__ __forceinline__ float weigh(float& score, float minus_lse) const {
-    const float below = reciprocal_approximate(exp2_approximate(fmaf(score, inner, -1)) + 0.5f);
-    const float weight = exp2_approximate(fmaf(below, -outer, outer + minus_lse));
-    score = weight * (below * (2 - below));
-    return weight;
+  // The weights of two scores, of which `minus_lse` are the log-sum-exps'; the scores become the
+  // weights times the softcap's slope, 1 - tanh^2. Of two numbers there is one reciprocal, that of
+  // their product, which the limit keeps from overflowing.
+  __device__ __forceinline__ float2 weigh(float* scores, float2 minus_lse) const {
+    constexpr float kMost = 60;
+    const float lse[2] = {minus_lse.x, minus_lse.y};
+    float sums[2], weights[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      sums[j] = exp2_approximate(fminf(fmaf(scores[j], inner, -1), kMost)) + 0.5f;
+    }
+    const float both = reciprocal_approximate(sums[0] * sums[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float below = both * sums[1 - j];
+      weights[j] = exp2_approximate(fmaf(below, -outer, outer + lse[j]));
+      scores[j] = weights[j] * (below * (2 - below));
+    }
+    return make_float2(weights[0], weights[1]);
   }
 };
 
@@ -212,13 +224,12 @@ struct KeyGroup {
       if (kMasked) load_shared(table + i * 64, ranges);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        [[maybe_unused]] float weights[2];
+        [[maybe_unused]] float2 weights;
+        if constexpr (C::kCapped) weights = cap.weigh(&x.scores[4 * i + 2 * half], lse[i]);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = x.scores[4 * i + 2 * half + j];
-          if constexpr (C::kCapped) {
-            weights[j] = cap.weigh(score, j ? lse[i].y : lse[i].x);
-          } else {
+          if constexpr (!C::kCapped) {
             score = exp2_approximate(
                 C::kSumsInProducts ? score * scale : fmaf(score, scale, j ? lse[i].y : lse[i].x));
           }
@@ -226,10 +237,11 @@ struct KeyGroup {
             const uint32_t from = j ? ranges.y : ranges.x, count = j ? ranges.w : ranges.z;
             const bool seen = static_cast<uint32_t>(key + 8 * half) - from < count;
             score = seen ? score : 0;
-            if constexpr (C::kCapped) weights[j] = seen ? weights[j] : 0;
+            float& weight = j ? weights.y : weights.x;
+            if constexpr (C::kCapped) weight = seen ? weight : 0;
           }
         }
-        if constexpr (C::kCapped) x.weights[2 * i + half] = pack<T>(weights[0], weights[1]);
+        if constexpr (C::kCapped) x.weights[2 * i + half] = pack<T>(weights.x, weights.y);
       }
     }
     if constexpr (!C::kCapped) {
