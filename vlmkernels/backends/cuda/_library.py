@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -116,6 +116,15 @@ class ActivatedLinearParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "up", "out")),
+        *((name, ctypes.c_int32) for name in ("rows", "depth", "dim", "activation", "type")),
+    ]
+
+
+class FeedForwardParams(ctypes.Structure):
+    """``VlmkFeedForwardParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "before", "turned", "out", "sums")),
         *((name, ctypes.c_int32) for name in ("rows", "depth", "dim", "activation", "type")),
     ]
 
