@@ -336,6 +336,38 @@ VLMK_API int vlmk_activated_linear(const VlmkActivatedLinearParams* params, void
  * wants. Of bias and up it looks at which is NULL, and at nothing else. */
 VLMK_API int vlmk_activated_linear_check(const VlmkActivatedLinearParams* params);
 
+/* Rows whose sums a feed-forward's backward pass adds up. */
+#define VLMK_FEED_FORWARD_SUM_ROWS 16
+
+/* Two linear layers with an activation between them, in training: what is linear in one tensor is
+ * left to others. Forwards before = x weight^T + bias and out = activation(before), of the first
+ * layer. Backwards out = (x weight) activation'(before), where x is the gradient of what the second
+ * layer gives and weight that layer's; the products are rounded before. All pointers are multiples
+ * of 16 bytes, all tensors contiguous. */
+typedef struct {
+  const void* x;      /* [rows, depth] */
+  const void* weight; /* [dim, depth]; backwards [depth, dim] */
+  const void* bias;   /* [dim]; backwards not read */
+  void* before;       /* [rows, dim]; backwards only read */
+  void* turned;       /* [dim, depth], a workspace: backwards weight^T; forwards not touched */
+  void* out;          /* [rows, dim] */
+  /* [M, dim], M = 16 ceil(rows / 256), or NULL; not touched forwards. Backwards the sums of 16 rows
+   * of out each, before they are rounded: those of all are the gradient of the first bias. */
+  float* sums;
+  int32_t rows;
+  int32_t depth;      /* a multiple of 8, at least VLMK_ACTIVATED_LINEAR_MIN_DEPTH */
+  int32_t dim;        /* a multiple of 8 */
+  int32_t activation; /* VLMK_GELU to VLMK_QUICK_GELU */
+  int32_t type;       /* VLMK_FLOAT16 or VLMK_BFLOAT16, of all but sums */
+} VlmkFeedForwardParams;
+
+VLMK_API int vlmk_feed_forward_fwd(const VlmkFeedForwardParams* params, void* stream);
+VLMK_API int vlmk_feed_forward_bwd(const VlmkFeedForwardParams* params, void* stream);
+
+/* 0 if these functions take such sizes and types, else an error whose text says what they want.
+ * Reads no pointer. */
+VLMK_API int vlmk_feed_forward_check(const VlmkFeedForwardParams* params);
+
 #ifdef __cplusplus
 }
 #endif

@@ -17,7 +17,7 @@ import sass
 import torch
 from cuda_build import NVCC, ROOT, build, run
 
-from vlmkernels.backends.cuda import _library, activated_linear, contrastive
+from vlmkernels.backends.cuda import _library, activated_linear, contrastive, feed_forward
 from vlmkernels.ops.activated_linear import ACTIVATIONS
 
 HEADER = (ROOT / "csrc" / "vlmkernels.h").read_text()
@@ -135,8 +135,9 @@ def test_python_structures_have_the_layout_of_the_header(tmp_path: Path) -> None
 def test_python_constants_are_those_of_the_header() -> None:
     defined = dict(re.findall(r"^#define (VLMK_\w+) (\d+)\b", HEADER, re.MULTILINE))
     assert int(defined["VLMK_LOSS_TILE"]) == contrastive.TILE
-    assert {name: int(defined[f"VLMK_{name.upper()}"]) for name in activated_linear._ACTIVATIONS} == activated_linear._ACTIVATIONS
-    assert tuple(activated_linear._ACTIVATIONS) == ACTIVATIONS
+    assert {name: int(defined[f"VLMK_{name.upper()}"]) for name in activated_linear.ACTIVATIONS} == activated_linear.ACTIVATIONS
+    assert tuple(activated_linear.ACTIVATIONS) == ACTIVATIONS
+    assert int(defined["VLMK_FEED_FORWARD_SUM_ROWS"]) == feed_forward.SUM_ROWS
 
 
 def setup_name(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

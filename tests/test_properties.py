@@ -333,6 +333,18 @@ def test_activated_linear(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     return verify._activated_linear_case("generated", activation, rows, depth, dim, gated)
 
 
+@property_of("feed_forward_fwd", "feed_forward_bwd", few=3)
+def test_feed_forward(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
+    """As above, with all gradients."""
+    activation = draw(of(*ACTIVATIONS[:3]))
+    if backend == "cuda":
+        depth, dim = 512 + 8 * draw(st.integers(0, 80)), 8 * draw(st.integers(64, 300))
+        rows = 256 * -(-MIN_TILES // -(-dim // 256)) + draw(st.integers(-255, 300))
+    else:
+        rows, depth, dim = draw(st.integers(1, 70)), draw(st.integers(8, 70)), draw(st.integers(8, 70))
+    return verify._feed_forward_case("generated", activation, rows, depth, dim)
+
+
 @property_of("layer_norm_fwd", few=3)
 def test_layer_norm(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Rows of any width."""

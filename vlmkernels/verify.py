@@ -13,6 +13,8 @@ from vlmkernels.ops._op import BACKENDS
 from vlmkernels.ops.activated_linear import ACTIVATIONS, activated_linear
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.contrastive import clip_loss, siglip_loss
+from vlmkernels.ops.feed_forward import ACTIVATIONS as LEARNING
+from vlmkernels.ops.feed_forward import feed_forward
 from vlmkernels.ops.layer_norm import layer_norm
 from vlmkernels.ops.linear_add_norm import linear_add_norm
 from vlmkernels.ops.patch_embed import patch_embed
@@ -81,7 +83,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
     patches = (*_patch_embed_cases(small), *_pos_embed_cases(small))
     others = (*_rope_cases(), *_contrastive_cases(small), *_linear_add_norm_cases(small), *_tile_bounds_cases())
-    towers = (*_activated_linear_cases(small), _layer_norm_case("SigLIP", 77, 1152))
+    towers = (*_activated_linear_cases(small), *_feed_forward_cases(small), _layer_norm_case("SigLIP", 77, 1152))
     return [*_attention_cases(dims, small), *patches, *others, *towers]
 
 
@@ -102,6 +104,23 @@ def _activated_linear_case(name: str, activation: str, rows: int, depth: int, di
         return (activated_linear(t["x"], t["weight"], t.get("bias"), activation, up=t.get("up"), backend=backend),)
 
     return Case("activated_linear", name, "module", inputs, run)
+
+
+def _feed_forward_cases(small: bool) -> Iterator[Case]:
+    for activation in LEARNING:
+        yield _feed_forward_case(activation, activation, *((33, 96, 136) if small else (9000, 1024, 4096)))
+
+
+def _feed_forward_case(name: str, activation: str, rows: int, depth: int, dim: int) -> Case:
+    def inputs() -> Inputs:
+        first = {"weight1": torch.randn(dim, depth) * depth**-0.5, "bias1": torch.randn(dim)}
+        second = {"weight2": torch.randn(depth, dim) * dim**-0.5, "bias2": torch.randn(depth)}
+        return {"x": torch.randn(rows, depth), **first, **second}
+
+    def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        return (feed_forward(t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"], activation, backend=backend),)
+
+    return Case("feed_forward", name, "module", inputs, run, ("x", "weight1", "bias1", "weight2", "bias2"))
 
 
 def _layer_norm_case(name: str, rows: int, dim: int) -> Case:

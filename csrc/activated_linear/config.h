@@ -8,6 +8,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.h"
 #include "common/pairs.h"
@@ -23,7 +24,8 @@ constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kAheadBarrier = 1;
 
 struct Maps {
-  CUtensorMap rows, weight, up;
+  CUtensorMap rows, weight;
+  CUtensorMap other;  // the second weight, or what was before the activation
 };
 
 // Cluster i takes the tiles i, i + clusters, ..., in bands of 8 tiles of rows, down the columns of
@@ -45,10 +47,18 @@ struct Schedule {
   }
 };
 
+// kForward and kBackward are those of a feed-forward that learns: what is activated is stored too,
+// or read, and the product multiplied by the slope of the activation there.
+enum class Pass { kInference, kForward, kBackward };
+
 // kActivation: VLMK_GELU or one of the others. kGated: whether there is a second product.
-template <typename Token_, int kColumns_, int kActivation_, bool kGated_ = false>
+template <typename Token_, int kColumns_, int kActivation_, bool kGated_ = false,
+          Pass kPass_ = Pass::kInference>
 struct Config {
   using Token = Token_;
+  using Params = std::conditional_t<kPass_ == Pass::kInference, VlmkActivatedLinearParams,
+                                    VlmkFeedForwardParams>;
+  static constexpr Pass kPass = kPass_;
   static constexpr int kColumns = kColumns_;  // of a tile's products
   static constexpr int kActivation = kActivation_;
   static constexpr bool kGated = kGated_;
@@ -56,7 +66,8 @@ struct Config {
   static constexpr int kOut = kColumns / kProducts;  // columns of a tile's result
   static constexpr int kSums = kColumns / 2;         // of each thread
   static constexpr int kEights = kOut / 32;  // of neighbouring columns, of a thread in each row
-  static constexpr int kBiasBytes = kGated ? 0 : kColumns * 2;
+  static constexpr bool kBiased = !kGated && kPass != Pass::kBackward;
+  static constexpr int kBiasBytes = kBiased ? kColumns * 2 : 0;
 
   static constexpr int kStageBytes = kLeftBytes + kColumns * kRowBytes;
   static constexpr int kStages = (kSharedLimit - 2 * kBiasBytes - 256) / kStageBytes;

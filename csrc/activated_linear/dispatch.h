@@ -21,7 +21,7 @@ struct Plan {
 
 // Makes this variant's plan the plan, if it costs less: in cycles of the busiest cluster.
 template <typename C>
-int improve(const VlmkActivatedLinearParams& p, Plan& plan) {
+int improve(const typename C::Params& p, Plan& plan) {
   const int tiles = ceil_div(p.rows, kTile) * ceil_div(p.dim, C::kOut);
   int most = 0;
   const int code =
@@ -36,7 +36,7 @@ int improve(const VlmkActivatedLinearParams& p, Plan& plan) {
 }
 
 template <typename C>
-int run(const VlmkActivatedLinearParams& p, const Plan& plan, void* stream) {
+int run(const typename C::Params& p, const Plan& plan, void* stream) {
   const bool half = p.type == VLMK_FLOAT16;
   Maps maps;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
@@ -51,7 +51,12 @@ int run(const VlmkActivatedLinearParams& p, const Plan& plan, void* stream) {
                         {row, 8 * row, 2 * row}, {kDepth, 2, C::kOut / 8, 2 * C::kProducts});
   };
   code = weights(maps.weight, p.weight);
-  if (!code && C::kGated) code = weights(maps.up, p.up);
+  if constexpr (C::kGated) code = code ? code : weights(maps.other, p.up);
+  if constexpr (C::kPass == Pass::kBackward) {
+    code = code ? code
+                : encode_tensor_map(maps.other, p.before, half, 1, p.rows, 1, p.dim, 0, p.dim, 0,
+                                    kRows);
+  }
   if (code) return code;
   const Schedule s{ceil_div(p.rows, kTile), ceil_div(p.dim, C::kOut), ceil_div(p.depth, kDepth)};
   return launch_clusters("activated_linear_fwd_kernel", activated_linear_fwd_kernel<C>,
@@ -61,7 +66,7 @@ int run(const VlmkActivatedLinearParams& p, const Plan& plan, void* stream) {
 
 // The fastest of these variants.
 template <typename First, typename... Others>
-int launch_best(const VlmkActivatedLinearParams& p, void* stream) {
+int launch_best(const typename First::Params& p, void* stream) {
   Plan plan;
   int code = improve<First>(p, plan);
   ((code = code ? code : improve<Others>(p, plan)), ...);

@@ -6,10 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "activated_linear/activation.h"
 #include "activated_linear/config.h"
-#include "common/float16.h"
+#include "activated_linear/waiting.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
 #include "common/threads.h"
@@ -21,21 +21,24 @@ namespace activated_linear {
 
 // The thread that copies: this block's rows, and half of the weights for both blocks.
 template <typename C>
-__device__ __forceinline__ void copy_tiles(const VlmkActivatedLinearParams& p, const Schedule& s,
+__device__ __forceinline__ void copy_tiles(const typename C::Params& p, const Schedule& s,
                                            const Maps& maps, uint32_t shared, TileRing<C> ring) {
   const int rank = block_in_cluster();
-  const CUtensorMap& weight = C::kGated && rank == 1 ? maps.up : maps.weight;
+  const CUtensorMap& weight = C::kGated && rank == 1 ? maps.other : maps.weight;
   int bias_slot = 0;
 #pragma unroll 1
   for (int tile = cluster_index(); tile < s.tiles(); tile += clusters(), bias_slot ^= 1) {
     const int2 place = s.place(tile);
     const int row = place.x * kTile + rank * kRows, column = place.y * C::kOut;
-    const int bias_bytes = C::kGated ? 0 : 2 * min(C::kOut, p.dim - column);
+    const int bias_bytes = C::kBiased ? 2 * min(C::kOut, p.dim - column) : 0;
+    if constexpr (C::kPass == Pass::kBackward) {
+      for (int i = 0; i < C::kOut; i += kDepth) prefetch_tile(maps.other, column + i, row, 0, 0);
+    }
 #pragma unroll 1
     for (int step = 0; step < s.steps; ++step) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
       barrier_expect(ring.full(), C::kStageBytes + (step == 0 ? bias_bytes : 0));
-      if (!C::kGated && step == 0) {
+      if (C::kBiased && step == 0) {
         copy_from_global(shared + C::kBias + bias_slot * C::kBiasBytes,
                          static_cast<const typename C::Token*>(p.bias) + column, bias_bytes,
                          ring.full());
@@ -48,61 +51,10 @@ __device__ __forceinline__ void copy_tiles(const VlmkActivatedLinearParams& p, c
   }
 }
 
-// A thread's part of a tile that waits: eights of columns in two rows.
-template <typename C>
-struct Waiting {
-  using Token = typename C::Token;
-  uint4 eights[C::kProducts][C::kEights][2];
-  int row[2] = {-1, -1};  // -1 where there is none
-  int column = 0;         // the first: there are 8 in every 32
-
-  __device__ __forceinline__ bool there(const VlmkActivatedLinearParams& p, int h, int g) const {
-    return row[h] >= 0 && column + 32 * g < p.dim;
-  }
-
-  __device__ __forceinline__ void finish(const VlmkActivatedLinearParams& p, int g) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint4 x = eights[0][g][h], factor = eights[C::kProducts - 1][g][h];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = to_floats<Token>((&x.x)[i]), by = to_floats<Token>((&factor.x)[i]);
-        const float first = activate<C::kActivation>(pair.x);
-        const float second = activate<C::kActivation>(pair.y);
-        (&x.x)[i] =
-            C::kGated ? pack<Token>(first * by.x, second * by.y) : pack<Token>(first, second);
-      }
-      auto* out = static_cast<Token*>(p.out) + int64_t{row[h]} * p.dim + column + 32 * g;
-      if (there(p, h, g)) store_global(out, x);
-    }
-  }
-
-  // The sums of a tile with their bias, if there is one, rounded.
-  __device__ __forceinline__ void take(const VlmkActivatedLinearParams& p, const int (&next)[2],
-                                       int next_column, const float (&sum)[C::kSums],
-                                       uint32_t bias) {
-    row[0] = next[0], row[1] = next[1], column = next_column;
-#pragma unroll
-    for (int g = 0; g < C::kEights; ++g) {
-      uint4 added = {};
-      if constexpr (!C::kGated) load_shared(bias + 64 * g, added);
-#pragma unroll
-      for (int i = 0; i < 8 * C::kProducts; ++i) {
-        const int product = i / 8, u = i / 2 % 4, h = i % 2;
-        const float* x = &sum[product * C::kSums / 2 + 4 * (u * C::kEights + g) + 2 * h];
-        const float2 b = to_floats<Token>((&added.x)[u]);
-        (&eights[product][g][h].x)[u] =
-            C::kGated ? pack<Token>(x[0], x[1]) : pack<Token>(x[0] + b.x, x[1] + b.y);
-      }
-    }
-  }
-};
-
 // All tiles of one warpgroup.
 template <typename C>
-__device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& p,
-                                               const Schedule& s, uint32_t shared, int group,
-                                               TileRing<C> ring) {
+__device__ __forceinline__ void multiply_tiles(const typename C::Params& p, const Schedule& s,
+                                               uint32_t shared, int group, TileRing<C> ring) {
   const uint64_t left = swizzled_descriptor(ring.stages + group * 64 * kRowBytes, 16);
   const uint64_t right = swizzled_descriptor(ring.stages + kLeftBytes, 16);
   const int thread = group_thread(), lane = lane_index();
@@ -112,7 +64,7 @@ __device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& 
   int bias_slot = 0;
   bool ahead = false;  // whether the distance between the warpgroups is there
   float sum[C::kSums];
-  Waiting<C> waiting;
+  std::conditional_t<C::kPass == Pass::kBackward, WaitingGradient<C>, Waiting<C>> waiting;
   // The products of a stage, and `meanwhile`.
   const auto multiply = [&](bool first, auto meanwhile) {
     barrier_wait(ring.full(), ring.parity);
@@ -147,10 +99,14 @@ __device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& 
     ahead = true;
 #pragma unroll 1
     for (int step = C::kEights; step < s.steps; ++step) multiply(false, [] {});
+    if constexpr (C::kPass == Pass::kBackward) waiting.load(p, rows, column, 0);
     mma_wait<0>();
     release_before(ring);
     keep(sum);
     waiting.take(p, rows, column, sum, bias + bias_slot * C::kBiasBytes);
+    if constexpr (C::kPass == Pass::kBackward) {
+      waiting.slot = p.sums ? row / VLMK_FEED_FORWARD_SUM_ROWS : -1;
+    }
     bias_slot ^= 1;
   }
 #pragma unroll
@@ -159,7 +115,7 @@ __device__ __forceinline__ void multiply_tiles(const VlmkActivatedLinearParams& 
 
 template <typename C>
 __global__ void __launch_bounds__(kThreads, 1)
-    activated_linear_fwd_kernel(const __grid_constant__ VlmkActivatedLinearParams p,
+    activated_linear_fwd_kernel(const __grid_constant__ typename C::Params p,
                                 const __grid_constant__ Schedule s,
                                 const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char storage[];

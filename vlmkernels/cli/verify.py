@@ -20,7 +20,7 @@ from vlmkernels.testing import interpreter
 from vlmkernels.verify import Check, verify
 
 OPERATORS = (
-    *("activated_linear", "attention", "contrastive", "layer_norm", "linear_add_norm"),
+    *("activated_linear", "attention", "contrastive", "feed_forward", "layer_norm", "linear_add_norm"),
     *("patch_embed", "pos_embed", "rope", "tile_bounds"),
 )
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from vlmkernels.nn._packed import SideBySide, plain, project
 from vlmkernels.ops.activated_linear import activated_linear
+from vlmkernels.ops.feed_forward import ACTIVATIONS as LEARNING
+from vlmkernels.ops.feed_forward import feed_forward, pays
 
 
 class GatedFeedForward(SideBySide):
@@ -109,7 +111,7 @@ class ActivatedLinear(nn.Module):
 
 
 class FeedForward(ActivatedLinear):
-    """``second(activation(first(x)))``.
+    """``second(activation(first(x)))``; with gradients in kernels of its own where those are worth it.
 
     Args:
         names: of the two layers.
@@ -131,8 +133,18 @@ class FeedForward(ActivatedLinear):
 
     def forward(self, x: torch.Tensor, projected: bool = True) -> torch.Tensor:
         """``projected``: whether the second layer is called, or left to the caller."""
+        first, second = getattr(self, self.name), getattr(self, self.second)
+        if projected and self._learns_in_one(x, first, second):
+            return feed_forward(x, first.weight, first.bias, second.weight, second.bias, self.activation)
         y = super().forward(x)
-        return getattr(self, self.second)(y) if projected else y
+        return second(y) if projected else y
+
+    def _learns_in_one(self, x: torch.Tensor, first: Any, second: Any) -> bool:
+        """Whether something learns here, and nobody watches it between the two layers."""
+        if self.activation not in LEARNING or not learning(x, first, second) or not bare(x, first) or not bare(x, second):
+            return False
+        parameters = first.weight, first.bias, second.weight, second.bias
+        return all(type(p) is nn.Parameter for p in parameters) and pays(x, first.weight)
 
 
 def learning(x: torch.Tensor, *layers: nn.Module) -> bool:

@@ -121,6 +121,15 @@ class ActivatedLinearParams(ctypes.Structure):
     ]
 
 
+class FeedForwardParams(ctypes.Structure):
+    """``VlmkFeedForwardParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "before", "turned", "out", "sums")),
+        *((name, ctypes.c_int32) for name in ("rows", "depth", "dim", "activation", "type")),
+    ]
+
+
 def _places() -> Iterator[Path]:
     """Beside this package, else where it is installed: a source tree on ``sys.path`` hides the installed package."""
     yield Path(__file__).resolve().parents[3] / FILE

@@ -14,7 +14,7 @@ from vlmkernels.backends.cuda._library import TYPES, ActivatedLinearParams, Entr
 _linear = EntryPoint("vlmk_activated_linear")
 _check = EntryPoint("vlmk_activated_linear_check")
 _POINTERS = struct.Struct("5P")
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
 #: Tiles of 256 x 256, two for each of the 66 clusters that an H200 runs at once. With fewer cuBLAS and a pass are faster: for one
 #: image of CLIP-L@336, 577 rows, it took 20.4 us where cuBLAS takes 14.3 (H200).
 MIN_TILES = 132
@@ -33,7 +33,7 @@ def _prepared(
     # Of the pointers the check looks at which are there.
     pointers = {"bias": 1 if has_bias else None, "up": 1 if gated else None}
     sizes = {"rows": rows, "depth": shape[-1], "dim": dim}
-    params = ActivatedLinearParams(**pointers, **sizes, activation=_ACTIVATIONS[activation], type=TYPES[dtype])
+    params = ActivatedLinearParams(**pointers, **sizes, activation=ACTIVATIONS[activation], type=TYPES[dtype])
     return _check.why_not(params) or params
 
 
