@@ -54,7 +54,7 @@ def test_gradients(shape, dtype, mask, device):
     check(inputs, ranges, causal=mask == "causal", with_dlse=True)
 
 
-@pytest.mark.parametrize("keys", [1, 64, 65, 127, 128, 129, 257, 400])
+@pytest.mark.parametrize("keys", [1, 64, 65, 127, 128, 129, 136, 137, 257, 400])
 @pytest.mark.parametrize("queries", [129, 191, 192, 193, 257, 321])
 @pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 128, 256])
 def test_lengths(dim, queries, keys, device):
@@ -125,6 +125,24 @@ def test_padding_of_nan(dim, batch, softcap, device):
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_nan_stays_in_its_head(where, device):
     check_nan_stays_in_its_head(150, where, device, lambda x, y: compare(x, y.double(), "grad"))
+
+
+@pytest.mark.parametrize("dim", [64, 88])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_nan_among_last_keys(where, dim, device):
+    """Of a whole head's 257 keys the last, which another warpgroup takes, is NaN, or the last query, or what comes back of it."""
+    inputs = dict(
+        zip(("q", "k", "v"), (x.detach() for x in make_qkv((33, 4, 4, 257, 257, dim, dim), torch.bfloat16, device)), strict=True)
+    )
+    inputs["dout"] = torch.randn_like(inputs["q"])
+    clean, _ = gradients([inputs[name] for name in "qkv"], dout=inputs["dout"])
+    inputs[where][7, 256, 2] = float("nan")
+    got, _ = gradients([inputs[name] for name in "qkv"], dout=inputs["dout"])
+    for result, before in zip(got, clean, strict=True):
+        spoiled = torch.zeros(result.shape, dtype=torch.bool, device=device)
+        spoiled[7, :, 2] = True
+        assert torch.equal(result[~spoiled], before[~spoiled])
+    assert got[0][7, :, 2].isnan().any()
 
 
 @pytest.mark.parametrize("batch", [1, 66])

@@ -23,6 +23,7 @@ using attention::Ring;
 
 constexpr int kQueries = 64;  // of a tile
 constexpr int kTail = 16;     // of a head's last tile, if it has no more: 197 and 577 leave 5 and 1
+constexpr int kLastKeys = 8;  // at most: see last_keys.h
 constexpr int kKeyGroups = 2;
 constexpr int kMaxWidth = 256;
 constexpr int kMaxStages = 4;
@@ -60,6 +61,8 @@ struct Schedule {
   int32_t whole;
   int32_t chunk;    // tiles of a head at a time
   int32_t dynamic;  // whoever is free takes the next tile
+  // That tiles have; those behind go with a head's last one (last_keys.h).
+  int32_t main_keys;
 };
 
 // The workspace, in bytes from its beginning.
@@ -69,7 +72,8 @@ struct Workspace {
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counter;
-  int64_t dq;  // fp32 sums, tile by tile, in the order in which a warpgroup holds them
+  int64_t last_keys;  // fp32 sums of dV and dK, of each block
+  int64_t dq;         // fp32 sums, tile by tile, in the order in which a warpgroup holds them
   int64_t bytes;
 };
 
@@ -127,6 +131,13 @@ constexpr Sums sums_of(int width, bool whole_heads, bool capped) {
 constexpr int bytes_of_query(Sums sums) {
   return sums == Sums::kApart ? 32 : sums == Sums::kBehind ? 0 : 8;
 }
+// Whether the warpgroup of dQ takes a head's last few keys (last_keys.h). At 72 columns those of
+// keys, which have them in registers, leave none for it.
+constexpr bool takes_last_keys(int width, bool capped) {
+  return width <= 88 && width != 72 && !capped;
+}
+// Of a block: four numbers of each thread, for dV and dK, and every fourth 16 columns.
+constexpr int bytes_of_last_keys(int width) { return 2 * ceil_div(width, 64) * 128 * 16; }
 constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
 
 // A number in 16-bit floats: three of them, with these weights. fp16 has neither the bits nor the
@@ -162,11 +173,12 @@ struct Config {
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
 
-  // The warpgroup of dQ has its sums and 32 others, those of keys what is left of what a block is
-  // launched with: whoever asks for more than that waits for ever.
+  static constexpr bool kTakesLastKeys = takes_last_keys(kWidth, kCapped);
+  // The warpgroup of dQ has its sums and 28 others, with last keys 40, those of keys what is left
+  // of what a block is launched with: whoever asks for more than that waits for ever.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kWide ? 24 : 32;
-  static constexpr int kQueryRegisters = kWide ? 0 : kWidth <= 72 ? 64 : kWidth <= 80 ? 72 : 80;
+  static constexpr int kProducerRegisters = kWide || kTakesLastKeys ? 24 : 32;
+  static constexpr int kQueryRegisters = kWide ? 0 : !kTakesLastKeys ? 64 : kWidth <= 64 ? 72 : 88;
   static constexpr int kKeyRegisters =
       (kRegisters - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
 
@@ -193,10 +205,11 @@ struct Config {
   static constexpr int kStagingBytes = kStaged       ? kKeysBytes
                                        : kCopiedSums ? kKeyGroups * kQueries * kPanel * 4
                                                      : 0;
+  static constexpr int kLastKeysBytes = kWidth <= kPanel ? 4 * kKeys * 16 : 0;
   static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
-  static constexpr int kFitting =
-      (kSharedLimit - kExtraBytes - kItemBytes - kStagingBytes - kScoreStages * kScoresBytes) /
-      kStageBytes;
+  static constexpr int kFitting = (kSharedLimit - kExtraBytes - kItemBytes - kStagingBytes -
+                                   kLastKeysBytes - kScoreStages * kScoresBytes) /
+                                  kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static_assert(kStages >= 2);
   // Where dQ comes a tile later, one more is to be known.
@@ -208,7 +221,8 @@ struct Config {
   // Not at the end: memcheck takes the product with a table's columns, a second time in place of
   // zeros (KeyGroup::start_product), to read as many bytes behind them.
   static constexpr int kTablesAt = kStagingAt + kStagingBytes;
-  static constexpr int kScoresAt = kTablesAt + kStages * kTablesBytes;
+  static constexpr int kLastKeysAt = kTablesAt + kStages * kTablesBytes;
+  static constexpr int kScoresAt = kLastKeysAt + kLastKeysBytes;
   static_assert(kScoresAt % 1024 == 0);  // the swizzle repeats so often
   static constexpr int kBarriersAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;

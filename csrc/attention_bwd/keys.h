@@ -60,6 +60,13 @@ struct Cap {
   }
 };
 
+// The weights of a number's parts, in a row of 8 columns of which a thread has two.
+template <typename T>
+__device__ __forceinline__ uint32_t weights_of_parts() {
+  const int column = lane_index() % 4;
+  return column == 0 ? pack<T>(kParts[0], kParts[1]) : column == 1 ? pack<T>(kParts[2], 0) : 0;
+}
+
 // Of 64 keys of a warpgroup and so many queries, what a thread has.
 template <int kRows>
 struct Scores {
@@ -90,7 +97,7 @@ struct KeyGroup {
   // This warpgroup's rows of a tile, as left operands: with one of them in registers a product
   // reads half as much of shared memory, whose bandwidth is what bounds this kernel.
   __device__ __forceinline__ void load_own(uint32_t (&own)[C::kDepth / 16][4], uint32_t tile) {
-    const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const int thread = attention::thread_again(), lane = thread % 32, warp = thread / 32 % 4;
     const uint32_t row =
         tile + (group * 64 + warp * 16 + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
@@ -100,15 +107,9 @@ struct KeyGroup {
     }
   }
 
-  // The weights of a number's parts, in a row of 8 columns of which a thread has two.
-  __device__ __forceinline__ uint32_t own_parts() const {
-    const int column = lane_index() % 4;
-    return column == 0 ? pack<T>(kParts[0], kParts[1]) : column == 1 ? pack<T>(kParts[2], 0) : 0;
-  }
-
   // They go behind the keys, in registers, and behind the values, where nothing lies.
   __device__ __forceinline__ void put_parts_behind() {
-    own_keys[C::kDepth / 16 - 1][2] = own_keys[C::kDepth / 16 - 1][3] = own_parts();
+    own_keys[C::kDepth / 16 - 1][2] = own_keys[C::kDepth / 16 - 1][3] = weights_of_parts<T>();
     const int row = static_cast<int>(threadIdx.x) % 128;
     if (row < 64) {
       auto* end = reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
@@ -129,7 +130,7 @@ struct KeyGroup {
     const uint64_t b = swizzled_descriptor(rows + C::own_query(group) * kRowBytes, 16);
     uint32_t parts[4];
     if (C::kSums == Sums::kApart) {
-      parts[0] = parts[1] = own_parts();
+      parts[0] = parts[1] = weights_of_parts<T>();
       parts[2] = parts[3] = 0;
     }
     keep(sums);
@@ -216,8 +217,8 @@ struct KeyGroup {
     if constexpr (C::kCapped) cap.begin(p.scale, p.softcap);
     const uint32_t table =
         at(C::ranges_at(queries.stage)) + C::own_query(group) * 8 + lane_index() % 4 * 16;
-    const int key = first_key + C::own_key(group) + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
-                    lane_index() / 4;
+    const int thread = kMasked ? attention::thread_again() : 0;
+    const int key = first_key + C::own_key(group) + thread % 128 / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       uint4 ranges;
@@ -297,16 +298,27 @@ struct KeyGroup {
     buffer.advance();
   }
 
-  // A warp's 16 rows of dK or dV of the item at `stage`, by way of `tile`, where its own keys or
-  // values were, or which is kept for that. The copy goes on until store_wait_read().
-  __device__ __forceinline__ void store(const float (&sums)[C::kOwnColumns / 2], float scale,
-                                        uint32_t tile, const CUtensorMap& map, int stage) {
-    const int thread = attention::thread_again(), lane = thread % 32;
-    constexpr int kOwnPanels = ceil_div(C::kOwnColumns, kPanel);
-    const int first = C::own_key(group) + thread % 128 / 32 * 16;
-    const int first_panel = C::kHalves ? group * kOwnPanels : 0;
-    const uint32_t rows = tile + first_panel * C::kKeys * kRowBytes + first * kRowBytes;
-    const uint32_t row = rows + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+  // The first of a warp's 16 rows of dK or dV in a tile, and its first panel.
+  __device__ __forceinline__ int stored_key() const {
+    return C::own_key(group) + attention::thread_again() % 128 / 32 * 16;
+  }
+  static constexpr int kOwnPanels = ceil_div(C::kOwnColumns, kPanel);
+  __device__ __forceinline__ int first_panel() const { return C::kHalves ? group * kOwnPanels : 0; }
+  __device__ __forceinline__ uint32_t stored_rows(uint32_t tile) const {
+    return tile + first_panel() * C::kKeys * kRowBytes + stored_key() * kRowBytes;
+  }
+
+  // dV goes by way of where the own values were, dK of where the keys were or of a place of its
+  // own.
+  __device__ __forceinline__ uint32_t dv_tile() const { return at(C::values_at(keys.stage)); }
+  __device__ __forceinline__ uint32_t dk_tile() const {
+    return at(C::kStaged ? C::kStagingAt : C::keys_at(keys.stage));
+  }
+
+  __device__ __forceinline__ void write(const float (&sums)[C::kOwnColumns / 2], float scale,
+                                        uint32_t tile) const {
+    const int lane = attention::thread_again() % 32;
+    const uint32_t row = stored_rows(tile) + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
     for (int block = 0; block < C::kOwnColumns / 8; block += 2) {
       const float* x = &sums[4 * block];
@@ -320,16 +332,25 @@ struct KeyGroup {
         store_matrices(to, {low, high});
       }
     }
+  }
+
+  // And from there to memory, behind one fence for both. The copies go on until store_wait_read().
+  __device__ __forceinline__ void send() const {
     fence_async_proxy();
     __syncwarp();
-    const Item& item = item_at(stage);
-    if (lane == 0 && item.first_key + first < p.num_keys) {
+    const Item& item = item_at(keys.stage);
+    const int key = item.first_key + stored_key();
+    if (attention::thread_again() % 32 == 0 && key < p.num_keys) {
+      const auto copy = [&](const CUtensorMap& map, uint32_t tile) {
 #pragma unroll
-      for (int panel = 0; panel < kOwnPanels; ++panel) {
-        store_tile_once(map, rows + panel * C::kKeys * kRowBytes, (first_panel + panel) * kPanel,
-                        item.first_key + first, item.head, item.batch);
-      }
-      store_commit();
+        for (int panel = 0; panel < kOwnPanels; ++panel) {
+          store_tile_once(map, stored_rows(tile) + panel * C::kKeys * kRowBytes,
+                          (first_panel() + panel) * kPanel, key, item.head, item.batch);
+        }
+        store_commit();
+      };
+      copy(maps.dv, dv_tile());
+      copy(maps.dk, dk_tile());
     }
     __syncwarp();
   }
@@ -478,10 +499,10 @@ struct KeyGroup {
       } else {
         attend_all(count, item.tail, item.first_key, items > 0);
       }
-      store(dv, 1, at(C::values_at(keys.stage)), maps.dv, keys.stage);
+      write(dv, 1, dv_tile());
       if (!C::kStaged) wait_for_queries();
-      store(dk, p.scale, at(C::kStaged ? C::kStagingAt : C::keys_at(keys.stage)), maps.dk,
-            keys.stage);
+      write(dk, p.scale, dk_tile());
+      send();
       keys.advance();
     }
     if (lane_index() == 0) store_wait_read();

@@ -219,8 +219,9 @@ struct PairGroup : KeyGroup<C> {
       if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
-      this->store(dv, 1, at(C::values_at(keys.stage)), this->maps.dv, keys.stage);
-      this->store(dk, p.scale, at(C::keys_at(keys.stage)), this->maps.dk, keys.stage);
+      this->write(dv, 1, this->dv_tile());
+      this->write(dk, p.scale, this->dk_tile());
+      this->send();
       if (C::kItemStages == 1) this->end_item(keys.stage);
       if (C::kCopiedSums) {
         if (lane_index() == 0) store_wait_read<1>();  // all but dK's

@@ -42,8 +42,9 @@ struct Producer {
       const int64_t row = p.range_stride_b ? int64_t{batch} * num_tiles : 0;
       return reinterpret_cast<const int4*>(place(workspace.q_bounds))[row + tile];
     }
+    if (!p.causal) return make_int4(0, schedule.main_keys, 0, schedule.main_keys);
     const int first = tile * kQueries, last = min(first + kQueries, p.num_queries) - 1;
-    const int shift = p.causal ? p.num_keys - p.num_queries : p.num_keys;
+    const int shift = p.num_keys - p.num_queries;
     return make_int4(0, min(last + 1 + shift, p.num_keys), 0, min(first + 1 + shift, p.num_keys));
   }
 
@@ -117,7 +118,7 @@ struct Producer {
 
   __device__ __forceinline__ void copy_panels(int to, const CUtensorMap& map, int64_t stride_b,
                                               const Item& item, uint32_t barrier) {
-#pragma unroll(C::kWide ? 1 : C::kPanels)  // a wide head's producer has few registers
+#pragma unroll 1  // registers are few
     for (int panel = 0; panel < C::kPanels; ++panel) {
       copy_tile_once(shared_address(shared) + to + panel * C::kKeys * kRowBytes, map,
                      panel * kPanel, item.first_key, item.head, stride_b ? item.batch : 0, barrier);
@@ -173,7 +174,7 @@ struct Producer {
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
     constexpr bool kEnds = C::kSums == Sums::kBehind;  // the second panel
-#pragma unroll(C::kWide ? 1 : C::kPanels)              // a wide head's producer has few registers
+#pragma unroll 1
     for (int panel = 0; panel < C::kPanels - kEnds; ++panel) {
       const int at = panel * kQueries * kRowBytes;
       copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, first, head,

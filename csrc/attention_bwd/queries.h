@@ -7,6 +7,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/last_keys.h"
 #include "attention_bwd/store.h"
 #include "common/hopper.h"
 #include "common/wgmma.h"
@@ -50,20 +51,21 @@ struct QueryGroup {
 
   float dq[C::kWidth / 2];
 
-  // dq = dS K, or dq += ...
-  template <bool kAdd>
+  // dq += dS K.
   __device__ __forceinline__ void multiply() {
     barrier_wait(barriers.scores_full(buffer.stage), buffer.parity);
     const uint32_t base = shared_address(shared);
     const uint64_t a = swizzled_descriptor(base + C::scores_at(buffer.stage), 16);
-    const uint64_t b = swizzled_descriptor(base + C::keys_at(keys.stage), C::kKeys * kRowBytes);
+    uint32_t tile_of_keys = base + C::keys_at(keys.stage);
+    asm volatile("" : "+r"(tile_of_keys));  // what nvcc works out before all tiles takes registers
+    const uint64_t b = swizzled_descriptor(tile_of_keys, C::kKeys * kRowBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kKeys / 16; ++step) {
       mma<T, C::kWidth, false, true>(dq,
                                      a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
-                                     b + (step * 16 * kRowBytes >> 4), kAdd || step > 0);
+                                     b + (step * 16 * kRowBytes >> 4), true);
     }
     mma_commit();
     mma_wait<0>();
@@ -94,16 +96,18 @@ struct QueryGroup {
   // Of a tile of queries. Where blocks share a head, each adds to the sums in memory, in the order
   // in which they come. Else the first tile of keys leaves its sums there, others add to them, and
   // the last takes them up again and stores the result.
-  __device__ __forceinline__ void add_up(const QueryTile& tile) {
+  __device__ __forceinline__ void add_up(const QueryTile& tile, int of_item) {
     float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
       load(place);  // while dS is not there yet
-      multiply<true>();
     } else {
-      multiply<false>();
+#pragma unroll
+      for (int i = 0; i < C::kWidth / 2; ++i) dq[i] = 0;
     }
+    multiply();
+    if (of_item >= 0) last_keys(of_item).add_to(dq);
     if (last) {
       store_rows<T, C::kWidth>(
           head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim),
@@ -116,6 +120,10 @@ struct QueryGroup {
     }
   }
 
+  __device__ __forceinline__ LastKeys<C> last_keys(int tile) const {
+    return {p, schedule, workspace, shared, keys.stage, tile};
+  }
+
   __device__ __forceinline__ void run() {
     while (true) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
@@ -125,15 +133,20 @@ struct QueryGroup {
       if (count > 0) {
         clear_unseen<C, 128>(p, item, shared + C::keys_at(keys.stage), kQueryGroupBarrier);
       }
+      const bool with_last_keys = C::kTakesLastKeys && schedule.main_keys < p.num_keys &&
+                                  item.first_key + C::kKeys == schedule.main_keys;
+      if (with_last_keys) last_keys(0).begin();
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         barrier_wait(barriers.queries_full(queries.stage), queries.parity);
+        if (with_last_keys) last_keys(i).attend(queries.stage);
         const QueryTile tile =
             reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[queries.stage];
         attention::release(barriers.queries_empty(queries.stage));
         queries.advance();
-        add_up(tile);
+        add_up(tile, with_last_keys ? i : -1);
       }
+      if (with_last_keys) last_keys(0).end();
       attention::release(barriers.keys_empty(keys.stage));
       keys.advance();
     }
