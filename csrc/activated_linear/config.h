@@ -25,7 +25,7 @@ constexpr int kAheadBarrier = 1;
 
 struct Maps {
   CUtensorMap rows, weight;
-  CUtensorMap other;  // the second weight, or what was before the activation
+  CUtensorMap up;  // the second weight
 };
 
 // Cluster i takes the tiles i, i + clusters, ..., in bands of 8 tiles of rows, down the columns of

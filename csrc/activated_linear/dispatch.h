@@ -51,12 +51,7 @@ int run(const typename C::Params& p, const Plan& plan, void* stream) {
                         {row, 8 * row, 2 * row}, {kDepth, 2, C::kOut / 8, 2 * C::kProducts});
   };
   code = weights(maps.weight, p.weight);
-  if constexpr (C::kGated) code = code ? code : weights(maps.other, p.up);
-  if constexpr (C::kPass == Pass::kBackward) {
-    code = code ? code
-                : encode_tensor_map(maps.other, p.before, half, 1, p.rows, 1, p.dim, 0, p.dim, 0,
-                                    kRows);
-  }
+  if constexpr (C::kGated) code = code ? code : weights(maps.up, p.up);
   if (code) return code;
   const Schedule s{ceil_div(p.rows, kTile), ceil_div(p.dim, C::kOut), ceil_div(p.depth, kDepth)};
   return launch_clusters("activated_linear_fwd_kernel", activated_linear_fwd_kernel<C>,

@@ -24,16 +24,13 @@ template <typename C>
 __device__ __forceinline__ void copy_tiles(const typename C::Params& p, const Schedule& s,
                                            const Maps& maps, uint32_t shared, TileRing<C> ring) {
   const int rank = block_in_cluster();
-  const CUtensorMap& weight = C::kGated && rank == 1 ? maps.other : maps.weight;
+  const CUtensorMap& weight = C::kGated && rank == 1 ? maps.up : maps.weight;
   int bias_slot = 0;
 #pragma unroll 1
   for (int tile = cluster_index(); tile < s.tiles(); tile += clusters(), bias_slot ^= 1) {
     const int2 place = s.place(tile);
     const int row = place.x * kTile + rank * kRows, column = place.y * C::kOut;
     const int bias_bytes = C::kBiased ? 2 * min(C::kOut, p.dim - column) : 0;
-    if constexpr (C::kPass == Pass::kBackward) {
-      for (int i = 0; i < C::kOut; i += kDepth) prefetch_tile(maps.other, column + i, row, 0, 0);
-    }
 #pragma unroll 1
     for (int step = 0; step < s.steps; ++step) {
       barrier_wait(ring.empty(), ring.parity ^ 1);

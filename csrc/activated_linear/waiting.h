@@ -79,7 +79,7 @@ struct WaitingGradient : Waiting<C> {
   using Params = typename C::Params;
   static_assert(VLMK_FEED_FORWARD_SUM_ROWS == 16);  // a warp's, in wgmma's sums
 
-  uint4 before[2];  // of the next eight; the copying thread had it come to L2
+  uint4 before[2];  // of the next eight
   int slot = -1;    // of this warp's sums
 
   __device__ __forceinline__ void load(const Params& p, const int (&row)[2], int column, int g) {

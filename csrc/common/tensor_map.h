@@ -142,14 +142,6 @@ __device__ __forceinline__ void copy_tile_to_blocks(uint32_t destination, const 
       : "memory");
 }
 
-// The tile comes to L2.
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap& map, int column, int row, int head,
-                                              int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-               "r"(column), "r"(row), "r"(head), "r"(batch)
-               : "memory");
-}
-
 // Starts the copy of runs from (x, y, batch) on.
 __device__ __forceinline__ void copy_gathered(uint32_t destination, const CUtensorMap& map,
                                               int column, int x, int y, int batch, int depth,
