@@ -12,6 +12,7 @@ from vlmkernels import use_backend
 from vlmkernels.bench import contrastive, runner, suites
 from vlmkernels.bench.runner import Options
 from vlmkernels.bench.workloads import OURS, Case, Workload
+from vlmkernels.ops.tile_bounds import TileBounds
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,13 @@ def test_the_suite() -> None:
     assert case.flops == 8 * 40 * 40 * 768 and case.bytes == 2 * 2 * 40 * 768 * 4
     (one,) = [w for w in work if w.name == "CLIP 262144 D768"]
     assert one.gpu_only and [peer.name for peer in one.build(CPU).peers] == ["chunked loop"]
+
+
+def test_bytes_of_results() -> None:
+    """Of a tensor, of several, of those inside of others; what is no tensor counts as nothing."""
+    x = torch.zeros(3, 4)
+    assert runner.bytes_of(x) == 48 and runner.bytes_of((x, x.half())) == 72
+    assert runner.bytes_of((TileBounds(x.int(), x.int()),)) == 96 and runner.bytes_of((object(), None)) == 0
 
 
 @pytest.mark.gpu

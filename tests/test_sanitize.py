@@ -60,6 +60,11 @@ def test_orders_that_racecheck_does_not_follow() -> None:
     assert sanitize.follows(
         found + f"=========     and Read access at {read.replace('take', 'work_at')}+0x10 in consumer.h:9\n", ""
     )
+    wide = "vlmk::attention_bwd::PairGroup<vlmk::attention_bwd::Config<__half, (int)96>>"
+    tile = found.replace(read, f"{wide}::add_up<(int)64>(const int &)").replace("attention::Producer", "attention_bwd::Producer")
+    assert not sanitize.follows(tile.replace("next()", "copy_queries(int)"), "")
+    assert sanitize.follows(tile.replace("next()", "copy_values(int)"), "")
+    assert sanitize.follows(tile.replace("next()", "copy_queries(int)").replace("PairGroup", "PairGroups"), "")
     bias = found.replace(read, "vlmk::load_shared(unsigned int, uint4 &)").replace(write, "vlmk::copy_from_global(unsigned int)")
     assert sanitize.follows(bias, "tests/test_attention_cuda.py")
     assert not any(sanitize.follows(bias, f"tests/test_{name}.py") for name in ("activated_linear", "feed_forward"))

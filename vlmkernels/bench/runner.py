@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+from torch.utils._pytree import tree_leaves
 
 from vlmkernels.bench import MissingExtra, Unavailable
 from vlmkernels.bench.ceilings import Ceilings
@@ -257,10 +258,13 @@ def extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     result = call()
     torch.cuda.synchronize(device)
-    tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-    results = sum(x.numel() * x.element_size() for x in tensors)
-    extra: int = torch.cuda.max_memory_allocated(device) - before - results
+    extra: int = torch.cuda.max_memory_allocated(device) - before - bytes_of(result)
     return max(0, extra)
+
+
+def bytes_of(result: Any) -> int:
+    """Of the tensors in what a call returns, which may be nested; a block mask of FlexAttention counts as nothing."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
 
 
 def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.device, options: Options) -> dict[str, Timing]:
