@@ -5,6 +5,7 @@ wgmma runs beside the instructions after it, until a wait. ptxas keeps its regis
 later; on a path on which nobody does, it may give them to an address, which the product then overwrites.
 """
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MMA, WAIT, OTHER = "mma", "wait", "other"
+LINE, LABEL = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;"), re.compile(r"\s*(\.L_x_\d+):")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def tool(name: str) -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
+@functools.cache  # kernels have most of their lines in common
 def parse(text: str) -> Instruction:
     """One line of SASS, without its address."""
     predicate = re.match(r"@!?U?P\w+\s+", text)
@@ -70,10 +73,10 @@ def kernels(sass: str) -> Iterator[tuple[str, list[Instruction], dict[str, int]]
         instructions: list[Instruction] = []
         labels = {}
         for line in part.splitlines():
-            found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)
+            found = LINE.match(line)
             if found:
                 instructions.append(parse(found[1]))
-            elif label := re.match(r"\s*(\.L_x_\d+):", line):
+            elif label := LABEL.match(line):
                 labels[label[1]] = len(instructions)
         yield re.split(r"[,\s]", part, maxsplit=1)[0], instructions, labels
 

@@ -204,7 +204,7 @@ def test_small_ones_stay_layers(device: torch.device) -> None:
         assert not _feed_forward.pays(x.expand(32, 577, 1024), weight)
 
 
-# Rows, depth, columns, columns behind the second layer: both widths of tiles (256 and 192), and rests of all.
+# Rows, depth, columns, columns behind the second layer: rests of all tiles, and columns of less than one.
 SIZES = {
     "CLIP-L": (18464, 1024, 4096, 1024),
     "EVA-g": (16448, 1408, 6144, 1408),
