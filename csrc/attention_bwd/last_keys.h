@@ -169,6 +169,7 @@ struct LastKeys {
 
   __device__ __forceinline__ void begin() const {
     const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys_stage];
+    named_wait<128>(kLastKeysBarrier);  // none still reads what the head before has left there
     copy(0, item, p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h, p.dim);
     copy(1, item, p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h, p.value_dim);
     named_wait<128>(kLastKeysBarrier);
