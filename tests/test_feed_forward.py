@@ -96,8 +96,6 @@ def test_only_what_is_needed(learn: str, device: torch.device, monkeypatch: pyte
 @every_backend
 @every_activation
 def test_gradcheck(activation: str, backend: str, device: torch.device) -> None:
-    if backend == "triton":
-        pytest.skip("it has no fp64")
     given = tuple(tensor.requires_grad_() for tensor in tensors((2, 3, 8), 12, torch.float64, device, last=5))
     assert torch.autograd.gradcheck(lambda *a: feed_forward(*a, activation, backend=backend), given)
 

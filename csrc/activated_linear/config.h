@@ -24,8 +24,7 @@ constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kAheadBarrier = 1;
 
 struct Maps {
-  CUtensorMap rows, weight;
-  CUtensorMap up;  // the second weight
+  CUtensorMap rows, weight, up;
 };
 
 // Cluster i takes the tiles i, i + clusters, ..., in bands of 8 tiles of rows, down the columns of

@@ -246,6 +246,16 @@ struct Config {
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
 };
 
+// What the producer tells the others, in shared memory: of the items, and of tiles of queries.
+template <typename C>
+__device__ __forceinline__ Item& item_at(char* shared, int stage) {
+  return reinterpret_cast<Item*>(shared + C::kItemsAt)[stage];
+}
+template <typename C>
+__device__ __forceinline__ QueryTile& query_tile_at(char* shared, int slot) {
+  return reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[slot];
+}
+
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);
 int backward_float16(const VlmkAttentionBwdParams& p, void* stream);
 

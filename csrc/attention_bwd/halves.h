@@ -53,7 +53,7 @@ struct HalfGroup : PairGroup<C> {
     barrier_wait(barriers.queries_full(stage), queries.parity);
     this->begin_dp(x, stage);
     this->start_scores(x, stage);
-    const QueryTile tile = reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage];
+    const QueryTile tile = query_tile_at<C>(shared, stage);
     this->start_dp(x, stage);
     float2 lse[C::kOwnQueries / 8];
 #pragma unroll

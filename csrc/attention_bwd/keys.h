@@ -338,7 +338,7 @@ struct KeyGroup {
   __device__ __forceinline__ void send() const {
     fence_async_proxy();
     __syncwarp();
-    const Item& item = item_at(keys.stage);
+    const Item& item = item_at<C>(shared, keys.stage);
     const int key = item.first_key + stored_key();
     if (attention::thread_again() % 32 == 0 && key < p.num_keys) {
       const auto copy = [&](const CUtensorMap& map, uint32_t tile) {
@@ -385,8 +385,7 @@ struct KeyGroup {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
     start_scores(x, stage);
-    const uint32_t flags =
-        reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[stage].flags;
+    const uint32_t flags = query_tile_at<C>(shared, stage).flags;
     float2 lse[kRows / 8];
     if constexpr (!C::kSumsInProducts) {
 #pragma unroll
@@ -453,10 +452,6 @@ struct KeyGroup {
     }
   }
 
-  __device__ __forceinline__ const Item& item_at(int stage) const {
-    return reinterpret_cast<const Item*>(shared + C::kItemsAt)[stage];
-  }
-
   // All tiles of queries of an item, and in between the end of the item before.
   __device__ __forceinline__ void attend_all(int count, bool tail, int first_key,
                                              bool after_other) {
@@ -484,7 +479,7 @@ struct KeyGroup {
   __device__ __forceinline__ void run() {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-      const Item& item = item_at(keys.stage);
+      const Item& item = item_at<C>(shared, keys.stage);
       const int count = item.count;
       if (count == kNoMore) break;
 #pragma unroll

@@ -87,8 +87,7 @@ struct LastKeys {
       uint32_t a[4];
       load_matrices(a, (first_chunk ^ inside) + panel * kQueries * kRowBytes);
       if (step % 2 == 0) load_matrices(b, last_row(which, 2 * step));
-      const bool parts = C::kSums == Sums::kBehind && step == C::kDepth / 16 - 1;
-      mma_add<T>(sums, a, b[step % 2 * 2], parts ? weights_of_parts<T>() : b[step % 2 * 2 + 1]);
+      mma_add<T>(sums, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
     }
     if constexpr (C::kSums == Sums::kApart) {
       uint32_t a[4];
@@ -168,7 +167,7 @@ struct LastKeys {
   }
 
   __device__ __forceinline__ void begin() const {
-    const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys_stage];
+    const Item& item = item_at<C>(shared, keys_stage);
     named_wait<128>(kLastKeysBarrier);  // none still reads what the head before has left there
     copy(0, item, p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h, p.dim);
     copy(1, item, p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h, p.value_dim);
@@ -202,7 +201,7 @@ struct LastKeys {
   __device__ __forceinline__ void store(int which, void* tensor, int columns, float scale) const {
     const int thread = attention::thread_again(), lane = thread % 32;
     const int key = schedule.main_keys + lane / 4;
-    const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys_stage];
+    const Item& item = item_at<C>(shared, keys_stage);
     const auto u = [](int x) { return uint64_t{static_cast<uint32_t>(x)}; };
     T* row =
         static_cast<T*>(tensor) +

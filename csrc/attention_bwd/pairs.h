@@ -122,10 +122,6 @@ struct PairGroup : KeyGroup<C> {
     }
   }
 
-  __device__ __forceinline__ const QueryTile& tile_at(int slot) const {
-    return reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[slot];
-  }
-
   // dQ of the tile of queries before, of which both have stored dS a while ago.
   __device__ __forceinline__ void start_dq(int stage, uint32_t parity) {
     barrier_wait(barriers.scores_full(stage), parity);
@@ -133,7 +129,7 @@ struct PairGroup : KeyGroup<C> {
   }
   __device__ __forceinline__ void end_dq(int stage) {
     release(barriers.scores_empty(stage));
-    add_up(tile_at(tiles.stage));
+    add_up(query_tile_at<C>(shared, tiles.stage));
     tiles.advance();
   }
 
@@ -153,7 +149,7 @@ struct PairGroup : KeyGroup<C> {
 #pragma unroll
     for (int i = 0; i < kQueries / 8; ++i) lse[i] = this->load_pair(C::sums_at(stage), i);
     const int slot = tiles.stage + kBehind == C::kTileSlots ? 0 : tiles.stage + kBehind;
-    const bool masked = tile_at(slot).flags & kMasked;
+    const bool masked = query_tile_at<C>(shared, slot).flags & kMasked;
     mma_wait<1>();
     keep(x.scores);
     if (masked) {
@@ -202,7 +198,7 @@ struct PairGroup : KeyGroup<C> {
   __device__ __forceinline__ void run(First first, Next next, End end) {
     for (int items = 0;; ++items) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-      const Item& item = this->item_at(keys.stage);
+      const Item& item = item_at<C>(shared, keys.stage);
       if (item.count == kNoMore) break;
       const int count = item.count * (p.num_heads / p.num_kv_heads), first_key = item.first_key;
 #pragma unroll

@@ -145,7 +145,7 @@ struct Producer {
     const int stage = keys.stage;
     barrier_wait(barriers.keys_empty(stage), keys.parity);
     if (lane_index() == 0) {
-      reinterpret_cast<Item*>(shared + C::kItemsAt)[stage] = item;
+      item_at<C>(shared, stage) = item;
       const uint32_t barrier = barriers.keys_full(stage);
       if (item.count <= 0) {
         barrier_arrive(barrier);
@@ -170,7 +170,7 @@ struct Producer {
     const int row_of_sums = schedule.whole ? static_cast<int>(blockIdx.x) * heads + of_group : row;
     const QueryTile tile{flags, item.batch, head, first, row_of_sums * num_tiles + of_head};
     const int slot = C::kTileSlots > C::kStages ? tiles.stage : stage;
-    reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[slot] = tile;
+    query_tile_at<C>(shared, slot) = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
     constexpr bool kEnds = C::kSums == Sums::kBehind;  // the second panel

@@ -127,7 +127,7 @@ struct QueryGroup {
   __device__ __forceinline__ void run() {
     while (true) {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
-      const Item& item = reinterpret_cast<const Item*>(shared + C::kItemsAt)[keys.stage];
+      const Item& item = item_at<C>(shared, keys.stage);
       if (item.count == kNoMore) return;
       const int count = item.count * (p.num_heads / p.num_kv_heads);
       if (count > 0) {
@@ -140,8 +140,7 @@ struct QueryGroup {
       for (int i = 0; i < count; ++i) {
         barrier_wait(barriers.queries_full(queries.stage), queries.parity);
         if (with_last_keys) last_keys(i).attend(queries.stage);
-        const QueryTile tile =
-            reinterpret_cast<const QueryTile*>(shared + C::kQueryTilesAt)[queries.stage];
+        const QueryTile tile = query_tile_at<C>(shared, queries.stage);
         attention::release(barriers.queries_empty(queries.stage));
         queries.advance();
         add_up(tile, with_last_keys ? i : -1);

@@ -9,33 +9,29 @@ import torch
 from torch import Tensor
 
 from vlmkernels.backends.cuda._library import TYPES, EntryPoint, FeedForwardParams
-from vlmkernels.backends.cuda.activated_linear import ACTIVATIONS, MIN_TILES
+from vlmkernels.backends.cuda.activated_linear import ACTIVATIONS, TILE, misplaced, unfit
 
 _fwd = EntryPoint("vlmk_feed_forward_fwd")
 _bwd = EntryPoint("vlmk_feed_forward_bwd")
 _check = EntryPoint("vlmk_feed_forward_check")
-#: Rows whose sums the backward pass adds up, and rows of a tile.
-SUM_ROWS, TILE = 16, 256
+#: Rows whose sums the backward pass adds up.
+SUM_ROWS = 16
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepared(shape: tuple[int, ...], dim: int, dtype: torch.dtype, activation: str) -> FeedForwardParams | str:
     """All but the pointers, or why the kernels don't take them."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, these are {dtype}"
     rows = math.prod(shape[:-1])
-    if -(-rows // TILE) * -(-dim // TILE) < MIN_TILES:
-        return f"{rows} rows of {dim} columns are fewer than {MIN_TILES} tiles of 256 x 256"
+    if reason := unfit(rows, dim, dtype):
+        return reason
     sizes = {"rows": rows, "depth": shape[-1], "dim": dim}
     params = FeedForwardParams(**sizes, activation=ACTIVATIONS[activation], type=TYPES[dtype])
     return _check.why_not(params) or params
 
 
 def _why_not(rows: Tensor, dim: int, activation: str, *tensors: Tensor) -> str | None:
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return "all tensors must be contiguous"
-    if any(tensor.data_ptr() % 16 for tensor in tensors):
-        return "all tensors must begin at multiples of 16 bytes"
+    if reason := misplaced("all tensors", *tensors):
+        return reason
     prepared = _prepared(rows.shape, dim, rows.dtype, activation)
     return prepared if isinstance(prepared, str) else None
 

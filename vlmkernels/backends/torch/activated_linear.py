@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
@@ -17,10 +17,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def activated_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:
     if up is not None:
-        gate = _ACTIVATIONS[activation](F.linear(x, weight, bias))
+        gate = ACTIVATIONS[activation](F.linear(x, weight, bias))
         return gate.mul_(F.linear(x, up)).contiguous()
     if activation == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         # torch's own encoder layers call it; on a GPU it is this GELU.
         flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return flat.view(*x.shape[:-1], weight.shape[0])
-    return _ACTIVATIONS[activation](F.linear(x, weight, bias)).contiguous()
+    return ACTIVATIONS[activation](F.linear(x, weight, bias)).contiguous()

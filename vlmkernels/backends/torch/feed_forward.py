@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: What ``torch.nn.functional.gelu`` calls them.
+from vlmkernels.backends.torch.activated_linear import ACTIVATIONS
+
+#: What torch's gradient of GELU calls them.
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def feed_forward_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     before = F.linear(x, weight, bias).contiguous()
-    if activation in _GELU:
-        return F.gelu(before, approximate=_GELU[activation]), before
-    return before * torch.sigmoid(1.702 * before), before
+    return ACTIVATIONS[activation](before), before
 
 
 def feed_forward_bwd(dout: Tensor, weight: Tensor, before: Tensor, biased: bool, activation: str) -> tuple[Tensor, Tensor]:
