@@ -186,12 +186,14 @@ struct Config {
   static constexpr bool kKeysInRegisters = kWidth < 80;
   static constexpr bool kValuesInRegisters = kWidth <= 64 && !kCapped;
 
-  // Keys and values of this item and the next, but where sums of dQ are copied no other values; as
-  // many stages of queries and dout as fit.
+  // Sums of dQ that the copy engine adds (adder.h): where a warpgroup adds itself, it waits until
+  // its registers have left.
+  static constexpr bool kCopiedSums = kWide && !kHalves;
+  // Keys and values of this item and the next, but where sums are copied no other values; as many
+  // stages of queries and dout as fit.
   static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
-  // At 96 columns the copies took longer than what they save: 451 instead of 477 TFLOP/s (H200).
-  static constexpr bool kCopiedSums = kWidth == 128;
-  static constexpr int kItemBytes = (2 * kItemStages - kCopiedSums) * kKeysBytes;
+  static constexpr bool kValuesAlone = kCopiedSums;
+  static constexpr int kItemBytes = (2 * kItemStages - kValuesAlone) * kKeysBytes;
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   // dS; of halves both have all keys, and their weights too.
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
@@ -201,12 +203,12 @@ struct Config {
   static constexpr int kStageBytes = 2 * kQueriesBytes + kTablesBytes;
   // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
   static constexpr bool kStaged = kWidth <= 64;
-  // And sums of dQ that the copy engine is to add, where no warpgroup of its own does.
+  // And sums of dQ, of which the second warpgroup has what is behind a panel.
   static constexpr int kStagingBytes = kStaged       ? kKeysBytes
-                                       : kCopiedSums ? kKeyGroups * kQueries * kPanel * 4
+                                       : kCopiedSums ? kQueries * kWidth * 4
                                                      : 0;
   static constexpr int kLastKeysBytes = kWidth <= kPanel ? 4 * kKeys * 16 : 0;
-  static constexpr int kExtraBytes = 512;  // barriers, Item and QueryTile
+  static constexpr int kExtraBytes = 512;  // barriers, Item, QueryTile, staged tiles
   static constexpr int kFitting = (kSharedLimit - kExtraBytes - kItemBytes - kStagingBytes -
                                    kLastKeysBytes - kScoreStages * kScoresBytes) /
                                   kStageBytes;
@@ -227,15 +229,16 @@ struct Config {
   static constexpr int kBarriersAt = kScoresAt + kScoreStages * kScoresBytes;
   static constexpr int kItemsAt = kBarriersAt + Barriers::kCount * 8;
   static constexpr int kQueryTilesAt = kItemsAt + 2 * static_cast<int>(sizeof(Item));
-  static constexpr int kSharedBytes =
+  static constexpr int kStagedTilesAt =
       kQueryTilesAt + kTileSlots * static_cast<int>(sizeof(QueryTile));
+  static constexpr int kSharedBytes = kStagedTilesAt + kKeyGroups * 4;
   static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
 
   __device__ static constexpr int keys_at(int stage) {
-    return stage * (kCopiedSums ? 1 : 2) * kKeysBytes;
+    return stage * (kValuesAlone ? 1 : 2) * kKeysBytes;
   }
   __device__ static constexpr int values_at(int stage) {
-    return kCopiedSums ? 2 * kKeysBytes : keys_at(stage) + kKeysBytes;
+    return kValuesAlone ? 2 * kKeysBytes : keys_at(stage) + kKeysBytes;
   }
   __device__ static constexpr int queries_at(int stage) {
     return kQueriesAt + stage * 2 * kQueriesBytes;
@@ -244,6 +247,11 @@ struct Config {
   __device__ static constexpr int sums_at(int stage) { return kTablesAt + stage * kTablesBytes; }
   __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kSumsBytes; }
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
+  // Of a warpgroup: sums that are to be added, and to which of the tiles of sums in memory.
+  __device__ static constexpr int sums_staging_at(int group) {
+    return kStagingAt + group * kQueries * kPanel * 4;
+  }
+  __device__ static constexpr int staged_tile_at(int group) { return kStagedTilesAt + group * 4; }
 };
 
 // What the producer tells the others, in shared memory: of the items, and of tiles of queries.

@@ -4,6 +4,7 @@
 // exponentials of one run beside the products of the others.
 #pragma once
 
+#include "attention_bwd/adder.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/halves.h"
 #include "attention_bwd/keys.h"
@@ -65,7 +66,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     shrink_registers<C::kProducerRegisters>();
-    if (threadIdx.x / 32 % 4 == 0) Producer<C>{p, maps, s, w, shared, barriers}.run();
+    const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32 % 4, 0);
+    if (warp == 0) {
+      Producer<C>{p, maps, s, w, shared, barriers}.run();
+    } else if (C::kCopiedSums && warp <= kKeyGroups) {
+      if constexpr (C::kCopiedSums) Adder<C>{p, w, shared, warp - 1}.run();
+    }
   }
 }
 

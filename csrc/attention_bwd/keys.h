@@ -286,14 +286,13 @@ struct KeyGroup {
     return at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
   }
 
-  // dS to the warpgroup of dQ, and into dK: the fence, at which a warp stood for a seventh of its
-  // time (D 64, H200), has that product beside it.
+  // dS to the warpgroup of dQ, and into dK. The fence between these stores and the tensor cores'
+  // reads is the reader's: here, a warp stood at it for a seventh of its time (D 64, H200).
   template <int kRows>
   __device__ __forceinline__ void give_scores(Scores<kRows>& x, int stage) {
     barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
     store_scores(x.ds, own_scores());
     start_gradient(dk, x.ds, at(C::queries_at(stage)));
-    fence_async_proxy();
     release(barriers.scores_full(buffer.stage));
     buffer.advance();
   }
@@ -444,7 +443,6 @@ struct KeyGroup {
       for (int at = thread * 16; at < kQueries * kRowBytes; at += 128 * 16) {
         store_shared(half + at, make_uint4(0, 0, 0, 0));
       }
-      fence_async_proxy();
       release(barriers.scores_full(buffer.stage));
       buffer.advance();
       release(barriers.queries_empty(queries.stage));

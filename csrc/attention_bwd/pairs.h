@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "attention_bwd/adder.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/keys.h"
 #include "attention_bwd/queries.h"
@@ -64,28 +65,29 @@ struct PairGroup : KeyGroup<C> {
            group * (kColumns / 8 * 128);
   }
 
-  // To what other blocks add, by way of shared memory: the copy engine adds while this warp goes
-  // on, which else waited for its registers to leave (a sixth of its time; D 128, H200).
-  __device__ __forceinline__ void add_by_copy(const QueryTile& tile) {
-    const int thread = attention::thread_again(), lane = thread % 32, warp = thread / 32 % 4;
-    const uint32_t staging = at(C::kStagingAt) + (group * 4 + warp) * (kColumns / 8 * 512);
-    if (lane == 0) store_wait_read();
-    __syncwarp();
+  // To what other blocks add, by way of the warpgroup's adder.
+  template <int kOwn>
+  __device__ __forceinline__ void give(const QueryTile& tile) {
+    const int thread = attention::thread_again() % 128, of = tile.dq;
+    const uint32_t staging = at(C::sums_staging_at(group)) + thread * 16;
+    named_wait<kGiveThreads>(kStagingFree + group);
 #pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) store_shared(staging + i * 512 + lane * 16, sums(i));
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) {
-      add_to_global(place(tile), staging, kColumns / 8 * 512);
-      store_commit();
+    for (int i = 0; i < kOwn / 8; ++i) store_shared(staging + i * 128 * 16, sums(i));
+    tell_adder(of);
+  }
+  __device__ __forceinline__ void tell_adder(int tile) {
+    if (attention::thread_again() % 128 == 0) {
+      store_shared(at(C::staged_tile_at(group)), static_cast<uint32_t>(tile));
     }
+    __syncwarp();
+    named_arrive<kGiveThreads>(kStagingFull + group);
   }
 
   // Of a tile of queries, as QueryGroup::add_up.
   template <int kOwn>
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
     if constexpr (C::kCopiedSums) {
-      if (!schedule.whole) return add_by_copy(tile);
+      if (!schedule.whole) return give<kOwn>(tile);
     }
     float4* const sums_there = place(tile);
     const bool first = schedule.whole && tile.flags & kFirst;
@@ -93,7 +95,7 @@ struct PairGroup : KeyGroup<C> {
     if (last && !first) {
 #pragma unroll
       for (int i = 0; i < kOwn / 8; ++i) {
-        const float4 x = __ldcg(sums_there + sums_at<C>(i));
+        const float4 x = __ldcg(sums_there + i * 128);
         dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
       }
     }
@@ -107,9 +109,9 @@ struct PairGroup : KeyGroup<C> {
 #pragma unroll
     for (int i = 0; i < kOwn / 8; ++i) {
       if (first) {
-        __stcg(sums_there + sums_at<C>(i), sums(i));
+        __stcg(sums_there + i * 128, sums(i));
       } else {
-        add_to_global(sums_there + sums_at<C>(i), sums(i));
+        add_to_global(sums_there + i * 128, sums(i));
       }
     }
   }
@@ -133,21 +135,29 @@ struct PairGroup : KeyGroup<C> {
     tiles.advance();
   }
 
+  // The log-sum-exps of a tile of queries; dP begins as what each adds to it.
+  __device__ __forceinline__ void load_numbers(int stage, float2 (&lse)[kQueries / 8]) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 8; ++i) {
+      uint4 pair;
+      load_shared(at(C::sums_at(stage)) + lane_index() % 4 * 16 + i * 64, pair);
+      lse[i] = make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
+      x.dp[4 * i] = x.dp[4 * i + 2] = __uint_as_float(pair.z);
+      x.dp[4 * i + 1] = x.dp[4 * i + 3] = __uint_as_float(pair.w);
+    }
+    keep(x.dp);
+  }
+
   // A tile of queries, with `behind` others.
   template <bool kBehind>
   __device__ __forceinline__ void attend(int first_key) {
     const int stage = queries.stage;
     barrier_wait(barriers.queries_full(stage), queries.parity);
-    // With both products queued at once D 128 took 5.05 ms instead of 5.16, but 5.49 instead of
-    // 5.30 where the copy engine did not add (8192 tokens, H200).
-    if (C::kCopiedSums) this->begin_dp(x, stage);
-    this->start_scores(x, stage);
-    if (C::kCopiedSums) barrier_wait(barriers.values_full(), values_parity);
-    if (!C::kCopiedSums) this->begin_dp(x, stage);
-    this->start_dp(x, stage);
     float2 lse[kQueries / 8];
-#pragma unroll
-    for (int i = 0; i < kQueries / 8; ++i) lse[i] = this->load_pair(C::sums_at(stage), i);
+    load_numbers(stage, lse);
+    this->start_scores(x, stage);
+    barrier_wait(barriers.values_full(), values_parity);
+    this->start_dp(x, stage);
     const int slot = tiles.stage + kBehind == C::kTileSlots ? 0 : tiles.stage + kBehind;
     const bool masked = query_tile_at<C>(shared, slot).flags & kMasked;
     mma_wait<1>();
@@ -166,12 +176,14 @@ struct PairGroup : KeyGroup<C> {
       this->template differentiate<false>(x);
     }
     barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
+    const uint32_t full = barriers.scores_full(buffer.stage);
     this->store_scores(x.ds, this->own_scores());
-    fence_async_proxy();
-    release(barriers.scores_full(buffer.stage));
     buffer.advance();
     if (kBehind) start_dq(buffer.stage, buffer.parity);
     this->start_gradient(dk, x.ds, at(C::queries_at(stage)));
+    fence_async_proxy();  // beside these products, as nobody multiplies this dS before the next
+                          // tile
+    release(full);
     mma_wait<1>();
     keep(dv);
     keep(x.weights);
@@ -212,19 +224,23 @@ struct PairGroup : KeyGroup<C> {
       }
 #pragma unroll 1
       for (int i = C::kHalves ? 0 : 1; i < count; ++i) next(first_key);
-      if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
+      if (C::kValuesAlone && count == 0) barrier_wait(barriers.values_full(), values_parity);
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
       this->write(dv, 1, this->dv_tile());
       this->write(dk, p.scale, this->dk_tile());
       this->send();
       if (C::kItemStages == 1) this->end_item(keys.stage);
-      if (C::kCopiedSums) {
+      if (C::kValuesAlone) {
         if (lane_index() == 0) store_wait_read<1>();  // all but dK's
         release(barriers.values_empty());
         values_parity ^= 1;
       }
       keys.advance();
+    }
+    if constexpr (C::kCopiedSums) {
+      named_wait<kGiveThreads>(kStagingFree + group);
+      tell_adder(kNoTile);
     }
     if (lane_index() == 0) store_wait_read();
   }

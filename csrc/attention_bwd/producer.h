@@ -150,9 +150,9 @@ struct Producer {
       if (item.count <= 0) {
         barrier_arrive(barrier);
       } else {
-        barrier_expect(barrier, (C::kCopiedSums ? 1 : 2) * C::kKeysBytes);
+        barrier_expect(barrier, (C::kValuesAlone ? 1 : 2) * C::kKeysBytes);
         copy_panels(C::keys_at(stage), maps.keys, p.k_stride_b, item, barrier);
-        if (!C::kCopiedSums) {
+        if (!C::kValuesAlone) {
           copy_panels(C::values_at(stage), maps.values, p.v_stride_b, item, barrier);
         }
       }
@@ -225,7 +225,7 @@ struct Producer {
           __syncwarp();
           queries.advance();
           tiles.advance();
-          if (C::kCopiedSums && values_due) copy_values_alone(item);
+          if (C::kValuesAlone && values_due) copy_values_alone(item);
         }
       }
     }
@@ -240,7 +240,7 @@ struct Producer {
     count(item, span);
     copy_keys(item);
     values_due = true;
-    if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
+    if (C::kValuesAlone && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
   }
 
@@ -259,12 +259,17 @@ struct Producer {
     } else {
       auto* counter = reinterpret_cast<int*>(static_cast<char*>(p.workspace) + workspace.counter);
       for (int item = block; item < schedule.items;) {
-        int next = item + blocks;
-        // Asked for before it is needed: the answer takes a microsecond.
-        if (schedule.dynamic && lane_index() == 0) next = blocks + atomicAdd(counter, 1);
         const int2 at = head_and_tile(item);
         run_item(at.x, at.y);
-        item = __shfl_sync(kAllLanes, next, 0);
+        // Not before an item's last queries are on their way: taken an item ahead, the last ones
+        // wait for long ones (causal, 4096 tokens, H200: D 128 3.15 instead of 2.87 ms, D 64 1.45
+        // instead of 1.39). Equal items in order wait for no answer: D 72 3.21 instead of 3.33.
+        if (!schedule.dynamic) {
+          item += blocks;
+        } else if (lane_index() == 0) {
+          item = blocks + atomicAdd(counter, 1);
+        }
+        item = __shfl_sync(kAllLanes, item, 0);
       }
     }
     Item end = {};

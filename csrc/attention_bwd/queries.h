@@ -54,6 +54,7 @@ struct QueryGroup {
   // dq += dS K.
   __device__ __forceinline__ void multiply() {
     barrier_wait(barriers.scores_full(buffer.stage), buffer.parity);
+    fence_async_proxy();
     const uint32_t base = shared_address(shared);
     const uint64_t a = swizzled_descriptor(base + C::scores_at(buffer.stage), 16);
     uint32_t tile_of_keys = base + C::keys_at(keys.stage);
@@ -83,14 +84,14 @@ struct QueryGroup {
   __device__ __forceinline__ void load(const float4* place) {
 #pragma unroll
     for (int i = 0; i < C::kWidth / 8; ++i) {
-      const float4 x = __ldcg(place + sums_at<C>(i));
+      const float4 x = __ldcg(place + i * 128);
       dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
     }
   }
 
   __device__ __forceinline__ void store(float4* place) const {
 #pragma unroll
-    for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + sums_at<C>(i), sums(i));
+    for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + i * 128, sums(i));
   }
 
   // Of a tile of queries. Where blocks share a head, each adds to the sums in memory, in the order
@@ -116,7 +117,7 @@ struct QueryGroup {
       store(place);
     } else {
 #pragma unroll
-      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + sums_at<C>(i), sums(i));
+      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
     }
   }
 

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(128)
   float dq[C::kWidth / 2];
 #pragma unroll
   for (int i = 0; i < C::kWidth / 8; ++i) {
-    const float4 x = __ldcg(place + sums_at<C>(i));
+    const float4 x = __ldcg(place + i * 128);
     dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
   }
   store_rows<T, C::kWidth>(head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim),

@@ -47,18 +47,12 @@ __device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int hea
   return static_cast<T*>(tensor) + (int64_t{batch} * rows * heads + head) * columns;
 }
 
-// Where a thread keeps four of its sums of a tile of 64 queries.
+// Where a thread keeps its sums of a tile of 64 queries: four, of 8 columns, behind those of all
+// 128 threads.
 template <typename C>
 __device__ __forceinline__ float4* sums_of_tile(char* sums, int64_t tile) {
-  const int thread = attention::thread_again() % 128;
   return reinterpret_cast<float4*>(sums) + tile * (C::kWidth / 8 * 128) +
-         (C::kCopiedSums ? thread / 32 * 256 + thread % 32 : thread);
-}
-// And how far from there the `i`-th four, of 8 columns: behind those of all threads, but what one
-// copy adds lies together, a warp's sums of 64 columns.
-template <typename C>
-__device__ constexpr int sums_at(int i) {
-  return C::kCopiedSums ? i / 8 * 8 * 128 + i % 8 * 32 : i * 128;
+         attention::thread_again() % 128;
 }
 
 }  // namespace attention_bwd

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warp that has the copy engine add a warpgroup's sums of dQ to those in memory. The warpgroup
+// itself would wait until an addition has read what it has left in shared memory, and for the fence
+// before it: with a warp for that, and the fence there, D 128 takes 4.49 instead of 4.98 ms (8192
+// tokens, H200).
+#pragma once
+
+#include <cstdint>
+
+#include "attention/ranges.h"
+#include "attention_bwd/config.h"
+#include "common/hopper.h"
+#include "common/tensor_map.h"
+#include "vlmkernels.h"
+
+namespace vlmk {
+namespace attention_bwd {
+
+// Named barriers, each the first of one for each warpgroup, at which it meets its adder.
+constexpr int kStagingFree = 5, kStagingFull = 7;
+constexpr int kGiveThreads = 128 + 32;
+constexpr int kNoTile = -1;  // behind the last sums
+
+template <typename C>
+struct Adder {
+  const VlmkAttentionBwdParams& p;
+  const Workspace& workspace;
+  char* shared;
+  int group;  // whose sums it adds
+
+  __device__ __forceinline__ void run() const {
+    constexpr int kRest = C::kWidth - kPanel;  // columns of the second warpgroup
+    const int bytes = (group == 0 ? kPanel : kRest) * kQueries * 4;
+    const uint32_t staging = shared_address(shared) + C::sums_staging_at(group);
+    char* sums = static_cast<char*>(p.workspace) + workspace.dq + group * kPanel * kQueries * 4;
+#pragma unroll 1
+    while (true) {
+      if (attention::lane_index() == 0) store_wait_read();
+      __syncwarp();
+      named_arrive<kGiveThreads>(kStagingFree + group);
+      named_wait<kGiveThreads>(kStagingFull + group);
+      uint32_t tile;
+      load_shared(shared_address(shared) + C::staged_tile_at(group), tile);
+      if (static_cast<int>(tile) == kNoTile) return;
+      fence_async_proxy();
+      if (attention::lane_index() == 0) {
+        add_to_global(sums + int64_t{tile} * (C::kWidth * kQueries * 4), staging, bytes);
+        store_commit();
+      }
+      __syncwarp();
+    }
+  }
+};
+
+}  // namespace attention_bwd
+}  // namespace vlmk
