@@ -29,10 +29,10 @@ struct Adder {
   int group;  // whose sums it adds
 
   __device__ __forceinline__ void run() const {
-    constexpr int kRest = C::kWidth - kPanel;  // columns of the second warpgroup
-    const int bytes = (group == 0 ? kPanel : kRest) * kQueries * 4;
+    constexpr int kFirst = C::kColumnsOfSums, kRest = C::kWidth - kFirst;
+    const int bytes = (group == 0 ? kFirst : kRest) * kQueries * 4;
     const uint32_t staging = shared_address(shared) + C::sums_staging_at(group);
-    char* sums = static_cast<char*>(p.workspace) + workspace.dq + group * kPanel * kQueries * 4;
+    char* sums = static_cast<char*>(p.workspace) + workspace.dq + group * kFirst * kQueries * 4;
 #pragma unroll 1
     while (true) {
       if (attention::lane_index() == 0) store_wait_read();

@@ -17,11 +17,10 @@ namespace vlmk {
 namespace attention_bwd {
 
 using attention::kNoMore;
-using attention::kPanel;
-using attention::kRowBytes;
 using attention::Ring;
 
-constexpr int kQueries = 64;  // of a tile
+constexpr int kQueries = 64;    // of a tile
+constexpr int kScoreRow = 128;  // bytes, of 64 keys' dS
 constexpr int kTail = 16;     // of a head's last tile, if it has no more: 197 and 577 leave 5 and 1
 constexpr int kLastKeys = 8;  // at most: see last_keys.h
 constexpr int kKeyGroups = 2;
@@ -138,6 +137,7 @@ constexpr bool takes_last_keys(int width, bool capped) {
 }
 // Of a block: four numbers of each thread, for dV and dK, and every fourth 16 columns.
 constexpr int bytes_of_last_keys(int width) { return 2 * ceil_div(width, 64) * 128 * 16; }
+constexpr int kEndsFrom = 64;  // what lies in them instead: the last 8 columns of 72, then a number
 constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
 
 // A number in 16-bit floats: three of them, with these weights. fp16 has neither the bits nor the
@@ -153,7 +153,16 @@ struct Config {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kWidth = kWidth_;                    // columns of a head
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
+  // Rows of queries, dout, keys and values lie in panels of so many columns. Where 64 would leave
+  // most of the second panel empty there is room for a stage of queries more: with two, those of
+  // keys waited for queries for a third of their time (D 72, 729 tokens, H200).
+  static constexpr int kPanel = kWidth > 64 && kWidth <= 96 ? 32 : 64;
+  static constexpr int kRowBytes = 2 * kPanel;  // over which they are swizzled
   static constexpr int kPanels = ceil_div(kDepth, kPanel);
+  // Where in a row 8 columns are.
+  __device__ static constexpr int swizzled(int columns, int row) {
+    return columns ^ (kPanel == 64 ? row % 8 : row / 2 % 4);
+  }
   static_assert(kWidth <= kMaxWidth);
 
   // Wide heads leave no registers for a warpgroup of dQ: those of keys have its columns too.
@@ -164,6 +173,7 @@ struct Config {
   static constexpr int kKeys = keys_of_tile(kWidth);
   static constexpr int kItemStages = kHalves ? 1 : 2;
   static constexpr int kOwnColumns = kHalves ? kWidth / 2 : kWidth;  // of dK and dV
+  static constexpr int kColumnsOfSums = kHalves ? kWidth / 2 : 64;   // of dQ, of the first group
   static constexpr int kOwnQueries = kHalves ? kQueries / 2 : kQueries;
   __device__ static constexpr int own_key(int group) { return kHalves ? 0 : group * 64; }
   __device__ static constexpr int own_query(int group) { return kHalves ? group * kOwnQueries : 0; }
@@ -196,7 +206,7 @@ struct Config {
   static constexpr int kItemBytes = (2 * kItemStages - kValuesAlone) * kKeysBytes;
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   // dS; of halves both have all keys, and their weights too.
-  static constexpr int kScoresBytes = kKeyGroups * kQueries * kRowBytes;
+  static constexpr int kScoresBytes = kKeyGroups * kQueries * kScoreRow;
   static constexpr int kScoreStages = 2;
   static constexpr int kSumsBytes = kQueries * bytes_of_query(kSums), kRangesBytes = kQueries * 8;
   static constexpr int kTablesBytes = kSumsBytes + kRangesBytes;
@@ -207,7 +217,7 @@ struct Config {
   static constexpr int kStagingBytes = kStaged       ? kKeysBytes
                                        : kCopiedSums ? kQueries * kWidth * 4
                                                      : 0;
-  static constexpr int kLastKeysBytes = kWidth <= kPanel ? 4 * kKeys * 16 : 0;
+  static constexpr int kLastKeysBytes = kTakesLastKeys ? 4 * kKeys * 16 : 0;
   static constexpr int kExtraBytes = 512;  // barriers, Item, QueryTile, staged tiles
   static constexpr int kFitting = (kSharedLimit - kExtraBytes - kItemBytes - kStagingBytes -
                                    kLastKeysBytes - kScoreStages * kScoresBytes) /
@@ -249,7 +259,7 @@ struct Config {
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
   // Of a warpgroup: sums that are to be added, and to which of the tiles of sums in memory.
   __device__ static constexpr int sums_staging_at(int group) {
-    return kStagingAt + group * kQueries * kPanel * 4;
+    return kStagingAt + group * kQueries * kColumnsOfSums * 4;
   }
   __device__ static constexpr int staged_tile_at(int group) { return kStagedTilesAt + group * 4; }
 };

@@ -19,7 +19,7 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
   const auto encode = [&](CUtensorMap& map, const void* data, int rows, int heads, int columns,
                           int64_t stride_b, int64_t stride_s, int64_t stride_h, int tile) {
     return encode_tensor_map(map, data, C::kHalf, stride_b == 0 ? 1 : p.batch, rows, heads, columns,
-                             stride_b, stride_s, stride_h, tile);
+                             stride_b, stride_s, stride_h, tile, C::kPanel);
   };
   int code = encode(maps.queries, p.q, p.num_queries, p.num_heads, p.dim, p.q_stride_b,
                     p.q_stride_s, p.q_stride_h, kQueries);
@@ -43,7 +43,7 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
     for (auto [map, at] :
          {std::pair(&maps.query_ends, w.query_ends), std::pair(&maps.dout_ends, w.dout_ends)}) {
       code = encode_tensor_map(*map, static_cast<char*>(p.workspace) + at, C::kHalf, 1, rows, 1,
-                               kEndColumns, 0, kEndColumns, kEndColumns, kQueries);
+                               kEndColumns, 0, kEndColumns, kEndColumns, kQueries, C::kPanel);
       if (code) return code;
     }
   }

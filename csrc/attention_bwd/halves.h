@@ -25,15 +25,15 @@ struct HalfGroup : PairGroup<C> {
   // sums += (what lies at `scores`, as [queries, keys])^T times `rows`: dV or dK.
   __device__ __forceinline__ void start_gradient(float (&sums)[C::kOwnColumns / 2], uint32_t scores,
                                                  uint32_t rows) {
-    constexpr int kPanelBytes = kQueries * kRowBytes;
+    constexpr int kPanelBytes = kQueries * C::kRowBytes;
     const uint64_t a = swizzled_descriptor(scores, kPanelBytes);
     const uint64_t b =
-        swizzled_descriptor(rows + group * (C::kOwnColumns / kPanel) * kPanelBytes, kPanelBytes);
+        swizzled_descriptor(rows + group * (C::kOwnColumns / C::kPanel) * kPanelBytes, kPanelBytes);
     keep(sums);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < kQueries / 16; ++step) {
-      const int at = step * 16 * kRowBytes >> 4;
+      const int at = step * 16 * C::kRowBytes >> 4;
       mma<T, C::kOwnColumns, true, true>(sums, a + at, b + at, true);
     }
     mma_commit();
@@ -65,8 +65,8 @@ struct HalfGroup : PairGroup<C> {
     } else {
       weigh_and_differentiate<false>(first_key, lse);
     }
-    const uint32_t ds = at(C::scores_at(buffer.stage)), weights = ds + kQueries * kRowBytes;
-    const uint32_t own = C::own_query(group) * kRowBytes;
+    const uint32_t ds = at(C::scores_at(buffer.stage)), weights = ds + kQueries * kScoreRow;
+    const uint32_t own = C::own_query(group) * kScoreRow;
     this->store_scores(x.ds, ds + own);
     this->store_scores(x.weights, weights + own);
     fence_async_proxy();

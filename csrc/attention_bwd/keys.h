@@ -98,12 +98,12 @@ struct KeyGroup {
   // reads half as much of shared memory, whose bandwidth is what bounds this kernel.
   __device__ __forceinline__ void load_own(uint32_t (&own)[C::kDepth / 16][4], uint32_t tile) {
     const int thread = attention::thread_again(), lane = thread % 32, warp = thread / 32 % 4;
-    const uint32_t row =
-        tile + (group * 64 + warp * 16 + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t row = tile + (group * 64 + warp * 16 + lane % 16) * C::kRowBytes +
+                         (C::swizzled(lane / 16, lane) << 4);
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      load_matrices(own[step], (row ^ inside) + panel * C::kKeys * kRowBytes);
+      const int panel = step * 16 / C::kPanel, inside = step * 32 % C::kRowBytes;
+      load_matrices(own[step], (row ^ inside) + panel * C::kKeys * C::kRowBytes);
     }
   }
 
@@ -112,9 +112,11 @@ struct KeyGroup {
     own_keys[C::kDepth / 16 - 1][2] = own_keys[C::kDepth / 16 - 1][3] = weights_of_parts<T>();
     const int row = static_cast<int>(threadIdx.x) % 128;
     if (row < 64) {
-      auto* end = reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
-                                           (C::kKeys + group * 64 + row) * kRowBytes);
-      end[1 ^ row % 8] = make_uint4(pack<T>(kParts[0], kParts[1]), pack<T>(kParts[2], 0), 0, 0);
+      auto* end =
+          reinterpret_cast<uint4*>(shared + C::values_at(keys.stage) +
+                                   ((C::kPanels - 1) * C::kKeys + group * 64 + row) * C::kRowBytes);
+      end[C::swizzled(1, row)] =
+          make_uint4(pack<T>(kParts[0], kParts[1]), pack<T>(kParts[2], 0), 0, 0);
     }
     fence_async_proxy();
     named_wait<128>(kKeyGroupBarrier + group);
@@ -126,8 +128,8 @@ struct KeyGroup {
   __device__ __forceinline__ void start_product(float (&sums)[kHalf],
                                                 uint32_t (&own)[C::kDepth / 16][4], uint32_t tile,
                                                 uint32_t rows, uint32_t table) {
-    const uint64_t a = swizzled_descriptor(tile + C::own_key(group) * kRowBytes, 16);
-    const uint64_t b = swizzled_descriptor(rows + C::own_query(group) * kRowBytes, 16);
+    const uint64_t a = row_descriptor(tile + C::own_key(group) * C::kRowBytes, C::kRowBytes);
+    const uint64_t b = row_descriptor(rows + C::own_query(group) * C::kRowBytes, C::kRowBytes);
     uint32_t parts[4];
     if (C::kSums == Sums::kApart) {
       parts[0] = parts[1] = weights_of_parts<T>();
@@ -141,12 +143,12 @@ struct KeyGroup {
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
-      const uint64_t right = b + ((panel * kQueries * kRowBytes + inside) >> 4);
+      const int panel = step * 16 / C::kPanel, inside = step * 32 % C::kRowBytes;
+      const uint64_t right = b + ((panel * kQueries * C::kRowBytes + inside) >> 4);
       if constexpr (kInRegisters) {
         mma<T, 2 * kHalf>(sums, own[step], right, kAdd || step > 0);
       } else {
-        mma<T, 2 * kHalf>(sums, a + ((panel * C::kKeys * kRowBytes + inside) >> 4), right,
+        mma<T, 2 * kHalf>(sums, a + ((panel * C::kKeys * C::kRowBytes + inside) >> 4), right,
                           kAdd || step > 0);
       }
     }
@@ -194,7 +196,7 @@ struct KeyGroup {
   template <int kQuarter>
   __device__ __forceinline__ void start_gradient(float (&sums)[C::kOwnColumns / 2],
                                                  uint32_t (&left)[kQuarter], uint32_t rows) {
-    const uint64_t b = swizzled_descriptor(rows, kQueries * kRowBytes);
+    const uint64_t b = swizzled_descriptor(rows, kQueries * C::kRowBytes, C::kRowBytes);
     keep(sums);
     keep(left);
     mma_fence();
@@ -202,7 +204,7 @@ struct KeyGroup {
     for (int step = 0; step < kQuarter / 4; ++step) {
       const uint32_t a[4] = {left[4 * step], left[4 * step + 1], left[4 * step + 2],
                              left[4 * step + 3]};
-      mma<T, C::kWidth, true>(sums, a, b + (step * 16 * kRowBytes >> 4), true);
+      mma<T, C::kWidth, true>(sums, a, b + (step * 16 * C::kRowBytes >> 4), true);
     }
     mma_commit();
   }
@@ -273,17 +275,17 @@ struct KeyGroup {
   template <int kQuarter>
   __device__ __forceinline__ void store_scores(const uint32_t (&x)[kQuarter], uint32_t first) {
     const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
-    const uint32_t row = first + (lane / 16 * 8 + lane % 8) * kRowBytes +
+    const uint32_t row = first + (lane / 16 * 8 + lane % 8) * kScoreRow +
                          ((2 * warp + lane / 8 % 2 ^ lane % 8) << 4);
 #pragma unroll
     for (int step = 0; step < kQuarter / 4; ++step) {
-      store_transposed(row + step * 16 * kRowBytes,
+      store_transposed(row + step * 16 * kScoreRow,
                        {x[4 * step], x[4 * step + 1], x[4 * step + 2], x[4 * step + 3]});
     }
   }
 
   __device__ __forceinline__ uint32_t own_scores() const {
-    return at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
+    return at(C::scores_at(buffer.stage)) + group * kQueries * kScoreRow;
   }
 
   // dS to the warpgroup of dQ, and into dK. The fence between these stores and the tensor cores'
@@ -301,10 +303,10 @@ struct KeyGroup {
   __device__ __forceinline__ int stored_key() const {
     return C::own_key(group) + attention::thread_again() % 128 / 32 * 16;
   }
-  static constexpr int kOwnPanels = ceil_div(C::kOwnColumns, kPanel);
+  static constexpr int kOwnPanels = ceil_div(C::kOwnColumns, C::kPanel);
   __device__ __forceinline__ int first_panel() const { return C::kHalves ? group * kOwnPanels : 0; }
   __device__ __forceinline__ uint32_t stored_rows(uint32_t tile) const {
-    return tile + first_panel() * C::kKeys * kRowBytes + stored_key() * kRowBytes;
+    return tile + (first_panel() * C::kKeys + stored_key()) * C::kRowBytes;
   }
 
   // dV goes by way of where the own values were, dK of where the keys were or of a place of its
@@ -317,11 +319,14 @@ struct KeyGroup {
   __device__ __forceinline__ void write(const float (&sums)[C::kOwnColumns / 2], float scale,
                                         uint32_t tile) const {
     const int lane = attention::thread_again() % 32;
-    const uint32_t row = stored_rows(tile) + lane % 16 * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t row =
+        stored_rows(tile) + lane % 16 * C::kRowBytes + (C::swizzled(lane / 16, lane) << 4);
+    constexpr int kOfPanel = C::kPanel / 8;
 #pragma unroll
     for (int block = 0; block < C::kOwnColumns / 8; block += 2) {
       const float* x = &sums[4 * block];
-      const uint32_t to = (row + block / 8 * C::kKeys * kRowBytes) ^ (block % 8 << 4);
+      const uint32_t to =
+          (row + block / kOfPanel * C::kKeys * C::kRowBytes) ^ (block % kOfPanel << 4);
       const uint32_t low = pack<T>(x[0] * scale, x[1] * scale);
       const uint32_t high = pack<T>(x[2] * scale, x[3] * scale);
       if (block + 1 < C::kOwnColumns / 8) {
@@ -343,8 +348,8 @@ struct KeyGroup {
       const auto copy = [&](const CUtensorMap& map, uint32_t tile) {
 #pragma unroll
         for (int panel = 0; panel < kOwnPanels; ++panel) {
-          store_tile_once(map, stored_rows(tile) + panel * C::kKeys * kRowBytes,
-                          (first_panel() + panel) * kPanel, key, item.head, item.batch);
+          store_tile_once(map, stored_rows(tile) + panel * C::kKeys * C::kRowBytes,
+                          (first_panel() + panel) * C::kPanel, key, item.head, item.batch);
         }
         store_commit();
       };
@@ -438,9 +443,9 @@ struct KeyGroup {
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(barriers.queries_full(queries.stage), queries.parity);
       barrier_wait(barriers.scores_empty(buffer.stage), buffer.parity);
-      const uint32_t half = at(C::scores_at(buffer.stage)) + group * kQueries * kRowBytes;
+      const uint32_t half = own_scores();
 #pragma unroll
-      for (int at = thread * 16; at < kQueries * kRowBytes; at += 128 * 16) {
+      for (int at = thread * 16; at < kQueries * kScoreRow; at += 128 * 16) {
         store_shared(half + at, make_uint4(0, 0, 0, 0));
       }
       release(barriers.scores_full(buffer.stage));

@@ -41,16 +41,9 @@ struct LastKeys {
     return shared_address(shared) + offset;
   }
 
-  // 16 bytes that this warpgroup keeps: row `row` of 128, column `column`. At head dim 64 they have
-  // a place of their own, above they are columns of the keys' second panel that products leave
-  // alone.
+  // 16 bytes that this warpgroup keeps: row `row` of 128, column `column`.
   __device__ __forceinline__ uint32_t kept(int row, int column) const {
-    if constexpr (C::kWidth <= kPanel) {
-      return at(C::kLastKeysAt) + (column * C::kKeys + row) * 16;
-    } else {
-      return at(C::keys_at(keys_stage)) + (C::kKeys + row) * kRowBytes +
-             ((4 + column ^ row % 8) << 4);
-    }
+    return at(C::kLastKeysAt) + (column * C::kKeys + row) * 16;
   }
   // Of a query weights (0) or dS (1).
   __device__ __forceinline__ uint32_t exchange(int query, int which) const {
@@ -79,13 +72,13 @@ struct LastKeys {
                                            int which) const {
     const int thread = attention::thread_again(), lane = thread % 32;
     const int row = thread / 32 % 4 * 16 + lane % 16;
-    const uint32_t first_chunk = tile + row * kRowBytes + ((lane / 16 ^ row % 8) << 4);
+    const uint32_t first_chunk = tile + row * C::kRowBytes + (C::swizzled(lane / 16, row) << 4);
     uint32_t b[4];
 #pragma unroll
     for (int step = 0; step < C::kDepth / 16; ++step) {
-      const int panel = step * 16 / kPanel, inside = step * 32 % kRowBytes;
+      const int panel = step * 16 / C::kPanel, inside = step * 32 % C::kRowBytes;
       uint32_t a[4];
-      load_matrices(a, (first_chunk ^ inside) + panel * kQueries * kRowBytes);
+      load_matrices(a, (first_chunk ^ inside) + panel * kQueries * C::kRowBytes);
       if (step % 2 == 0) load_matrices(b, last_row(which, 2 * step));
       mma_add<T>(sums, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
     }
@@ -142,13 +135,14 @@ struct LastKeys {
     for (int n = 0; n < kOwnBlocks; ++n) {
       const int block = thread / 32 % 4 + 4 * n;
       if (block >= kBlocks) break;
-      const uint32_t from = rows + (block / 4 * kQueries + row) * kRowBytes +
-                            ((block % 4 * 2 + lane / 8 % 2 ^ row % 8) << 4);
+      constexpr int kOfPanel = C::kPanel / 16;
+      const uint32_t from = rows + (block / kOfPanel * kQueries + row) * C::kRowBytes +
+                            (C::swizzled(block % kOfPanel * 2 + lane / 8 % 2, row) << 4);
       float sums[4] = {};
 #pragma unroll
       for (int step = 0; step < kQueries / 16; ++step) {
         uint32_t a[4];
-        load_transposed(a, from + step * 16 * kRowBytes);
+        load_transposed(a, from + step * 16 * C::kRowBytes);
         mma_add<T>(sums, a, right[step / 2][step % 2 * 2], right[step / 2][step % 2 * 2 + 1]);
       }
       const float4 x = make_float4(sums[0], sums[1], sums[2], sums[3]);
@@ -227,7 +221,6 @@ struct LastKeys {
   __device__ __forceinline__ void end() const {
     store(0, p.dv, p.value_dim, 1);
     store(1, p.dk, p.dim, p.scale);
-    fence_async_proxy();  // what was kept lies where the next keys will
   }
 };
 

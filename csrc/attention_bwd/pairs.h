@@ -30,8 +30,8 @@ struct PairGroup : KeyGroup<C> {
   const Schedule& schedule;
   const Workspace& workspace;
 
-  static constexpr int kColumns = C::kHalves ? C::kWidth / 2 : kPanel;  // of dQ, that are its own
-  static constexpr int kRest = C::kWidth - kColumns;                    // of the second group
+  static constexpr int kColumns = C::kColumnsOfSums;  // of dQ, that are its own
+  static constexpr int kRest = C::kWidth - kColumns;  // of the second group
   Scores<C::kOwnQueries> x;
   float dq[kColumns / 2];
   uint32_t values_parity = 0;
@@ -39,19 +39,20 @@ struct PairGroup : KeyGroup<C> {
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
 
-  // dq = dS K, of this warpgroup's columns of K, whose last may be zeros.
+  // dq = dS K, of this warpgroup's columns of K, whose last may be nobody's.
   __device__ __forceinline__ void start_own_columns(int stage) {
     const uint64_t a = swizzled_descriptor(at(C::scores_at(stage)), 16);
-    constexpr int kPanelBytes = C::kKeys * kRowBytes;
+    constexpr int kPanelBytes = C::kKeys * C::kRowBytes;
     const uint64_t b = swizzled_descriptor(
-        at(C::keys_at(keys.stage)) + group * (kColumns / kPanel) * kPanelBytes, kPanelBytes);
+        at(C::keys_at(keys.stage)) + group * (kColumns / C::kPanel) * kPanelBytes, kPanelBytes,
+        C::kRowBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kKeys / 16; ++step) {
       mma<T, kColumns, false, true>(dq,
-                                    a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
-                                    b + (step * 16 * kRowBytes >> 4), step > 0);
+                                    a + ((step / 4 * kQueries * kScoreRow + step % 4 * 32) >> 4),
+                                    b + (step * 16 * C::kRowBytes >> 4), step > 0);
     }
     mma_commit();
   }

@@ -120,8 +120,9 @@ struct Producer {
                                               const Item& item, uint32_t barrier) {
 #pragma unroll 1  // registers are few
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      copy_tile_once(shared_address(shared) + to + panel * C::kKeys * kRowBytes, map,
-                     panel * kPanel, item.first_key, item.head, stride_b ? item.batch : 0, barrier);
+      copy_tile_once(shared_address(shared) + to + panel * C::kKeys * C::kRowBytes, map,
+                     panel * C::kPanel, item.first_key, item.head, stride_b ? item.batch : 0,
+                     barrier);
     }
   }
 
@@ -173,17 +174,18 @@ struct Producer {
     query_tile_at<C>(shared, slot) = tile;
     const uint32_t barrier = barriers.queries_full(stage), base = shared_address(shared);
     barrier_expect(barrier, C::kStageBytes);
-    constexpr bool kEnds = C::kSums == Sums::kBehind;  // the second panel
+    constexpr bool kEnds = C::kSums == Sums::kBehind;  // the last panel
 #pragma unroll 1
     for (int panel = 0; panel < C::kPanels - kEnds; ++panel) {
-      const int at = panel * kQueries * kRowBytes;
-      copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * kPanel, first, head,
+      const int at = panel * kQueries * C::kRowBytes;
+      copy_tile(base + C::queries_at(stage) + at, maps.queries, panel * C::kPanel, first, head,
                 p.q_stride_b ? item.batch : 0, barrier);
-      copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * kPanel, first, head,
+      copy_tile(base + C::dout_at(stage) + at, maps.dout, panel * C::kPanel, first, head,
                 p.dout_stride_b ? item.batch : 0, barrier);
     }
     if (kEnds) {
-      const int at = kQueries * kRowBytes, end = (row * num_tiles + of_head) * kQueries;
+      const int at = (C::kPanels - 1) * kQueries * C::kRowBytes;
+      const int end = (row * num_tiles + of_head) * kQueries;
       copy_tile(base + C::queries_at(stage) + at, maps.query_ends, 0, end, 0, 0, barrier);
       copy_tile(base + C::dout_at(stage) + at, maps.dout_ends, 0, end, 0, 0, barrier);
     }

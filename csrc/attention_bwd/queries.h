@@ -26,7 +26,7 @@ __device__ __forceinline__ void clear_unseen(const VlmkAttentionBwdParams& p, co
                                              char* keys, int barrier) {
   const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
   if (lo <= 0 && (hi >= C::kKeys || item.hi >= p.num_keys)) return;
-  constexpr int kWords = kRowBytes / 16;
+  constexpr int kWords = C::kRowBytes / 16;
 #pragma unroll 1
   for (int i = attention::thread_again() % kThreads; i < C::kKeysBytes / 16; i += kThreads) {
     const int key = i / kWords % C::kKeys;
@@ -59,14 +59,14 @@ struct QueryGroup {
     const uint64_t a = swizzled_descriptor(base + C::scores_at(buffer.stage), 16);
     uint32_t tile_of_keys = base + C::keys_at(keys.stage);
     asm volatile("" : "+r"(tile_of_keys));  // what nvcc works out before all tiles takes registers
-    const uint64_t b = swizzled_descriptor(tile_of_keys, C::kKeys * kRowBytes);
+    const uint64_t b = swizzled_descriptor(tile_of_keys, C::kKeys * C::kRowBytes, C::kRowBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < C::kKeys / 16; ++step) {
       mma<T, C::kWidth, false, true>(dq,
-                                     a + ((step / 4 * kQueries * kRowBytes + step % 4 * 32) >> 4),
-                                     b + (step * 16 * kRowBytes >> 4), true);
+                                     a + ((step / 4 * kQueries * kScoreRow + step % 4 * 32) >> 4),
+                                     b + (step * 16 * C::kRowBytes >> 4), true);
     }
     mma_commit();
     mma_wait<0>();

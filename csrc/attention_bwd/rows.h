@@ -115,12 +115,12 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, co
       const float lse = there ? p.lse[of_row] : -INFINITY;
       store_sums<C>(p, w, row, lse, (there && p.dlse ? p.dlse[of_row] : 0) - delta);
     }
-    if (C::kSums == Sums::kBehind && chunk == kPanel / 8) {  // the 8 columns before those
+    if (C::kSums == Sums::kBehind && chunk == kEndsFrom / 8) {  // the 8 columns before those
       const int64_t end = 2 * (blockIdx.x * int64_t{kQueries} + row);
       const auto* q = static_cast<const T*>(p.q) + batch * p.q_stride_b + head * p.q_stride_h;
-      const bool there = query < p.num_queries && kPanel < p.dim;
+      const bool there = query < p.num_queries && kEndsFrom < p.dim;
       reinterpret_cast<uint4*>(workspace + w.query_ends)[end] =
-          load_global(q + query * p.q_stride_s + kPanel, there);
+          load_global(q + query * p.q_stride_s + kEndsFrom, there);
       reinterpret_cast<uint4*>(workspace + w.dout_ends)[end] = x[step];
     }
   }

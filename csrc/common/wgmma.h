@@ -32,18 +32,19 @@ __device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t 
   return ((address & 0x3ffff) >> 4) | uint64_t{k_stride >> 4} << 16 | uint64_t{128 >> 4} << 32;
 }
 
-// Rows of 128 bytes one after another, swizzled as the copy engine does. `panel_stride` is from one
-// panel of 64 columns to the next, where one product spans several (B with its rows along K).
-__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, uint32_t panel_stride) {
+// Rows of 32, 64 or 128 bytes one after another, swizzled over as many as the copy engine does.
+// `panel_stride` is from one panel of columns to the next, where one product spans several (B with
+// its rows along K).
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, uint32_t panel_stride,
+                                                        int row_bytes = 128) {
+  const unsigned swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
   return ((address & 0x3ffff) >> 4) | uint64_t{panel_stride >> 4} << 16 |
-         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+         uint64_t{static_cast<uint32_t>(row_bytes) >> 1} << 32 | uint64_t{swizzle} << 62;
 }
 
-// The same with rows of 32, 64 or 128 bytes, swizzled over as many, for K along the rows.
+// The same for K along the rows.
 __device__ __forceinline__ uint64_t row_descriptor(uint32_t address, int row_bytes) {
-  const unsigned swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-  return ((address & 0x3ffff) >> 4) | uint64_t{static_cast<uint32_t>(row_bytes) >> 1} << 32 |
-         uint64_t{swizzle} << 62;
+  return swizzled_descriptor(address, 0, row_bytes);
 }
 
 // Reads of these registers stay behind this place, writes before it: what runs meanwhile is known
