@@ -36,7 +36,7 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
   const auto encode_result = [&](CUtensorMap& map, const void* data, int columns) {
     const int64_t row = int64_t{p.num_kv_heads} * columns;  // contiguous
     return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * row, row, columns,
-                  16);
+                  64);
   };
   if (C::kSums == Sums::kBehind) {
     const int rows = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries) * kQueries;
