@@ -202,8 +202,7 @@ struct Config {
   // Keys and values of this item and the next, but where sums are copied no other values; as many
   // stages of queries and dout as fit.
   static constexpr int kKeysBytes = kPanels * kKeys * kRowBytes;
-  static constexpr bool kValuesAlone = kCopiedSums;
-  static constexpr int kItemBytes = (2 * kItemStages - kValuesAlone) * kKeysBytes;
+  static constexpr int kItemBytes = (2 * kItemStages - kCopiedSums) * kKeysBytes;
   static constexpr int kQueriesBytes = kPanels * kQueries * kRowBytes;
   // dS; of halves both have all keys, and their weights too.
   static constexpr int kScoresBytes = kKeyGroups * kQueries * kScoreRow;
@@ -245,10 +244,10 @@ struct Config {
   static_assert(kSharedBytes <= kBarriersAt + kExtraBytes && kSharedBytes <= kSharedLimit);
 
   __device__ static constexpr int keys_at(int stage) {
-    return stage * (kValuesAlone ? 1 : 2) * kKeysBytes;
+    return stage * (kCopiedSums ? 1 : 2) * kKeysBytes;
   }
   __device__ static constexpr int values_at(int stage) {
-    return kValuesAlone ? 2 * kKeysBytes : keys_at(stage) + kKeysBytes;
+    return kCopiedSums ? 2 * kKeysBytes : keys_at(stage) + kKeysBytes;
   }
   __device__ static constexpr int queries_at(int stage) {
     return kQueriesAt + stage * 2 * kQueriesBytes;

@@ -225,14 +225,14 @@ struct PairGroup : KeyGroup<C> {
       }
 #pragma unroll 1
       for (int i = C::kHalves ? 0 : 1; i < count; ++i) next(first_key);
-      if (C::kValuesAlone && count == 0) barrier_wait(barriers.values_full(), values_parity);
+      if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
       this->write(dv, 1, this->dv_tile());
       this->write(dk, p.scale, this->dk_tile());
       this->send();
       if (C::kItemStages == 1) this->end_item(keys.stage);
-      if (C::kValuesAlone) {
+      if (C::kCopiedSums) {
         if (lane_index() == 0) store_wait_read<1>();  // all but dK's
         release(barriers.values_empty());
         values_parity ^= 1;

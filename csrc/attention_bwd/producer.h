@@ -151,9 +151,9 @@ struct Producer {
       if (item.count <= 0) {
         barrier_arrive(barrier);
       } else {
-        barrier_expect(barrier, (C::kValuesAlone ? 1 : 2) * C::kKeysBytes);
+        barrier_expect(barrier, (C::kCopiedSums ? 1 : 2) * C::kKeysBytes);
         copy_panels(C::keys_at(stage), maps.keys, p.k_stride_b, item, barrier);
-        if (!C::kValuesAlone) {
+        if (!C::kCopiedSums) {
           copy_panels(C::values_at(stage), maps.values, p.v_stride_b, item, barrier);
         }
       }
@@ -227,7 +227,7 @@ struct Producer {
           __syncwarp();
           queries.advance();
           tiles.advance();
-          if (C::kValuesAlone && values_due) copy_values_alone(item);
+          if (C::kCopiedSums && values_due) copy_values_alone(item);
         }
       }
     }
@@ -242,7 +242,7 @@ struct Producer {
     count(item, span);
     copy_keys(item);
     values_due = true;
-    if (C::kValuesAlone && item.count == 0) copy_values_alone(item);
+    if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
   }
 
