@@ -212,7 +212,7 @@ struct Config {
   static constexpr int kStageBytes = 2 * kQueriesBytes + kTablesBytes;
   // dK has a place of its own to be stored from: the keys' is free only once dQ is done.
   static constexpr bool kStaged = kWidth <= 64;
-  // And sums of dQ, of which the second warpgroup has what is behind a panel.
+  // And sums of dQ that are to be added, of each warpgroup's columns.
   static constexpr int kStagingBytes = kStaged       ? kKeysBytes
                                        : kCopiedSums ? kQueries * kWidth * 4
                                                      : 0;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       Producer<C>{p, maps, s, w, shared, barriers}.run();
     } else if (C::kCopiedSums && warp <= kKeyGroups) {
-      if constexpr (C::kCopiedSums) Adder<C>{p, w, shared, warp - 1}.run();
+      Adder<C>{p, w, shared, warp - 1}.run();
     }
   }
 }

@@ -182,8 +182,8 @@ struct PairGroup : KeyGroup<C> {
     buffer.advance();
     if (kBehind) start_dq(buffer.stage, buffer.parity);
     this->start_gradient(dk, x.ds, at(C::queries_at(stage)));
-    fence_async_proxy();  // beside these products, as nobody multiplies this dS before the next
-                          // tile
+    // Beside these products, as nobody multiplies this dS before the next tile.
+    fence_async_proxy();
     release(full);
     mma_wait<1>();
     keep(dv);
