@@ -42,6 +42,13 @@ SHARED = {
     "mqa-S300x70-D16-Dv8": (1, 3, 1, 300, 70, 16, 8),
     "odd-S300-D40-Dv64": (2, 2, 2, 300, 300, 40, 64),
     "more-queries-than-keys": (2, 2, 2, 500, 30, 80, 80),
+    # So many heads that some blocks clear the sums of dQ for others; and so few rounds that they are not taken whole.
+    "many-S200x300-D64": (35, 4, 4, 200, 300, 64, 64),
+    "many-S200x300-D72": (35, 4, 4, 200, 300, 72, 72),
+    "many-S150x300-D88": (35, 4, 4, 150, 300, 88, 88),
+    "many-S150x300-D96": (35, 4, 4, 150, 300, 96, 96),
+    "many-gqa-S200x600-D128": (35, 8, 4, 200, 600, 128, 128),
+    "many-gqa-S150x200-D256": (35, 8, 4, 150, 200, 256, 256),
 }
 SHAPES = WHOLE | SHARED
 
@@ -171,6 +178,25 @@ def test_cuda_graph(batch, device):
     captured, called = replayed(step, inputs, ranges, "random", shape)
     for x, y in zip(captured, called, strict=True):
         assert compare(x, y.double(), "grad")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_streams_at_once(dim, device):
+    """Blocks that share heads wait for each other: those of several calls must not keep each other from the GPU."""
+    inputs = make_qkv((20, 16, 16, 900, 900, dim, dim), torch.bfloat16, device)
+    out = attention(*inputs, backend="cuda")
+    dout = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    got = []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                got.append(torch.autograd.grad(attention(*inputs, backend="cuda"), inputs, dout))
+    torch.cuda.synchronize()
+    for gradients_of_call in got:
+        assert all(compare(x, y.double(), "grad") for x, y in zip(gradients_of_call, wanted, strict=True))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -9,6 +9,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/counters.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
 #include "vlmkernels.h"
@@ -19,11 +20,13 @@ namespace attention_bwd {
 // Named barriers, each the first of one for each warpgroup, at which it meets its adder.
 constexpr int kStagingFree = 5, kStagingFull = 7;
 constexpr int kGiveThreads = 128 + 32;
-constexpr int kNoTile = -1;  // behind the last sums
+// Instead of a tile: behind the last sums, and behind an item's, with its counter subtracted.
+constexpr int kNoTile = -1, kItemDone = -2;
 
 template <typename C>
 struct Adder {
   const VlmkAttentionBwdParams& p;
+  const Schedule& schedule;
   const Workspace& workspace;
   char* shared;
   int group;  // whose sums it adds
@@ -39,9 +42,15 @@ struct Adder {
       __syncwarp();
       named_arrive<kGiveThreads>(kStagingFree + group);
       named_wait<kGiveThreads>(kStagingFull + group);
-      uint32_t tile;
-      load_shared(shared_address(shared) + C::staged_tile_at(group), tile);
-      if (static_cast<int>(tile) == kNoTile) return;
+      uint32_t word;
+      load_shared(shared_address(shared) + C::staged_tile_at(group), word);
+      const int tile = static_cast<int>(word);
+      if (tile == kNoTile) return;
+      if (tile <= kItemDone) {
+        if (attention::lane_index() == 0) store_wait();
+        Counters::add(Counters(p, schedule, workspace).done(kItemDone - tile));
+        continue;
+      }
       fence_async_proxy();
       if (attention::lane_index() == 0) {
         add_to_global(sums + int64_t{tile} * (C::kWidth * kQueries * 4), staging, bytes);

@@ -12,16 +12,23 @@
 namespace vlmk {
 namespace attention_bwd {
 
-// dQ of a block's head, in fp32, is to stay in L2: that of 132 blocks in 32 of 50 MB.
-constexpr int64_t kMostOfBlock = 32 << 20;
+// What blocks with whole heads have of dQ at once, in fp32, is to stay in L2, of 50 MB.
+constexpr int64_t kMost = 28 << 20, kMostDeterministic = 40 << 20;
+// Above 64 columns a head has no more queries or no more keys than this: with more of both, blocks
+// that share heads are ahead, as Q and dO of fewer heads are in L2 (H200, ms, whole and shared: at
+// 72 columns 400 tokens 0.264 and 0.271, 576 0.434 and 0.399, at 96 577 0.581 and 0.502; but at 64
+// 729 0.432 and 0.439).
+constexpr int kMostTokens = 512;
 
 // Whole heads, where there are enough for all multiprocessors to be busy to the end.
-static bool takes_whole_heads(const VlmkAttentionBwdParams& p, int multiprocessors,
-                              int64_t bytes_of_head) {
+static bool takes_whole_heads(const VlmkAttentionBwdParams& p, int multiprocessors, int width) {
   const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
   const int64_t rounds = ceil_div<int64_t>(heads, multiprocessors);
-  if (bytes_of_head * std::min<int64_t>(heads, multiprocessors) > kMostOfBlock) return false;
-  return 10 * heads >= 9 * rounds * multiprocessors;
+  const int64_t of_head = int64_t{p.num_heads / p.num_kv_heads} * p.num_queries * width * 4;
+  const int64_t at_once = of_head * std::min<int64_t>(heads, multiprocessors);
+  if (at_once > (p.deterministic ? kMostDeterministic : kMost)) return false;
+  const bool few = width <= 64 || std::min(p.num_queries, p.num_keys) <= kMostTokens;
+  return (few || p.deterministic) && 10 * heads >= 9 * rounds * multiprocessors;
 }
 
 // Without the few keys that a class token and others leave behind a multiple of 128, which go with
@@ -45,18 +52,22 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   const int width = width_for(std::max(p.dim, p.value_dim), p.softcap > 0);
   const int64_t of_tile = int64_t{kQueries} * width * 4;
   const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
-  s.whole = takes_whole_heads(p, count, of_head);
+  s.whole = takes_whole_heads(p, count, width);
   s.main_keys = main_keys(p, width, s.whole);
   s.tiles_of_head = ceil_div(s.main_keys, keys_of_tile(width));
-  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 2 && heads * num_tiles < INT_MAX / kQueries,
-             "more than 2^30 tiles of keys, or 2^31 queries of all heads");
+  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 4 && heads * num_tiles < INT_MAX / kQueries,
+             "more than 2^29 tiles of keys, or 2^31 queries of all heads");
   s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
   VLMK_CHECK(s.whole || !p.deterministic,
              "the same bits in every run only where blocks have whole heads: short sequences of "
              "many heads");
-  const bool masked = p.start || p.causal;
-  s.chunk = masked ? std::min(4, s.tiles_of_head) : s.tiles_of_head;
-  s.dynamic = masked;
+  s.masked = p.start || p.causal;
+  s.chunk = s.masked ? std::min(kChunk, s.tiles_of_head) : s.tiles_of_head;
+  s.chunks = ceil_div(s.tiles_of_head, s.chunk);
+  s.heads = static_cast<int32_t>(kv_heads);
+  // The images with which blocks begin.
+  const int64_t images = ceil_div<int64_t>(count, int64_t{p.num_kv_heads} * s.tiles_of_head);
+  s.cleared = static_cast<int32_t>(std::min(kv_heads, images * p.num_kv_heads));
 
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
@@ -73,7 +84,7 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   w.ranges = take(ranges * num_tiles * kQueries * 8);
   w.q_bounds = take(p.start ? ranges * num_tiles * 16 : 0);
   w.k_bounds = take(p.start ? ranges * ceil_div(p.num_keys, VLMK_TILE) * 16 : 0);
-  w.counter = take(4);
+  w.counters = take(s.counters() * int64_t{4});
   w.last_keys = take(s.main_keys < p.num_keys ? int64_t{count} * bytes_of_last_keys(width) : 0);
   w.dq = take(s.whole ? std::min<int64_t>(kv_heads, count) * of_head : heads * num_tiles * of_tile);
   w.bytes = at;

@@ -23,6 +23,7 @@ constexpr int kQueries = 64;    // of a tile
 constexpr int kScoreRow = 128;  // bytes, of 64 keys' dS
 constexpr int kTail = 16;     // of a head's last tile, if it has no more: 197 and 577 leave 5 and 1
 constexpr int kLastKeys = 8;  // at most: see last_keys.h
+constexpr int kChunk = 4;     // tiles of keys: see Schedule
 constexpr int kKeyGroups = 2;
 constexpr int kMaxWidth = 256;
 constexpr int kMaxStages = 4;
@@ -40,6 +41,7 @@ struct alignas(16) Item {
   int32_t count;   // tiles of queries of one head; kNoMore behind the last item
   int32_t tail;    // whether the last of them is short, which those of wide heads never are
   int32_t lo, hi;  // the hull of the keys that are seen
+  int32_t done;    // which counter it goes into (Counters::done)
 };
 
 struct alignas(16) QueryTile {
@@ -58,10 +60,14 @@ struct Schedule {
   // A block takes whole heads: nobody else adds to their dQ. Else blocks share out the tiles and
   // add to dQ in memory, in the order in which they come.
   int32_t whole;
-  int32_t chunk;    // tiles of a head at a time
-  int32_t dynamic;  // whoever is free takes the next tile
+  int32_t chunk, chunks;  // tiles of a head at a time, and how often: with a mask kChunk, else all
+  int32_t masked;
   // That tiles have; those behind go with a head's last one (last_keys.h).
   int32_t main_keys;
+  int32_t heads;    // of keys, of the whole batch
+  int32_t cleared;  // of them, those whose sums of dQ the kernel before has cleared
+
+  __host__ __device__ int32_t counters() const { return 3 + heads * (1 + chunks); }
 };
 
 // The workspace, in bytes from its beginning.
@@ -70,7 +76,7 @@ struct Workspace {
   int64_t query_ends, dout_ends;  // [batch, num_heads, tiles, kQueries, kEndColumns]
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
-  int64_t counter;
+  int64_t counters;
   int64_t last_keys;  // fp32 sums of dV and dK, of each block
   int64_t dq;         // fp32 sums, tile by tile, in the order in which a warpgroup holds them
   int64_t bytes;
@@ -182,6 +188,8 @@ struct Config {
   static_assert(!(kCapped && kSumsInProducts));
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * 128;                 // and one that copies
+  // Warps that tell of an item that what it gives to dQ is in memory.
+  static constexpr int kDone = kHalves ? 8 : kWide ? 2 : 4;
 
   static constexpr bool kTakesLastKeys = takes_last_keys(kWidth, kCapped);
   // The warpgroup of dQ has its sums and 28 others, with last keys 40, those of keys what is left

@@ -81,11 +81,10 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
                 dim3(kRowThreads), 0, stream, p, s, w);
   if (code) return code;
   const int blocks = std::min(count, s.whole ? p.batch * p.num_kv_heads : s.items);
-  code = launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(C::kThreads),
-                C::kSharedBytes, stream, p, maps, s, w);
-  if (code || s.whole) return code;
-  return launch("finish_queries_kernel", finish_queries_kernel<typename C::Uncapped>, dim3(tiles),
-                dim3(128), 0, stream, p, w);
+  // Blocks that share heads wait for each other: all of them have to be there at once.
+  const LaunchConfig config(dim3(blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream,
+                            s.whole ? Start::kUsual : Start::kTogether);
+  return launch("attention_bwd_kernel", attention_bwd_kernel<C>, config, p, maps, s, w);
 }
 
 template <typename T, int kWidth>

@@ -11,6 +11,8 @@
 #include "attention_bwd/pairs.h"
 #include "attention_bwd/producer.h"
 #include "attention_bwd/queries.h"
+#include "attention_bwd/rounding.h"
+#include "attention_bwd/rows.h"
 #include "common/hopper.h"
 #include "vlmkernels.h"
 
@@ -43,6 +45,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncthreads();
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
+  const Rounding<C> rounding{p, s, w, shared};
   if (group < kKeyGroups) {
     grow_registers<C::kKeyRegisters>();
     if constexpr (C::kHalves) {
@@ -50,19 +53,31 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const auto attend = [&](int first_key) { halves.attend(first_key); };
       halves.run(attend, attend, [] {});
     } else if constexpr (C::kWide) {
-      PairGroup<C> pairs{{p, maps, shared, barriers, group}, s, w};
-      pairs.run([&](int first_key) { pairs.template attend<false>(first_key); },
-                [&](int first_key) { pairs.template attend<true>(first_key); },
-                [&] { pairs.end_all(); });
+      const auto run = [](auto pairs) {
+        pairs.run([&](int first_key) { pairs.template attend<false>(first_key); },
+                  [&](int first_key) { pairs.template attend<true>(first_key); },
+                  [&] { pairs.end_all(); });
+      };
+      constexpr int kRest = C::kWidth - C::kColumnsOfSums;  // of dQ, columns of the second
+      if (kRest == C::kColumnsOfSums || group == 0) {
+        run(PairGroup<C>{{p, maps, shared, barriers, group}, s, w});
+      } else {
+        run(PairGroup<C, kRest>{{p, maps, shared, barriers, group}, s, w});
+      }
     } else {
       KeyGroup<C> keys{p, maps, shared, barriers, group};
       keys.run();
+    }
+    if (!s.whole) {
+      rounding.begin();
+      rounding.round_all(group);
     }
   } else if (!C::kWide && group == kKeyGroups) {
     if constexpr (!C::kWide) {
       shrink_registers<C::kQueryRegisters>();
       QueryGroup<C> queries{p, s, w, shared, barriers};
       queries.run();
+      if (!s.whole) rounding.begin();
     }
   } else {
     shrink_registers<C::kProducerRegisters>();
@@ -70,7 +85,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       Producer<C>{p, maps, s, w, shared, barriers}.run();
     } else if (C::kCopiedSums && warp <= kKeyGroups) {
-      Adder<C>{p, w, shared, warp - 1}.run();
+      Adder<C>{p, s, w, shared, warp - 1}.run();
+    } else if (warp == 3 && !s.whole) {
+      clear_others<C>(p, s, w);
+    }
+    if (!s.whole) {
+      rounding.begin();
+      // Asked for anew, as what is kept takes a register of few.
+      if (attention::thread_again() / 32 % 4 == 0) typename Rounding<C>::Loader{rounding}.run();
     }
   }
 }

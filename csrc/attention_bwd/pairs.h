@@ -8,6 +8,7 @@
 
 #include "attention_bwd/adder.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/counters.h"
 #include "attention_bwd/keys.h"
 #include "attention_bwd/queries.h"
 #include "attention_bwd/store.h"
@@ -20,7 +21,8 @@ namespace attention_bwd {
 
 constexpr int kPairBarrier = 1;
 
-template <typename C>
+// One of two warpgroups, with so many columns of dQ.
+template <typename C, int kColumns = C::kColumnsOfSums>
 struct PairGroup : KeyGroup<C> {
   using Base = KeyGroup<C>;
   using T = typename C::Element;
@@ -30,8 +32,6 @@ struct PairGroup : KeyGroup<C> {
   const Schedule& schedule;
   const Workspace& workspace;
 
-  static constexpr int kColumns = C::kColumnsOfSums;  // of dQ, that are its own
-  static constexpr int kRest = C::kWidth - kColumns;  // of the second group
   Scores<C::kOwnQueries> x;
   float dq[kColumns / 2];
   uint32_t values_parity = 0;
@@ -39,13 +39,15 @@ struct PairGroup : KeyGroup<C> {
 
   __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
 
-  // dq = dS K, of this warpgroup's columns of K, whose last may be nobody's.
+  __device__ __forceinline__ int first_column() const { return group * C::kColumnsOfSums; }
+
+  // dq = dS K, of this warpgroup's columns of K.
   __device__ __forceinline__ void start_own_columns(int stage) {
     const uint64_t a = swizzled_descriptor(at(C::scores_at(stage)), 16);
     constexpr int kPanelBytes = C::kKeys * C::kRowBytes;
-    const uint64_t b = swizzled_descriptor(
-        at(C::keys_at(keys.stage)) + group * (kColumns / C::kPanel) * kPanelBytes, kPanelBytes,
-        C::kRowBytes);
+    const uint64_t b =
+        swizzled_descriptor(at(C::keys_at(keys.stage)) + first_column() / C::kPanel * kPanelBytes,
+                            kPanelBytes, C::kRowBytes);
     keep(dq);
     mma_fence();
 #pragma unroll
@@ -63,17 +65,16 @@ struct PairGroup : KeyGroup<C> {
 
   __device__ __forceinline__ float4* place(const QueryTile& tile) const {
     return sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq) +
-           group * (kColumns / 8 * 128);
+           first_column() / 8 * 128;
   }
 
   // To what other blocks add, by way of the warpgroup's adder.
-  template <int kOwn>
   __device__ __forceinline__ void give(const QueryTile& tile) {
     const int thread = attention::thread_again() % 128, of = tile.dq;
     const uint32_t staging = at(C::sums_staging_at(group)) + thread * 16;
     named_wait<kGiveThreads>(kStagingFree + group);
 #pragma unroll
-    for (int i = 0; i < kOwn / 8; ++i) store_shared(staging + i * 128 * 16, sums(i));
+    for (int i = 0; i < kColumns / 8; ++i) store_shared(staging + i * 128 * 16, sums(i));
     tell_adder(of);
   }
   __device__ __forceinline__ void tell_adder(int tile) {
@@ -84,44 +85,44 @@ struct PairGroup : KeyGroup<C> {
     named_arrive<kGiveThreads>(kStagingFull + group);
   }
 
+  // All that an item gives to dQ has been added, or its adder has it.
+  __device__ __forceinline__ void tell_done(int counter) {
+    if constexpr (C::kCopiedSums) {
+      named_wait<kGiveThreads>(kStagingFree + group);
+      tell_adder(kItemDone - counter);
+    } else {
+      Counters::add(Counters(p, schedule, workspace).done(counter));
+    }
+  }
+
   // Of a tile of queries, as QueryGroup::add_up.
-  template <int kOwn>
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
     if constexpr (C::kCopiedSums) {
-      if (!schedule.whole) return give<kOwn>(tile);
+      if (!schedule.whole) return give(tile);
     }
     float4* const sums_there = place(tile);
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
 #pragma unroll
-      for (int i = 0; i < kOwn / 8; ++i) {
+      for (int i = 0; i < kColumns / 8; ++i) {
         const float4 x = __ldcg(sums_there + i * 128);
         dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
       }
     }
     if (last) {
       T* rows = head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim);
-      store_rows<T, kColumns>(rows + group * kColumns, int64_t{p.num_heads} * p.dim,
-                              tile.first_query, p.num_queries, p.dim - group * kColumns, dq,
-                              p.scale);
+      store_rows<T, kColumns>(rows + first_column(), int64_t{p.num_heads} * p.dim, tile.first_query,
+                              p.num_queries, p.dim - first_column(), dq, p.scale);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kOwn / 8; ++i) {
+    for (int i = 0; i < kColumns / 8; ++i) {
       if (first) {
         __stcg(sums_there + i * 128, sums(i));
       } else {
         add_to_global(sums_there + i * 128, sums(i));
       }
-    }
-  }
-
-  __device__ __forceinline__ void add_up(const QueryTile& tile) {
-    if (kRest == kColumns || group == 0) {
-      add_up<kColumns>(tile);
-    } else {
-      add_up<kRest>(tile);
     }
   }
 
@@ -231,6 +232,7 @@ struct PairGroup : KeyGroup<C> {
       this->write(dv, 1, this->dv_tile());
       this->write(dk, p.scale, this->dk_tile());
       this->send();
+      if (!schedule.whole) tell_done(item_at<C>(shared, keys.stage).done);
       if (C::kItemStages == 1) this->end_item(keys.stage);
       if (C::kCopiedSums) {
         if (lane_index() == 0) store_wait_read<1>();  // all but dK's

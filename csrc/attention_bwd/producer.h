@@ -7,6 +7,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/counters.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
 #include "vlmkernels.h"
@@ -15,6 +16,19 @@ namespace vlmk {
 namespace attention_bwd {
 
 using attention::lane_index;
+
+// Of 64 queries: see bounds_of_queries.
+__device__ __forceinline__ int4 bounds_of_tile(const VlmkAttentionBwdParams& p, const Schedule& s,
+                                               const Workspace& w, int batch, int tile) {
+  if (p.start) {
+    const int64_t row = p.range_stride_b ? int64_t{batch} * ceil_div(p.num_queries, kQueries) : 0;
+    return reinterpret_cast<const int4*>(static_cast<char*>(p.workspace) + w.q_bounds)[row + tile];
+  }
+  if (!p.causal) return make_int4(0, s.main_keys, 0, s.main_keys);
+  const int first = tile * kQueries, last = min(first + kQueries, p.num_queries) - 1;
+  const int shift = p.num_keys - p.num_queries;
+  return make_int4(0, min(last + 1 + shift, p.num_keys), 0, min(first + 1 + shift, p.num_keys));
+}
 
 template <typename C>
 struct Producer {
@@ -31,21 +45,10 @@ struct Producer {
   uint32_t values_parity = 1;
   bool values_due = false;
   int num_tiles = ceil_div(p.num_queries, kQueries);
+  int heads_clear = schedule.cleared;
 
   __device__ __forceinline__ const char* place(int64_t at) const {
     return static_cast<const char*>(p.workspace) + at;
-  }
-
-  // Of 64 queries: see bounds_of_queries.
-  __device__ __forceinline__ int4 bounds_of_tile(int batch, int tile) const {
-    if (p.start) {
-      const int64_t row = p.range_stride_b ? int64_t{batch} * num_tiles : 0;
-      return reinterpret_cast<const int4*>(place(workspace.q_bounds))[row + tile];
-    }
-    if (!p.causal) return make_int4(0, schedule.main_keys, 0, schedule.main_keys);
-    const int first = tile * kQueries, last = min(first + kQueries, p.num_queries) - 1;
-    const int shift = p.num_keys - p.num_queries;
-    return make_int4(0, min(last + 1 + shift, p.num_keys), 0, min(first + 1 + shift, p.num_keys));
   }
 
   // The tiles of queries [x, y) outside of which none sees any of a tile of keys.
@@ -87,7 +90,8 @@ struct Producer {
   };
   __device__ __forceinline__ Seen look(const Item& item, int tile, int end) const {
     Seen seen;
-    seen.bounds = tile < end ? bounds_of_tile(item.batch, tile) : make_int4(0, 0, 0, 0);
+    seen.bounds = tile < end ? bounds_of_tile(p, schedule, workspace, item.batch, tile)
+                             : make_int4(0, 0, 0, 0);
     const int4& b = seen.bounds;
     seen.any = __ballot_sync(kAllLanes, b.x < min(item.first_key + C::kKeys, p.num_keys) &&
                                             b.y > max(item.first_key, b.x));
@@ -233,6 +237,16 @@ struct Producer {
     }
   }
 
+  // Until the sums of dQ of a head of keys are clear, and of those before.
+  __device__ __forceinline__ void wait_for_sums(int head) {
+    const Counters counters(p, schedule, workspace);
+    const int all = p.num_heads / p.num_kv_heads * num_tiles;
+    while (heads_clear <= head) {
+      const int own = heads_clear + lane_index();
+      heads_clear += leading(own < schedule.heads && load_acquire(counters.cleared(own)) == all);
+    }
+  }
+
   __device__ __forceinline__ void run_item(int head, int tile) {
     Item item;
     item.batch = head / p.num_kv_heads;
@@ -240,7 +254,9 @@ struct Producer {
     item.first_key = tile * C::kKeys;
     const int2 span = span_of_keys(item.batch, tile);
     count(item, span);
+    item.done = head * schedule.chunks + (schedule.masked ? tile / kChunk : 0);
     copy_keys(item);
+    if (!schedule.whole) wait_for_sums(head);
     values_due = true;
     if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
@@ -259,15 +275,18 @@ struct Producer {
         for (int tile = 0; tile < schedule.tiles_of_head; ++tile) run_item(head, tile);
       }
     } else {
-      auto* counter = reinterpret_cast<int*>(static_cast<char*>(p.workspace) + workspace.counter);
+      int* const counter = Counters(p, schedule, workspace).items();
       for (int item = block; item < schedule.items;) {
         const int2 at = head_and_tile(item);
         run_item(at.x, at.y);
         // Not before an item's last queries are on their way: taken an item ahead, the last ones
         // wait for long ones (causal, 4096 tokens, H200: D 128 3.15 instead of 2.87 ms, D 64 1.45
-        // instead of 1.39). Equal items in order wait for no answer: D 72 3.21 instead of 3.33.
-        if (!schedule.dynamic) {
-          item += blocks;
+        // instead of 1.39). Equal items in order wait for no answer: D 72 3.21 instead of 3.33;
+        // each block's next one is a place further on, as else of 132 blocks every sixth would
+        // have all last tiles of heads with six.
+        if (!schedule.masked) {
+          item += blocks + 1;
+          if (item % blocks == 0) item -= blocks;
         } else if (lane_index() == 0) {
           item = blocks + atomicAdd(counter, 1);
         }

@@ -7,6 +7,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/counters.h"
 #include "attention_bwd/last_keys.h"
 #include "attention_bwd/store.h"
 #include "common/hopper.h"
@@ -146,7 +147,11 @@ struct QueryGroup {
         queries.advance();
         add_up(tile, with_last_keys ? i : -1);
       }
-      if (with_last_keys) last_keys(0).end();
+      if (!schedule.whole) {
+        Counters::add(Counters(p, schedule, workspace).done(item.done));
+      } else if (with_last_keys) {
+        last_keys(0).end();
+      }
       attention::release(barriers.keys_empty(keys.stage));
       keys.advance();
     }

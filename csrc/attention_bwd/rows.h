@@ -7,6 +7,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/counters.h"
 #include "attention_bwd/store.h"
 #include "common/approximate.h"
 #include "common/float16.h"
@@ -141,6 +142,16 @@ __device__ __forceinline__ void clear_queries(const VlmkAttentionBwdParams& p, i
   }
 }
 
+// The fp32 sums of dQ of a tile of queries, of all tiles of all heads.
+template <typename C, int kThreads>
+__device__ __forceinline__ void clear_sums(const VlmkAttentionBwdParams& p, const Workspace& w,
+                                           int64_t tile, int thread) {
+  constexpr int kNumbers = C::kWidth / 8 * 128;
+  auto* sums = reinterpret_cast<float4*>(static_cast<char*>(p.workspace) + w.dq) + tile * kNumbers;
+#pragma unroll 4
+  for (int i = thread; i < kNumbers; i += kThreads) __stcg(sums + i, make_float4(0, 0, 0, 0));
+}
+
 // What the kernel that multiplies finds in the workspace. A block has a tile of queries of one
 // head. A table of ranges has two first keys and two numbers of keys for each pair of queries.
 template <typename C>
@@ -161,38 +172,34 @@ __global__ void __launch_bounds__(kRowThreads)
     ranges[row / 2 * 4 + row % 2] = seen.x;
     ranges[row / 2 * 4 + row % 2 + 2] = max(seen.y - seen.x, 0);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *reinterpret_cast<int*>(workspace + w.counter) = 0;
   if (s.whole) {
     clear_queries<typename C::Element>(p, batch, head, tile);
-  } else {
-    auto* dq =
-        reinterpret_cast<float4*>(workspace + w.dq) + blockIdx.x * int64_t{C::kWidth / 8 * 128};
-    for (int i = static_cast<int>(threadIdx.x); i < C::kWidth / 8 * 128; i += kRowThreads) {
-      dq[i] = make_float4(0, 0, 0, 0);
-    }
+    return;
+  }
+  for (int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x; i < s.counters();
+       i += int64_t{gridDim.x} * kRowThreads) {
+    reinterpret_cast<int*>(workspace + w.counters)[i] = 0;
+  }
+  if (row_of_heads < s.cleared * (p.num_heads / p.num_kv_heads)) {
+    clear_sums<C, kRowThreads>(p, w, blockIdx.x, static_cast<int>(threadIdx.x));
   }
 }
 
-// dQ of a tile of queries, where blocks have added up its sums in memory.
+// The sums of all other tiles, by warps of the kernel that multiplies which have nothing else to
+// do: beside its products this takes no time, and the sums are in L2 when they are added to.
 template <typename C>
-__global__ void __launch_bounds__(128)
-    finish_queries_kernel(const __grid_constant__ VlmkAttentionBwdParams p,
-                          const __grid_constant__ Workspace w) {
-  using T = typename C::Element;
-  const int num_tiles = ceil_div(p.num_queries, kQueries);
-  const int tile = static_cast<int>(blockIdx.x) % num_tiles;
-  const int row_of_heads = static_cast<int>(blockIdx.x) / num_tiles;
-  const int batch = row_of_heads / p.num_heads, head = row_of_heads - batch * p.num_heads;
-  const float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + w.dq, blockIdx.x);
-  float dq[C::kWidth / 2];
-#pragma unroll
-  for (int i = 0; i < C::kWidth / 8; ++i) {
-    const float4 x = __ldcg(place + i * 128);
-    dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
+__device__ __forceinline__ void clear_others(const VlmkAttentionBwdParams& p, const Schedule& s,
+                                             const Workspace& w) {
+  const Counters counters(p, s, w);
+  const int of_head = p.num_heads / p.num_kv_heads * ceil_div(p.num_queries, kQueries);
+  while (true) {
+    int tile = attention::lane_index() == 0 ? atomicAdd(counters.to_clear(), 1) : 0;
+    tile = s.cleared * of_head + __shfl_sync(kAllLanes, tile, 0);
+    if (tile >= s.heads * of_head) return;
+    clear_sums<C, 32>(p, w, tile, attention::lane_index());
+    if (C::kCopiedSums) fence_async_proxy_global();
+    Counters::add(counters.cleared(tile / of_head));
   }
-  store_rows<T, C::kWidth>(head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim),
-                           int64_t{p.num_heads} * p.dim, tile * kQueries, p.num_queries, p.dim, dq,
-                           p.scale);
 }
 
 }  // namespace attention_bwd

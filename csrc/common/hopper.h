@@ -307,6 +307,18 @@ __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// Until all of them are in memory, for this thread.
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// With it comes what others had written before they set or added what this finds.
+__device__ __forceinline__ int load_acquire(const int* place) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(place) : "memory");
+  return x;
+}
+
 // Matrices of 8 x 8 16-bit floats, dealt out like sums of wgmma, to rows of 16 bytes: lane i names
 // row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&x)[4]) {
