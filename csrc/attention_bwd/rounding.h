@@ -31,8 +31,9 @@ struct Rounding {
 
   // All of it lies where other tiles lay before.
   static constexpr int kTileBytes = kQueries * C::kWidth * 4;
-  static constexpr int kMostStages = 8, kFitting = (C::kBarriersAt - 1024) / kTileBytes;
-  static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
+  // Each warpgroup has every second tile, and always the same stages.
+  static constexpr int kFitting = (C::kBarriersAt - 1024) / kTileBytes / 2 * 2;
+  static constexpr int kStages = kFitting < 8 ? kFitting : 8;
   static constexpr int kChoresAt = kStages * kTileBytes;
   static constexpr int kFullAt = kChoresAt + kStages * static_cast<int>(sizeof(Chore));
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
