@@ -7,6 +7,7 @@ The structures are those of ``csrc/vlmkernels.h``; ``tests/test_build.py`` compa
 import ctypes
 import functools
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,9 @@ def _places() -> Iterator[Path]:
 
 @functools.cache
 def path() -> Path | None:
-    """The library's file."""
-    return next((place for place in _places() if place.exists()), None)
+    """The library's file: that of the environment variable ``VLMKERNELS_LIBRARY``, else the package's."""
+    named = os.environ.get("VLMKERNELS_LIBRARY")
+    return Path(named) if named else next((place for place in _places() if place.exists()), None)
 
 
 @functools.cache
