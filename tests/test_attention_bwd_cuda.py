@@ -106,6 +106,24 @@ def test_deterministic_algorithms(device):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dim", [72, 96])
+def test_deterministic_heads_are_whole(dim, device):
+    """Of these, which blocks share otherwise, a block has whole ones where the result must be the same in every run."""
+    inputs = make_qkv((33, 4, 4, 577, 577, dim, dim), torch.bfloat16, device)
+    out = attention(*inputs, backend="cuda")
+    dout = torch.randn_like(out)
+    shared = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+        for _ in range(3):
+            again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(compare(x, y.double(), "grad") for x, y in zip(first, shared, strict=True))
+
+
 @pytest.mark.parametrize("view", QKV_VIEWS)
 def test_views(view, device):
     """As they come of fused projections; rows at odd addresses are refused, and go to another backend."""
