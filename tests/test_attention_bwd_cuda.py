@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernel of attention's backward against the fp64 reference: whole heads and shared ones, masks, its refusals."""
 
+import contextlib
+
 import pytest
 import torch
 from test_attention import MASKS, make_qkv, make_ranges, replayed
@@ -89,21 +91,31 @@ def test_whole_heads_give_the_same_bits(shape, mask, device):
         assert all(torch.equal(x, y) for x, y in zip(gradients(inputs, ranges, dout=dout)[0], first, strict=True))
 
 
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def gradients_four_times(out, inputs, dout):
+    """The same bits each time."""
+    first, *others = (torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(4))
+    assert all(torch.equal(x, y) for again in others for x, y in zip(first, again, strict=True))
+    return first
+
+
 def test_deterministic_algorithms(device):
     """Where blocks share heads, another backend takes the call that must be the same in every run."""
     q, k, v = make_qkv((1, 2, 2, 2000, 2000, 64, 64), torch.bfloat16, device)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         out = attention(q, k, v)
         dout = torch.randn_like(out)
-        first = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-        for _ in range(3):
-            again = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+        gradients_four_times(out, (q, k, v), dout)
         with pytest.raises(BackendError, match="the same bits in every run"):
             torch.autograd.grad(attention(q, k, v, backend="cuda"), (q, k, v), dout)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dim", [72, 96])
@@ -113,15 +125,9 @@ def test_deterministic_heads_are_whole(dim, device):
     out = attention(*inputs, backend="cuda")
     dout = torch.randn_like(out)
     shared = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        first = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-        for _ in range(3):
-            again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(compare(x, y.double(), "grad") for x, y in zip(first, shared, strict=True))
+    with deterministic():
+        whole = gradients_four_times(out, inputs, dout)
+    assert all(compare(x, y.double(), "grad") for x, y in zip(whole, shared, strict=True))
 
 
 @pytest.mark.parametrize("view", QKV_VIEWS)
