@@ -100,6 +100,14 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
+def forced(shape, device):
+    """Inputs, what the kernel makes of them, what comes back to that, and the gradients."""
+    inputs = make_qkv(shape, torch.bfloat16, device)
+    out = attention(*inputs, backend="cuda")
+    dout = torch.randn_like(out)
+    return inputs, out, dout, torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
 def gradients_four_times(out, inputs, dout):
     """The same bits each time."""
     first, *others = (torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(4))
@@ -121,10 +129,7 @@ def test_deterministic_algorithms(device):
 @pytest.mark.parametrize("dim", [72, 96])
 def test_deterministic_heads_are_whole(dim, device):
     """Of these, which blocks share otherwise, a block has whole ones where the result must be the same in every run."""
-    inputs = make_qkv((33, 4, 4, 577, 577, dim, dim), torch.bfloat16, device)
-    out = attention(*inputs, backend="cuda")
-    dout = torch.randn_like(out)
-    shared = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    inputs, out, dout, shared = forced((33, 4, 4, 577, 577, dim, dim), device)
     with deterministic():
         whole = gradients_four_times(out, inputs, dout)
     assert all(compare(x, y.double(), "grad") for x, y in zip(whole, shared, strict=True))
@@ -207,10 +212,7 @@ def test_cuda_graph(batch, device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_streams_at_once(dim, device):
     """Blocks that share heads wait for each other: those of several calls must not keep each other from the GPU."""
-    inputs = make_qkv((20, 16, 16, 900, 900, dim, dim), torch.bfloat16, device)
-    out = attention(*inputs, backend="cuda")
-    dout = torch.randn_like(out)
-    wanted = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    inputs, _, dout, wanted = forced((20, 16, 16, 900, 900, dim, dim), device)
     streams = [torch.cuda.Stream() for _ in range(4)]
     got = []
     torch.cuda.synchronize()

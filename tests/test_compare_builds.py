@@ -36,6 +36,12 @@ def test_a_build_needs_a_name() -> None:
     assert "builds: got ['old.so'], wanted NAME=FILE for each" in done.stderr
 
 
+def test_a_word_that_no_workload_has() -> None:
+    done = compare_builds("before=a.so", "--workload", "nothing like it")
+    assert done.returncode == 2
+    assert "--workload: got nothing like it, which no workload has in its id" in done.stderr
+
+
 def test_library_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     named = tmp_path / "other.so"
     monkeypatch.setenv("VLMKERNELS_LIBRARY", str(named))

@@ -80,7 +80,7 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
   code = launch("prepare_rows_kernel", prepare_rows_kernel<typename C::Uncapped>, dim3(tiles),
                 dim3(kRowThreads), 0, stream, p, s, w);
   if (code) return code;
-  const int blocks = std::min(count, s.whole ? p.batch * p.num_kv_heads : s.items);
+  const int blocks = std::min(count, s.whole ? s.heads : s.items);
   // Blocks that share heads wait for each other: all of them have to be there at once.
   const LaunchConfig config(dim3(blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream,
                             s.whole ? Start::kUsual : Start::kTogether);

@@ -2,7 +2,7 @@
 """Which workloads belong to which suite."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -274,8 +274,8 @@ SUITES = {
 }
 
 
-def workloads(*suites: str) -> list[Workload]:
-    """The workloads of the named suites.
+def workloads(*suites: str, words: Sequence[str] = ()) -> list[Workload]:
+    """The workloads of the named suites; with ``words`` those that have one of them in their id.
 
     Raises:
         ValueError: there is no such suite.
@@ -283,4 +283,5 @@ def workloads(*suites: str) -> list[Workload]:
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"suite: got {name!r}, wanted one of {', '.join(SUITES)}")
-    return [work for name in suites for work in SUITES[name]()]
+    found = [work for name in suites for work in SUITES[name]()]
+    return [work for work in found if not words or any(word in work.id for word in words)]

@@ -52,8 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlmkernels.bench import need, results, suites
     from vlmkernels.bench import report as reports
 
-    work = suites.workloads(*(arguments.suite or ("main",)))
-    work = [w for w in work if not arguments.workload or any(word in w.id for word in arguments.workload)]
+    work = suites.workloads(*(arguments.suite or ("main",)), words=arguments.workload)
     if arguments.list:
         print("\n".join(w.id for w in work))
         return 0
