@@ -9,6 +9,7 @@ from typing import Any
 import hf_vlms
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +62,7 @@ def main(rank: int, size: int, path: str) -> None:
         for name, x in replica.named_parameters():
             if name in wanted:
                 torch.testing.assert_close(x.grad.full_tensor(), wanted[name])
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
+from ranks import leave
 
 from vlmkernels import KeyRanges, clip_loss, siglip_loss
 from vlmkernels.nn import ClipLoss, SigLipLoss
@@ -113,7 +114,7 @@ def main(rank: int, size: int, path: str) -> None:
         assert f"rank {rank} of {size}, wanted rank 0 of {size + 1}" in str(error)
     else:
         raise AssertionError("a module that was told of other ranks than there are")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

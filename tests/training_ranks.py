@@ -8,6 +8,7 @@ import sys
 import captioner
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +47,7 @@ def main(rank: int, size: int, path: str) -> None:
     model(*mine).backward()
     for x, y in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(x.grad.full_tensor(), y)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
