@@ -81,10 +81,8 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
                 dim3(kRowThreads), 0, stream, p, s, w);
   if (code) return code;
   const int blocks = std::min(count, s.whole ? s.heads : s.items);
-  // Blocks that share heads wait for each other: all of them have to be there at once.
-  const LaunchConfig config(dim3(blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream,
-                            s.whole ? Start::kUsual : Start::kTogether);
-  return launch("attention_bwd_kernel", attention_bwd_kernel<C>, config, p, maps, s, w);
+  return launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(C::kThreads),
+                C::kSharedBytes, stream, p, maps, s, w);
 }
 
 template <typename T, int kWidth>

@@ -247,6 +247,11 @@ struct Producer {
     }
   }
 
+  // The next tile of keys that nobody has, for lane 0.
+  __device__ __forceinline__ int take() const {
+    return lane_index() == 0 ? atomicAdd(Counters(p, schedule, workspace).items(), 1) : 0;
+  }
+
   __device__ __forceinline__ void run_item(int head, int tile) {
     Item item;
     item.batch = head / p.num_kv_heads;
@@ -269,28 +274,25 @@ struct Producer {
       prefetch_map(maps.keys);
       prefetch_map(maps.values);
     }
-    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     if (schedule.whole) {
-      for (int head = block; head < p.batch * p.num_kv_heads; head += blocks) {
+      const int blocks = static_cast<int>(gridDim.x);
+      for (int head = static_cast<int>(blockIdx.x); head < schedule.heads; head += blocks) {
         for (int tile = 0; tile < schedule.tiles_of_head; ++tile) run_item(head, tile);
       }
     } else {
-      int* const counter = Counters(p, schedule, workspace).items();
-      for (int item = block; item < schedule.items;) {
+      // Whoever is there takes them: others may have part of the GPU, and blocks that come late
+      // must not keep anything that the rest waits for.
+      int item = __shfl_sync(kAllLanes, take(), 0);
+      while (item < schedule.items) {
+        // With a mask not before an item's last queries are on their way: taken an item ahead, the
+        // last ones wait for long ones (causal, 4096 tokens, H200: D 128 3.15 instead of 2.87 ms,
+        // D 64 1.45 instead of 1.39). Equal ones are, as an answer takes a microsecond.
+        int next = 0;
+        if (!schedule.masked) next = take();
         const int2 at = head_and_tile(item);
         run_item(at.x, at.y);
-        // Not before an item's last queries are on their way: taken an item ahead, the last ones
-        // wait for long ones (causal, 4096 tokens, H200: D 128 3.15 instead of 2.87 ms, D 64 1.45
-        // instead of 1.39). Equal items in order wait for no answer: D 72 3.21 instead of 3.33;
-        // each block's next one is a place further on, as else of 132 blocks every sixth would
-        // have all last tiles of heads with six.
-        if (!schedule.masked) {
-          item += blocks + 1;
-          if (item % blocks == 0) item -= blocks;
-        } else if (lane_index() == 0) {
-          item = blocks + atomicAdd(counter, 1);
-        }
-        item = __shfl_sync(kAllLanes, item, 0);
+        if (schedule.masked) next = take();
+        item = __shfl_sync(kAllLanes, next, 0);
       }
     }
     Item end = {};

@@ -57,6 +57,7 @@ struct Rounding {
 
   // By all threads, when nothing that they had in shared memory is needed any more.
   __device__ __forceinline__ void begin() const {
+    fence_async_proxy();
     named_wait<C::kThreads>(0);
     if (attention::thread_again() == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
@@ -115,6 +116,7 @@ struct Rounding {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
           wait_for_keys(__shfl_sync(kAllLanes, last_chunk, i));
+          fence_async_proxy_global();
           barrier_wait(rounding.empty(ring.stage), ring.parity);
           if (lane_index() == i) {
             rounding.chore_at(ring.stage) = chore;

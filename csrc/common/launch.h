@@ -42,33 +42,25 @@ int multiprocessors(int& count) {
   return 0;
 }
 
-// How blocks of a grid start. Those that start early do so while the grids before in the stream are
-// not done yet: such a kernel has to call wait_for_previous_grids() before it touches memory. Those
-// that start together may wait for each other.
-enum class Start { kUsual, kEarly, kTogether };
-
-// How a kernel is launched, in clusters of so many blocks. It points into itself.
+// How a kernel is launched, in clusters of so many blocks. It points into itself. Blocks that start
+// early do so while the grids before in the stream are not done yet: such a kernel has to call
+// wait_for_previous_grids() before it touches memory.
 struct LaunchConfig {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
   LaunchConfig(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void* stream,
-               Start start = Start::kUsual) {
+               bool early = false) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {cluster, 1, 1};
-    if (start == Start::kEarly) {
-      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    } else {
-      attributes[1].id = cudaLaunchAttributeCooperative;
-      attributes[1].val.cooperative = 1;
-    }
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = early;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = start == Start::kUsual ? 1 : 2;
+    config.numAttrs = early ? 2 : 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };

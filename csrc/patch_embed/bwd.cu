@@ -163,13 +163,12 @@ int run(const Params& params, const Cut& c, void* stream) {
   int code = encode_maps<C>(p, maps);
   if (code) return code;
   const Job job = job_of<C>(p, c);
-  const LaunchConfig products(dim3(c.blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream,
-                              Start::kEarly);
+  const LaunchConfig products(dim3(c.blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream, true);
   code = launch("patch_embed_bwd_kernel", patch_embed_bwd_kernel<C>, products, job, maps);
   if (code) return code;
   const int vectors = job.prefix_sums + (p.d_bias ? 1 : 0) + job.num_vectors;
   const int blocks = c.tiles * C::kEights + vectors * ceil_div(p.dim, kPanel);
-  const LaunchConfig finish(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, Start::kEarly);
+  const LaunchConfig finish(dim3(blocks), dim3(C::kConsumers), 1, 0, stream, true);
   return launch("patch_embed_bwd_finish_kernel", patch_embed_bwd_finish_kernel<C>, finish, job);
 }
 

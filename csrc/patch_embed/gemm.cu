@@ -109,7 +109,7 @@ int run(const VlmkPatchEmbedParams& p, const Plan& plan, int run_length, void* s
     if (prepared) return prepared;
   }
   const LaunchConfig config(dim3(plan.blocks), dim3(kThreads), C::kNormed ? plan.column_tiles : 1,
-                            C::kSharedBytes, stream, C::kGathered ? Start::kEarly : Start::kUsual);
+                            C::kSharedBytes, stream, C::kGathered);
   return launch("patch_embed_gemm_kernel", patch_embed_gemm_kernel<C>, config, p, s, maps);
 }
 

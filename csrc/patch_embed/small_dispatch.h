@@ -40,7 +40,7 @@ int embed_at_once(const VlmkPatchEmbedParams& p, void* stream, bool& done) {
     }
   }
   const LaunchConfig config(dim3(groups, tiles), dim3(kThreads), cluster, C::kSharedBytes, stream,
-                            Start::kEarly);
+                            true);
   return launch("patch_embed_small_kernel", patch_embed_small_kernel<C>, config, p, s);
 }
 
