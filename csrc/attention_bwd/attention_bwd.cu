@@ -51,7 +51,8 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
                 kv_heads = int64_t{p.batch} * p.num_kv_heads;
   const int width = width_for(std::max(p.dim, p.value_dim), p.softcap > 0);
   const int64_t of_tile = int64_t{kQueries} * width * 4;
-  const int64_t of_head = p.num_heads / p.num_kv_heads * num_tiles * of_tile;
+  s.group_heads = p.num_heads / p.num_kv_heads;
+  const int64_t of_head = s.group_heads * num_tiles * of_tile;
   s.whole = takes_whole_heads(p, count, width);
   s.main_keys = main_keys(p, width, s.whole);
   s.tiles_of_head = ceil_div(s.main_keys, keys_of_tile(width));

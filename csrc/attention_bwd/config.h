@@ -64,8 +64,9 @@ struct Schedule {
   int32_t masked;
   // That tiles have; those behind go with a head's last one (last_keys.h).
   int32_t main_keys;
-  int32_t heads;    // of keys, of the whole batch
-  int32_t cleared;  // of them, those whose sums of dQ the kernel before has cleared
+  int32_t heads;        // of keys, of the whole batch
+  int32_t cleared;      // of them, those whose sums of dQ the kernel before has cleared
+  int32_t group_heads;  // of queries, that read a head of keys
 
   __host__ __device__ int32_t counters() const { return 3 + heads * (1 + chunks); }
 };

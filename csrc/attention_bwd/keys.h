@@ -80,6 +80,7 @@ struct KeyGroup {
 
   const VlmkAttentionBwdParams& p;
   const Maps& maps;
+  const Schedule& schedule;
   char* shared;
   Barriers barriers;
   int group;
@@ -457,7 +458,7 @@ struct KeyGroup {
   // All tiles of queries of an item, and in between the end of the item before.
   __device__ __forceinline__ void attend_all(int count, bool tail, int first_key,
                                              bool after_other) {
-    const int heads = p.num_heads / p.num_kv_heads;
+    const int heads = schedule.group_heads;
     const int runs = tail ? heads : 1, whole = tail ? count - 1 : count * heads;
     bool ended = !after_other;
     for (int run = 0; run < runs; ++run) {
@@ -492,7 +493,7 @@ struct KeyGroup {
         if (C::kSums == Sums::kBehind) put_parts_behind();
       }
       if (beyond(item)) {
-        stand_aside(count * (p.num_heads / p.num_kv_heads), items > 0);
+        stand_aside(count * schedule.group_heads, items > 0);
       } else {
         attend_all(count, item.tail, item.first_key, items > 0);
       }

@@ -27,9 +27,8 @@ struct PairGroup : KeyGroup<C> {
   using Base = KeyGroup<C>;
   using T = typename C::Element;
   using Base::at, Base::barriers, Base::buffer, Base::dk, Base::dv, Base::group, Base::keys;
-  using Base::p, Base::queries, Base::shared;
+  using Base::p, Base::queries, Base::schedule, Base::shared;
 
-  const Schedule& schedule;
   const Workspace& workspace;
 
   Scores<C::kOwnQueries> x;
@@ -214,7 +213,7 @@ struct PairGroup : KeyGroup<C> {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = item_at<C>(shared, keys.stage);
       if (item.count == kNoMore) break;
-      const int count = item.count * (p.num_heads / p.num_kv_heads), first_key = item.first_key;
+      const int count = item.count * schedule.group_heads, first_key = item.first_key;
 #pragma unroll
       for (int i = 0; i < C::kOwnColumns / 2; ++i) dk[i] = dv[i] = 0;
       if (count > 0) {

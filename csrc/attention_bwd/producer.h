@@ -167,12 +167,13 @@ struct Producer {
   }
 
   // By one lane.
-  __device__ __forceinline__ void copy_queries(const Item& item, int head, int of_head,
+  __device__ __forceinline__ void copy_queries(const Item& item, int of_group, int of_head,
                                                uint32_t flags) {
     const int stage = queries.stage, first = of_head * kQueries;
+    const int head = item.head * schedule.group_heads + of_group;
     const int row = item.batch * p.num_heads + head;
-    const int heads = p.num_heads / p.num_kv_heads, of_group = head - item.head * heads;
-    const int row_of_sums = schedule.whole ? static_cast<int>(blockIdx.x) * heads + of_group : row;
+    const int row_of_sums =
+        schedule.whole ? static_cast<int>(blockIdx.x) * schedule.group_heads + of_group : row;
     const QueryTile tile{flags, item.batch, head, first, row_of_sums * num_tiles + of_head};
     const int slot = C::kTileSlots > C::kStages ? tiles.stage : stage;
     query_tile_at<C>(shared, slot) = tile;
@@ -208,9 +209,8 @@ struct Producer {
   // has just read is still in L2, where all that the blocks' heads have finds no room. A short tile
   // comes last.
   __device__ __forceinline__ void copy_all_queries(const Item& item, int2 span) {
-    const int heads = p.num_heads / p.num_kv_heads;
 #pragma unroll 1
-    for (int of_group = 0; of_group < heads; ++of_group) {
+    for (int of_group = 0; of_group < schedule.group_heads; ++of_group) {
 #pragma unroll 1
       for (int base = span.x; base < span.y; base += 32) {
         const bool backwards = schedule.whole && item.first_key / C::kKeys % 2;
@@ -226,7 +226,7 @@ struct Producer {
           barrier_wait(barriers.queries_empty(queries.stage), queries.parity);
           const uint32_t tile = __shfl_sync(kAllLanes, own * 8 + flags, __ffs(left) - 1);
           if (lane_index() == 0) {
-            copy_queries(item, item.head * heads + of_group, static_cast<int>(tile / 8), tile % 8);
+            copy_queries(item, of_group, static_cast<int>(tile / 8), tile % 8);
           }
           __syncwarp();
           queries.advance();
@@ -240,7 +240,7 @@ struct Producer {
   // Until the sums of dQ of a head of keys are clear, and of those before.
   __device__ __forceinline__ void wait_for_sums(int head) {
     const Counters counters(p, schedule, workspace);
-    const int all = p.num_heads / p.num_kv_heads * num_tiles;
+    const int all = schedule.group_heads * num_tiles;
     while (heads_clear <= head) {
       const int own = heads_clear + lane_index();
       heads_clear += leading(own < schedule.heads && load_acquire(counters.cleared(own)) == all);

@@ -131,7 +131,7 @@ struct QueryGroup {
       barrier_wait(barriers.keys_full(keys.stage), keys.parity);
       const Item& item = item_at<C>(shared, keys.stage);
       if (item.count == kNoMore) return;
-      const int count = item.count * (p.num_heads / p.num_kv_heads);
+      const int count = item.count * schedule.group_heads;
       if (count > 0) {
         clear_unseen<C, 128>(p, item, shared + C::keys_at(keys.stage), kQueryGroupBarrier);
       }

@@ -110,7 +110,7 @@ struct Rounding {
         const Chore chore{batch * p.num_queries + query, row - batch * p.num_heads,
                           p.num_queries - query};
         const int4 bounds = bounds_of_tile(p, s, rounding.workspace, batch, of_head);
-        const int first_chunk = row / (p.num_heads / p.num_kv_heads) * s.chunks;
+        const int first_chunk = row / s.group_heads * s.chunks;
         const int last_chunk = first_chunk + max(bounds.y - 1, 0) / (s.chunk * C::kKeys);
         done = max(done, __shfl_sync(kAllLanes, first_chunk, 0));
 #pragma unroll 1

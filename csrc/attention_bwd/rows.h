@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kRowThreads)
        i += int64_t{gridDim.x} * kRowThreads) {
     reinterpret_cast<int*>(workspace + w.counters)[i] = 0;
   }
-  if (row_of_heads < s.cleared * (p.num_heads / p.num_kv_heads)) {
+  if (row_of_heads < s.cleared * s.group_heads) {
     clear_sums<C, kRowThreads>(p, w, blockIdx.x, static_cast<int>(threadIdx.x));
   }
 }
@@ -191,7 +191,7 @@ template <typename C>
 __device__ __forceinline__ void clear_others(const VlmkAttentionBwdParams& p, const Schedule& s,
                                              const Workspace& w) {
   const Counters counters(p, s, w);
-  const int of_head = p.num_heads / p.num_kv_heads * ceil_div(p.num_queries, kQueries);
+  const int of_head = s.group_heads * ceil_div(p.num_queries, kQueries);
   while (true) {
     int tile = attention::lane_index() == 0 ? atomicAdd(counters.to_clear(), 1) : 0;
     tile = s.cleared * of_head + __shfl_sync(kAllLanes, tile, 0);
