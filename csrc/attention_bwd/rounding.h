@@ -7,12 +7,10 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
-#include "attention/store.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/counters.h"
 #include "attention_bwd/producer.h"
 #include "attention_bwd/store.h"
-#include "common/float16.h"
 #include "common/hopper.h"
 #include "vlmkernels.h"
 
@@ -141,48 +139,27 @@ struct Rounding {
     }
   };
 
-  // Up to 32 columns, of the thread's two rows.
-  template <int kBlocks>
-  __device__ __forceinline__ void round(uint32_t from, T* out, int rows, int columns) const {
-    uint32_t low[4] = {}, high[4] = {};
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      uint4 x;
-      load_shared(from + i * 128 * 16, x);
-      low[i] = pack<T>(__uint_as_float(x.x) * p.scale, __uint_as_float(x.y) * p.scale);
-      high[i] = pack<T>(__uint_as_float(x.z) * p.scale, __uint_as_float(x.w) * p.scale);
-    }
-    attention::transpose_words(low);
-    attention::transpose_words(high);
-    if (columns <= 0) return;
-    T* const below = out + 8 * int64_t{p.num_heads} * p.dim;
-    if (rows > 0) store_global(out, make_uint4(low[0], low[1], low[2], low[3]));
-    if (rows > 8) store_global(below, make_uint4(high[0], high[1], high[2], high[3]));
-  }
-
   // The warpgroups of the keys, each every second tile.
   __device__ __forceinline__ void round_all(int group) const {
-    constexpr int kWhole = C::kWidth / 32, kRest = C::kWidth % 32 / 8;
-    const int thread = attention::thread_again() % 128, lane = thread % 32;
-    const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 8;
     Ring<kStages> ring{0};
     if (group == 1) ring.advance();
     while (true) {
       barrier_wait(full(ring.stage), ring.parity);
       const Chore chore = chore_at(ring.stage);
       if (chore.rows == kNoMore) return;
-      const uint32_t from = at(ring.stage * kTileBytes + thread * 16);
-      T* const out = static_cast<T*>(p.dq) + column +
-                     (int64_t{chore.query + row} * p.num_heads + chore.head) * p.dim;
+      const uint32_t from = at(ring.stage * kTileBytes) + attention::thread_again() % 128 * 16;
+      float sums[C::kWidth / 2];
 #pragma unroll
-      for (int i = 0; i < kWhole; ++i) {
-        round<4>(from + i * 4 * 128 * 16, out + i * 32, chore.rows - row, p.dim - column - i * 32);
-      }
-      if constexpr (kRest > 0) {
-        round<kRest>(from + kWhole * 4 * 128 * 16, out + kWhole * 32, chore.rows - row,
-                     p.dim - column - kWhole * 32);
+      for (int i = 0; i < C::kWidth / 8; ++i) {
+        uint4 x;
+        load_shared(from + i * 128 * 16, x);
+        sums[4 * i] = __uint_as_float(x.x), sums[4 * i + 1] = __uint_as_float(x.y);
+        sums[4 * i + 2] = __uint_as_float(x.z), sums[4 * i + 3] = __uint_as_float(x.w);
       }
       release(empty(ring.stage));
+      store_rows<T, C::kWidth>(static_cast<T*>(p.dq) + int64_t{chore.head} * p.dim,
+                               int64_t{p.num_heads} * p.dim, chore.query, chore.query + chore.rows,
+                               p.dim, sums, p.scale);
       ring.advance();
       ring.advance();
     }
