@@ -68,6 +68,10 @@ def test_orders_that_racecheck_does_not_follow() -> None:
     bias = found.replace(read, "vlmk::load_shared(unsigned int, uint4 &)").replace(write, "vlmk::copy_from_global(unsigned int)")
     assert sanitize.follows(bias, "tests/test_attention_cuda.py")
     assert not any(sanitize.follows(bias, f"tests/test_{name}.py") for name in ("activated_linear", "feed_forward"))
+    both = tile.replace("next()", "copy_queries(int)")
+    both += "=========     and Read access at vlmk::attention_bwd::KeyGroup<int>::attend(int)+0x10 in keys.h:9 [16 hazards]\n"
+    assert not sanitize.follows(both, "")
+    assert sanitize.follows(both.replace("KeyGroup", "KeyGroups"), "")
 
 
 def test_own_kernels_are_found() -> None:

@@ -42,9 +42,7 @@ struct Adder {
       __syncwarp();
       named_arrive<kGiveThreads>(kStagingFree + group);
       named_wait<kGiveThreads>(kStagingFull + group);
-      uint32_t word;
-      load_shared(shared_address(shared) + C::staged_tile_at(group), word);
-      const int tile = static_cast<int>(word);
+      const int tile = staged_tile_at<C>(shared, group);
       if (tile == kNoTile) return;
       if (tile <= kItemDone) {
         if (attention::lane_index() == 0) store_wait();

@@ -265,11 +265,10 @@ struct Config {
   __device__ static constexpr int sums_at(int stage) { return kTablesAt + stage * kTablesBytes; }
   __device__ static constexpr int ranges_at(int stage) { return sums_at(stage) + kSumsBytes; }
   __device__ static constexpr int scores_at(int stage) { return kScoresAt + stage * kScoresBytes; }
-  // Of a warpgroup: sums that are to be added, and to which of the tiles of sums in memory.
+  // Of a warpgroup: sums that are to be added.
   __device__ static constexpr int sums_staging_at(int group) {
     return kStagingAt + group * kQueries * kColumnsOfSums * 4;
   }
-  __device__ static constexpr int staged_tile_at(int group) { return kStagedTilesAt + group * 4; }
 };
 
 // What the producer tells the others, in shared memory: of the items, and of tiles of queries.
@@ -280,6 +279,11 @@ __device__ __forceinline__ Item& item_at(char* shared, int stage) {
 template <typename C>
 __device__ __forceinline__ QueryTile& query_tile_at(char* shared, int slot) {
   return reinterpret_cast<QueryTile*>(shared + C::kQueryTilesAt)[slot];
+}
+// And a warpgroup to its adder: to which of the tiles of sums in memory its own are to be added.
+template <typename C>
+__device__ __forceinline__ int& staged_tile_at(char* shared, int group) {
+  return reinterpret_cast<int*>(shared + C::kStagedTilesAt)[group];
 }
 
 int backward_bfloat16(const VlmkAttentionBwdParams& p, void* stream);

@@ -77,9 +77,7 @@ struct PairGroup : KeyGroup<C> {
     tell_adder(of);
   }
   __device__ __forceinline__ void tell_adder(int tile) {
-    if (attention::thread_again() % 128 == 0) {
-      store_shared(at(C::staged_tile_at(group)), static_cast<uint32_t>(tile));
-    }
+    if (attention::thread_again() % 128 == 0) staged_tile_at<C>(shared, group) = tile;
     __syncwarp();
     named_arrive<kGiveThreads>(kStagingFull + group);
   }

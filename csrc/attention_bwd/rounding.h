@@ -17,6 +17,9 @@
 namespace vlmk {
 namespace attention_bwd {
 
+// Not __syncthreads()'s: threads come from several places.
+constexpr int kRoundingBarrier = 9;
+
 template <typename C>
 struct Rounding {
   using T = typename C::Element;
@@ -56,7 +59,7 @@ struct Rounding {
   // By all threads, when nothing that they had in shared memory is needed any more.
   __device__ __forceinline__ void begin() const {
     fence_async_proxy();
-    named_wait<C::kThreads>(0);
+    named_wait<C::kThreads>(kRoundingBarrier);
     if (attention::thread_again() == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(full(stage), 1);
@@ -64,7 +67,7 @@ struct Rounding {
       }
       fence_barrier_init();
     }
-    named_wait<C::kThreads>(0);
+    named_wait<C::kThreads>(kRoundingBarrier);
   }
 
   // The warp that takes tiles and has their sums copied to shared memory.
