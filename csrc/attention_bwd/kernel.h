@@ -68,31 +68,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       KeyGroup<C> keys{p, maps, s, shared, barriers, group};
       keys.run();
     }
-    if (!s.whole) {
-      rounding.begin();
-      rounding.round_all(group);
-    }
+    if (!s.whole) rounding.round_all(group);
   } else if (!C::kWide && group == kKeyGroups) {
     if constexpr (!C::kWide) {
       shrink_registers<C::kQueryRegisters>();
       QueryGroup<C> queries{p, s, w, shared, barriers};
       queries.run();
-      if (!s.whole) rounding.begin();
+      if (!s.whole) rounding.leave();
     }
   } else {
     shrink_registers<C::kProducerRegisters>();
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32 % 4, 0);
     if (warp == 0) {
       Producer<C>{p, maps, s, w, shared, barriers}.run();
+      if (!s.whole) typename Rounding<C>::Loader{rounding}.run();
     } else if (C::kCopiedSums && warp <= kKeyGroups) {
       Adder<C>{p, s, w, shared, warp - 1}.run();
+      if (!s.whole) rounding.leave();
     } else if (warp == 3 && !s.whole) {
       clear_others<C>(p, s, w);
-    }
-    if (!s.whole) {
-      rounding.begin();
-      // Asked for anew, as what is kept takes a register of few.
-      if (attention::thread_again() / 32 % 4 == 0) typename Rounding<C>::Loader{rounding}.run();
     }
   }
 }

@@ -17,8 +17,8 @@
 namespace vlmk {
 namespace attention_bwd {
 
-// Not __syncthreads()'s: threads come from several places.
-constexpr int kRoundingBarrier = 9;
+// Named barriers: all that had anything in shared memory have left it, and rounding may begin.
+constexpr int kLeft = 9, kBegun = 10;
 
 template <typename C>
 struct Rounding {
@@ -40,6 +40,11 @@ struct Rounding {
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
   static_assert(kEmptyAt + kStages * 8 <= C::kBarriersAt);
   static constexpr int kTaken = (128 << 10) / kTileBytes;  // tiles at a time
+  // Threads that meet: the warpgroups of keys and the loader, which was the producer, and of those
+  // that leave that of dQ or the adders too.
+  static constexpr int kBeginning = kKeyGroups * 128 + 32;
+  static constexpr int kOfSums = !C::kWide ? 128 : C::kCopiedSums ? kKeyGroups * 32 : 0;
+  static constexpr int kLeaving = kBeginning + kOfSums;
 
   const VlmkAttentionBwdParams& p;
   const Schedule& schedule;
@@ -56,18 +61,10 @@ struct Rounding {
   __device__ __forceinline__ uint32_t full(int stage) const { return at(kFullAt + stage * 8); }
   __device__ __forceinline__ uint32_t empty(int stage) const { return at(kEmptyAt + stage * 8); }
 
-  // By all threads, when nothing that they had in shared memory is needed any more.
-  __device__ __forceinline__ void begin() const {
+  // By all others, when they need nothing any more of what they had in shared memory.
+  __device__ __forceinline__ void leave() const {
     fence_async_proxy();
-    named_wait<C::kThreads>(kRoundingBarrier);
-    if (attention::thread_again() == 0) {
-      for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), 1);
-        barrier_init(empty(stage), 4);
-      }
-      fence_barrier_init();
-    }
-    named_wait<C::kThreads>(kRoundingBarrier);
+    named_arrive<kLeaving>(kLeft);
   }
 
   // The warp that takes tiles and has their sums copied to shared memory.
@@ -93,7 +90,23 @@ struct Rounding {
       }
     }
 
+    // Once all others have left.
+    __device__ __forceinline__ void begin() const {
+      fence_async_proxy();
+      named_wait<kLeaving>(kLeft);
+      if (lane_index() == 0) {
+        for (int stage = 0; stage < kStages; ++stage) {
+          barrier_init(rounding.full(stage), 1);
+          barrier_init(rounding.empty(stage), 4);
+        }
+        fence_barrier_init();
+      }
+      __syncwarp();
+      named_arrive<kBeginning>(kBegun);
+    }
+
     __device__ __forceinline__ void run() {
+      begin();
       const VlmkAttentionBwdParams& p = rounding.p;
       const Schedule& s = rounding.schedule;
       const int num_tiles = ceil_div(p.num_queries, kQueries);
@@ -144,6 +157,8 @@ struct Rounding {
 
   // The warpgroups of the keys, each every second tile.
   __device__ __forceinline__ void round_all(int group) const {
+    leave();
+    named_wait<kBeginning>(kBegun);
     Ring<kStages> ring{0};
     if (group == 1) ring.advance();
     while (true) {
