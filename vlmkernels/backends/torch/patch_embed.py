@@ -78,10 +78,12 @@ def patch_embed_fwd(
     if patches.shape[5] != weight.shape[2]:
         weight, bias, mean, std = _still(weight, bias, mean, std)
     a = _patch_matrix(patches, weight.dtype, mean, std, columns)
-    total = F.linear(a, _weight_matrix(weight, columns), bias).view(batch, n_patches, dim)
-    if norm_weight is not None:
-        # The sum stays in fp32 up to the norm: one rounding fewer than adding in the low dtype.
-        total = total.to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = _weight_matrix(weight, columns)
+    # Sums stay in fp32 up to a norm: one rounding fewer than adding in the low dtype. On a CPU so does the product.
+    wide = weight.dtype if norm_weight is None else torch.promote_types(weight.dtype, torch.float32)
+    if a.device.type == "cpu":
+        a, matrix, bias = a.to(wide), matrix.to(wide), None if bias is None else bias.to(wide)
+    total = F.linear(a, matrix, bias).view(batch, n_patches, dim).to(wide)
     if pos_embed is not None and pos_embed.shape[-2] == n_patches:
         total += pos_embed
         pos_embed = None
