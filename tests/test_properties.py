@@ -250,7 +250,7 @@ def test_patch_embed(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
         case = _patch_embed(draw, (14, 16), (768, 1024, 1152), ("channels_first",), of(112, 224, 336))
         return dataclasses.replace(case, gradients=tuple(name for name in case.gradients if name != "pixels"))
     every = ("channels_first", "channels_last", "rows")
-    return _patch_embed(draw, (14, 16, (2, 14, 14)) if ON_GPU else (4, 5, (2, 3, 3)), (768, 200) if ON_GPU else (96, 72), every)
+    return _patch_embed(draw, (14, 16, (2, 14, 14)) if ON_GPU else (4, 5, (2, 3, 3)), (768, 200) if ON_GPU else (192, 136), every)
 
 
 def _patch_embed(
@@ -366,7 +366,7 @@ def test_contrastive(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Both losses, with as many texts as images or more, normalised here or before."""
     loss = draw(of(clip_loss, siglip_loss))
     whole = backend == "cuda"
-    images = 256 * draw(of(1, 2, 3)) if whole else draw(st.integers(8, 300 if ON_GPU else 70))
+    images = 256 * draw(of(1, 2, 3)) if whole else draw(st.integers(32, 300 if ON_GPU else 70))
     texts = images * (1 if whole else draw(of(1, 1, 2)))
     options: dict[str, Any] = {"normalize": draw(st.booleans())}
     if loss is clip_loss and not whole:
