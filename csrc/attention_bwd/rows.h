@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What comes before and behind the kernel that multiplies: what it has to know of each query, and
-// the sums of dQ, which become results.
+// What comes before the kernel that multiplies: what it has to know of each query, and the zeros
+// that sums of dQ begin as, most of which it writes itself.
 #pragma once
 
 #include <cstdint>
