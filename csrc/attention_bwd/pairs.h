@@ -19,7 +19,7 @@
 namespace vlmk {
 namespace attention_bwd {
 
-constexpr int kPairBarrier = 1;
+constexpr int kPairBarrier = 11;  // of the first, then of the second
 
 // One of two warpgroups, with so many columns of dQ.
 template <typename C, int kColumns = C::kColumnsOfSums>
@@ -36,7 +36,11 @@ struct PairGroup : KeyGroup<C> {
   uint32_t values_parity = 0;
   Ring<C::kTileSlots> tiles{0};  // what it gives to dQ is whose
 
-  __device__ __forceinline__ void meet() { named_wait<128 * kKeyGroups>(kPairBarrier); }
+  // Each at a barrier of its own, as they may come from two places (docs/sanitizer.md, synccheck).
+  __device__ __forceinline__ void meet() {
+    named_arrive<128 * kKeyGroups>(kPairBarrier + (group ^ 1));
+    named_wait<128 * kKeyGroups>(kPairBarrier + group);
+  }
 
   __device__ __forceinline__ int first_column() const { return group * C::kColumnsOfSums; }
 
@@ -215,7 +219,8 @@ struct PairGroup : KeyGroup<C> {
 #pragma unroll
       for (int i = 0; i < C::kOwnColumns / 2; ++i) dk[i] = dv[i] = 0;
       if (count > 0) {
-        clear_unseen<C, 128 * kKeyGroups>(p, item, shared + C::keys_at(keys.stage), kPairBarrier);
+        clear_unseen<C, 128 * kKeyGroups>(p, item, shared + C::keys_at(keys.stage),
+                                          [&] { meet(); });
       }
       if (!C::kHalves) {
         if (count > 0) first(first_key);

@@ -22,9 +22,9 @@ constexpr int kQueryGroupBarrier = 1;
 // Keys of an item that nobody sees become zero: whatever they hold, infinity and NaN too, would
 // come into dQ with a gradient of 0. Meanwhile others may read them for scores that are masked
 // anyway.
-template <typename C, int kThreads>
+template <typename C, int kThreads, typename Meet>
 __device__ __forceinline__ void clear_unseen(const VlmkAttentionBwdParams& p, const Item& item,
-                                             char* keys, int barrier) {
+                                             char* keys, Meet meet) {
   const int lo = item.lo - item.first_key, hi = item.hi - item.first_key;
   if (lo <= 0 && (hi >= C::kKeys || item.hi >= p.num_keys)) return;
   constexpr int kWords = C::kRowBytes / 16;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void clear_unseen(const VlmkAttentionBwdParams& p, co
     if (key < lo || key >= hi) reinterpret_cast<uint4*>(keys)[i] = make_uint4(0, 0, 0, 0);
   }
   fence_async_proxy();
-  named_wait<kThreads>(barrier);
+  meet();
 }
 
 template <typename C>
@@ -133,7 +133,8 @@ struct QueryGroup {
       if (item.count == kNoMore) return;
       const int count = item.count * schedule.group_heads;
       if (count > 0) {
-        clear_unseen<C, 128>(p, item, shared + C::keys_at(keys.stage), kQueryGroupBarrier);
+        clear_unseen<C, 128>(p, item, shared + C::keys_at(keys.stage),
+                             [] { named_wait<128>(kQueryGroupBarrier); });
       }
       const bool with_last_keys = C::kTakesLastKeys && schedule.main_keys < p.num_keys &&
                                   item.first_key + C::kKeys == schedule.main_keys;

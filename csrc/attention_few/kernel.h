@@ -49,8 +49,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         barrier_init(barriers.empty(stage), C::kThreads / 32);
       }
       fence_barrier_init();
-      loader.load_rows(attention::head_of_item(p, item));
     }
+    let_next_grid_start();
+    wait_for_previous_grids();
+    if (lane_index() == 0) loader.load_rows(attention::head_of_item(p, item));
     __syncwarp();
     loader.find();
 #pragma unroll 1
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   tiles.name_rows(rows);
   tiles.clear_rows(rows);
   __syncthreads();
+  wait_for_previous_grids();
 #pragma unroll 1
   for (; item < items; item += loader.stride) {
     tiles.head = attention::head_of_item(p, item);

@@ -60,6 +60,15 @@ def _patch_matrix(
     return matrix.reshape(patches.shape[:4].numel(), patches.shape[4:].numel())
 
 
+def _product(a: Tensor, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``a @ matrix.T + bias`` in a dtype that may be wider than theirs."""
+    wide_bias = None if bias is None else bias.to(dtype)
+    if dtype == a.dtype or a.device.type != "cuda":
+        return F.linear(a.to(dtype), matrix.to(dtype), wide_bias)
+    total = torch.mm(a, matrix.T, out_dtype=dtype)
+    return total if wide_bias is None else total.add_(wide_bias)
+
+
 def patch_embed_fwd(
     patches: Tensor,
     weight: Tensor,
@@ -79,11 +88,9 @@ def patch_embed_fwd(
         weight, bias, mean, std = _still(weight, bias, mean, std)
     a = _patch_matrix(patches, weight.dtype, mean, std, columns)
     matrix = _weight_matrix(weight, columns)
-    # Sums stay in fp32 up to a norm: one rounding fewer than adding in the low dtype. On a CPU so does the product.
+    # The product and the sums stay in fp32 up to a norm.
     wide = weight.dtype if norm_weight is None else torch.promote_types(weight.dtype, torch.float32)
-    if a.device.type == "cpu":
-        a, matrix, bias = a.to(wide), matrix.to(wide), None if bias is None else bias.to(wide)
-    total = F.linear(a, matrix, bias).view(batch, n_patches, dim).to(wide)
+    total = _product(a, matrix, bias, wide).view(batch, n_patches, dim)
     if pos_embed is not None and pos_embed.shape[-2] == n_patches:
         total += pos_embed
         pos_embed = None
