@@ -44,6 +44,12 @@ SHARED = {
     "mqa-S300x70-D16-Dv8": (1, 3, 1, 300, 70, 16, 8),
     "odd-S300-D40-Dv64": (2, 2, 2, 300, 300, 40, 64),
     "more-queries-than-keys": (2, 2, 2, 500, 30, 80, 80),
+    # Of few heads of keys, whose query heads are shared out.
+    "gqa-S700-D128": (1, 28, 4, 700, 700, 128, 128),
+    "gqa-S300x400-D72": (1, 6, 2, 300, 400, 72, 72),
+    "mqa-S300x257-D88": (1, 4, 1, 300, 257, 88, 88),
+    "gqa-S300x290-D96": (2, 6, 2, 300, 290, 96, 96),
+    "mqa-S300-D256": (1, 8, 1, 300, 300, 256, 256),
     # So many heads that some blocks clear the sums of dQ for others; and so few rounds that they are not taken whole.
     "many-S200x300-D64": (35, 4, 4, 200, 300, 64, 64),
     "many-S200x300-D72": (35, 4, 4, 200, 300, 72, 72),

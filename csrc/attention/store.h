@@ -70,9 +70,9 @@ __device__ __forceinline__ void store_staged(const VlmkAttentionParams& p, const
   }
 }
 
-// 4 x 4 words of four neighbouring lanes, transposed.
-__device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
-  const bool upper = lane_index() & 2, odd = lane_index() & 1;
+// 4 x 4 words of four neighbouring lanes, of which this is one, transposed.
+__device__ __forceinline__ void transpose_words(uint32_t (&word)[4], int lane) {
+  const bool upper = lane & 2, odd = lane & 1;
   uint32_t a = __shfl_xor_sync(kAllLanes, upper ? word[0] : word[2], 2);
   uint32_t b = __shfl_xor_sync(kAllLanes, upper ? word[1] : word[3], 2);
   word[0] = upper ? a : word[0], word[2] = upper ? word[2] : a;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_direct(const VlmkAttentionParams& p, const
         const int at = 4 * (block + i) + 2 * half;
         word[i] = quotient<C>(sums[at], sums[at + 1], softmax.sum[half]);
       }
-      transpose_words(word);
+      transpose_words(word, lane_index());
       const int column = 8 * (block + lane_index() % 4);
       if (query < p.num_queries && column < p.value_dim) {
         *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);

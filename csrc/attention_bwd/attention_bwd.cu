@@ -2,6 +2,7 @@
 // Attention's backward pass, the host's side: what the kernels take, and which of them.
 #include <algorithm>
 #include <climits>
+#include <cmath>
 
 #include "attention/rows.h"
 #include "attention_bwd/config.h"
@@ -42,6 +43,29 @@ static int main_keys(const VlmkAttentionBwdParams& p, int width, bool whole) {
   return few ? p.num_keys - rest : p.num_keys;
 }
 
+// In how many parts the query heads that read a head of keys are shared out, where blocks don't
+// have whole heads: with few heads of keys (Qwen2-VL has four), most multiprocessors would have no
+// tile of keys, or the last ones would be long. Estimated in tiles of queries; a part of a tile of
+// keys costs some more, those of a mask are half as long on average.
+static int parts_of_heads(const VlmkAttentionBwdParams& p, int64_t tiles_of_keys,
+                          int multiprocessors) {
+  const int group = p.num_heads / p.num_kv_heads;
+  const auto estimate = [&](int parts) {
+    const double more = parts > 1 ? 6 : 2, items = static_cast<double>(tiles_of_keys) * parts;
+    const double tiles = static_cast<double>(group / parts) * ceil_div(p.num_queries, kQueries);
+    if (!p.start && !p.causal) return std::ceil(items / multiprocessors) * (tiles + more);
+    const double longest = tiles + more, all = items * (tiles / 2 + more) / multiprocessors;
+    return std::max(longest, all) + longest / 4;
+  };
+  int best = 1;
+  for (int parts = 2; parts <= group; ++parts) {
+    // 10 % less, as this is a guess.
+    const double least = best == 1 ? 0.9 * estimate(1) : estimate(best);
+    if (group % parts == 0 && estimate(parts) < least) best = parts;
+  }
+  return best;
+}
+
 int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   int device = 0, count = 0;
   VLMK_CUDA(cudaGetDevice(&device));
@@ -51,24 +75,26 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
                 kv_heads = int64_t{p.batch} * p.num_kv_heads;
   const int width = width_for(std::max(p.dim, p.value_dim), p.softcap > 0);
   const int64_t of_tile = int64_t{kQueries} * width * 4;
-  s.group_heads = p.num_heads / p.num_kv_heads;
-  const int64_t of_head = s.group_heads * num_tiles * of_tile;
   s.whole = takes_whole_heads(p, count, width);
   s.main_keys = main_keys(p, width, s.whole);
   s.tiles_of_head = ceil_div(s.main_keys, keys_of_tile(width));
-  VLMK_CHECK(kv_heads * s.tiles_of_head < INT_MAX / 4 && heads * num_tiles < INT_MAX / kQueries,
+  const int64_t tiles_of_keys = kv_heads * s.tiles_of_head;
+  s.parts = s.whole ? 1 : parts_of_heads(p, tiles_of_keys, count);
+  VLMK_CHECK(tiles_of_keys * s.parts < INT_MAX / 4 && heads * num_tiles < INT_MAX / kQueries,
              "more than 2^29 tiles of keys, or 2^31 queries of all heads");
-  s.items = static_cast<int32_t>(kv_heads * s.tiles_of_head);
+  s.items = static_cast<int32_t>(tiles_of_keys * s.parts);
   VLMK_CHECK(s.whole || !p.deterministic,
              "the same bits in every run only where blocks have whole heads: short sequences of "
              "many heads");
   s.masked = p.start || p.causal;
   s.chunk = s.masked ? std::min(kChunk, s.tiles_of_head) : s.tiles_of_head;
   s.chunks = ceil_div(s.tiles_of_head, s.chunk);
-  s.heads = static_cast<int32_t>(kv_heads);
+  s.image_heads = p.num_kv_heads * s.parts;
+  s.heads = p.batch * s.image_heads;
+  s.group_heads = p.num_heads / s.image_heads;
   // The images with which blocks begin.
-  const int64_t images = ceil_div<int64_t>(count, int64_t{p.num_kv_heads} * s.tiles_of_head);
-  s.cleared = static_cast<int32_t>(std::min(kv_heads, images * p.num_kv_heads));
+  const int64_t images = ceil_div<int64_t>(count, int64_t{s.image_heads} * s.tiles_of_head);
+  s.cleared = static_cast<int32_t>(std::min<int64_t>(s.heads, images * s.image_heads));
 
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
@@ -85,9 +111,14 @@ int lay_out(const VlmkAttentionBwdParams& p, Schedule& s, Workspace& w) {
   w.ranges = take(ranges * num_tiles * kQueries * 8);
   w.q_bounds = take(p.start ? ranges * num_tiles * 16 : 0);
   w.k_bounds = take(p.start ? ranges * ceil_div(p.num_keys, VLMK_TILE) * 16 : 0);
+  const int64_t shared_out = s.parts > 1 ? tiles_of_keys : 0;
   w.counters = take(s.counters() * int64_t{4});
+  w.part_counters = take(shared_out * kKeyGroups * 4 * int64_t{4});
+  w.part_sums = take(shared_out * keys_of_tile(width) * width * 2 * int64_t{4});
+  w.zeros_end = at;
   w.last_keys = take(s.main_keys < p.num_keys ? int64_t{count} * bytes_of_last_keys(width) : 0);
-  w.dq = take(s.whole ? std::min<int64_t>(kv_heads, count) * of_head : heads * num_tiles * of_tile);
+  const int64_t at_once = s.whole ? std::min<int64_t>(s.heads, count) * s.group_heads : heads;
+  w.dq = take(at_once * num_tiles * of_tile);
   w.bytes = at;
   return 0;
 }

@@ -64,9 +64,13 @@ struct Schedule {
   int32_t masked;
   // That tiles have; those behind go with a head's last one (last_keys.h).
   int32_t main_keys;
-  int32_t heads;        // of keys, of the whole batch
+  // The query heads that read a head of keys may be shared out, as if there were so many heads of
+  // keys: dK and dV of these parts are added up in memory (KeyGroup::add_part).
+  int32_t parts;
+  int32_t image_heads;  // of keys, or parts of them
+  int32_t heads;        // the same, of the whole batch
   int32_t cleared;      // of them, those whose sums of dQ the kernel before has cleared
-  int32_t group_heads;  // of queries, that read a head of keys
+  int32_t group_heads;  // of queries, that read one of them
 
   __host__ __device__ int32_t counters() const { return 3 + heads * (1 + chunks); }
 };
@@ -78,8 +82,11 @@ struct Workspace {
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counters;
-  int64_t last_keys;  // fp32 sums of dV and dK, of each block
-  int64_t dq;         // fp32 sums, tile by tile, in the order in which a warpgroup holds them
+  int64_t part_counters;  // of each warp's 16 or 32 keys, the parts that have been added
+  int64_t part_sums;      // of each warpgroup's dV and dK: see KeyGroup::add_part
+  int64_t zeros_end;      // of what begins as zeros: counters and what follows them
+  int64_t last_keys;      // fp32 sums of dV and dK, of each block
+  int64_t dq;             // fp32 sums, tile by tile, in the order in which a warpgroup holds them
   int64_t bytes;
 };
 

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (group < kKeyGroups) {
     grow_registers<C::kKeyRegisters>();
     if constexpr (C::kHalves) {
-      HalfGroup<C> halves{{{p, maps, s, shared, barriers, group}, w}};
+      HalfGroup<C> halves{{{p, maps, s, w, shared, barriers, group}}};
       const auto attend = [&](int first_key) { halves.attend(first_key); };
       halves.run(attend, attend, [] {});
     } else if constexpr (C::kWide) {
@@ -60,12 +60,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       };
       constexpr int kRest = C::kWidth - C::kColumnsOfSums;  // of dQ, columns of the second
       if (kRest == C::kColumnsOfSums || group == 0) {
-        run(PairGroup<C>{{p, maps, s, shared, barriers, group}, w});
+        run(PairGroup<C>{{p, maps, s, w, shared, barriers, group}});
       } else {
-        run(PairGroup<C, kRest>{{p, maps, s, shared, barriers, group}, w});
+        run(PairGroup<C, kRest>{{p, maps, s, w, shared, barriers, group}});
       }
     } else {
-      KeyGroup<C> keys{p, maps, s, shared, barriers, group};
+      KeyGroup<C> keys{p, maps, s, w, shared, barriers, group};
       keys.run();
     }
     if (!s.whole) rounding.round_all(group);

@@ -27,9 +27,7 @@ struct PairGroup : KeyGroup<C> {
   using Base = KeyGroup<C>;
   using T = typename C::Element;
   using Base::at, Base::barriers, Base::buffer, Base::dk, Base::dv, Base::group, Base::keys;
-  using Base::p, Base::queries, Base::schedule, Base::shared;
-
-  const Workspace& workspace;
+  using Base::p, Base::queries, Base::schedule, Base::shared, Base::workspace;
 
   Scores<C::kOwnQueries> x;
   float dq[kColumns / 2];
@@ -231,9 +229,13 @@ struct PairGroup : KeyGroup<C> {
       if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
-      this->write(dv, 1, this->dv_tile());
-      this->write(dk, p.scale, this->dk_tile());
-      this->send();
+      if (schedule.parts > 1) {
+        this->add_part();
+      } else {
+        this->write(dv, 1, this->dv_tile());
+        this->write(dk, p.scale, this->dk_tile());
+        this->send();
+      }
       if (!schedule.whole) tell_done(item_at<C>(shared, keys.stage).done);
       if (C::kItemStages == 1) this->end_item(keys.stage);
       if (C::kCopiedSums) {

@@ -73,13 +73,13 @@ struct Producer {
   // In chunks, from the first keys of an image: one head's tiles of a chunk, then the next head's.
   // The longest rows of a causal mask start first, and the queries that tiles share stay in L2.
   __device__ __forceinline__ int2 head_and_tile(int item) const {
-    const int per_image = p.num_kv_heads * schedule.tiles_of_head;
-    const int per_chunk = p.num_kv_heads * schedule.chunk;
+    const int per_image = schedule.image_heads * schedule.tiles_of_head;
+    const int per_chunk = schedule.image_heads * schedule.chunk;
     const int image = item / per_image, in_image = item - image * per_image;
     const int chunk = in_image / per_chunk, in_chunk = in_image - chunk * per_chunk;
     const int tiles = min(schedule.chunk, schedule.tiles_of_head - chunk * schedule.chunk);
     const int head = in_chunk / tiles;
-    return make_int2(image * p.num_kv_heads + head,
+    return make_int2(image * schedule.image_heads + head,
                      chunk * schedule.chunk + in_chunk - head * tiles);
   }
 
@@ -122,11 +122,11 @@ struct Producer {
 
   __device__ __forceinline__ void copy_panels(int to, const CUtensorMap& map, int64_t stride_b,
                                               const Item& item, uint32_t barrier) {
+    const int head = item.head / schedule.parts;
 #pragma unroll 1  // registers are few
     for (int panel = 0; panel < C::kPanels; ++panel) {
       copy_tile_once(shared_address(shared) + to + panel * C::kKeys * C::kRowBytes, map,
-                     panel * C::kPanel, item.first_key, item.head, stride_b ? item.batch : 0,
-                     barrier);
+                     panel * C::kPanel, item.first_key, head, stride_b ? item.batch : 0, barrier);
     }
   }
 
@@ -254,8 +254,8 @@ struct Producer {
 
   __device__ __forceinline__ void run_item(int head, int tile) {
     Item item;
-    item.batch = head / p.num_kv_heads;
-    item.head = head - item.batch * p.num_kv_heads;
+    item.batch = head / schedule.image_heads;
+    item.head = head - item.batch * schedule.image_heads;
     item.first_key = tile * C::kKeys;
     const int2 span = span_of_keys(item.batch, tile);
     count(item, span);

@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(kRowThreads)
     clear_queries<typename C::Element>(p, batch, head, tile);
     return;
   }
-  for (int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x; i < s.counters();
-       i += int64_t{gridDim.x} * kRowThreads) {
-    reinterpret_cast<int*>(workspace + w.counters)[i] = 0;
+  for (int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x;
+       i < (w.zeros_end - w.counters) / 16; i += int64_t{gridDim.x} * kRowThreads) {
+    __stcg(reinterpret_cast<float4*>(workspace + w.counters) + i, make_float4(0, 0, 0, 0));
   }
   if (row_of_heads < s.cleared * s.group_heads) {
     clear_sums<C, kRowThreads>(p, w, blockIdx.x, static_cast<int>(threadIdx.x));

@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_rows(const Tiles<C>& tiles) {
         const float* x = &tiles.sums[4 * (block + i) + 2 * half];
         word[i] = scaled<T>(x[0], x[1], inverse);
       }
-      attention::transpose_words(word);
+      attention::transpose_words(word, lane_index());
       const int column = 8 * (block + lane_index() % 4);
       if (row < tiles.head.rows && column < p.value_dim) {
         *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
