@@ -34,6 +34,16 @@ SHAPES = {
     "one-key": (2, 2, 1, 5, 1, 64, 64),
     "more-queries-than-keys": (1, 2, 2, 500, 130, 80, 80),
     "many-tiles": (3, 50, 50, 390, 390, 64, 64),
+    # Tiles depend on how many there are: small batches take smaller ones.
+    "many-clip-text-S77-D64": (60, 8, 8, 77, 77, 64, 64),
+    "many-S100x130-D48": (100, 4, 2, 100, 130, 48, 48),
+    "many-vit-S197-D64": (22, 12, 12, 197, 197, 64, 64),
+    "many-clip-S577-D64": (8, 16, 16, 577, 577, 64, 64),
+    "many-siglip-S729-D72": (8, 16, 16, 729, 729, 72, 72),
+    "many-S250-D72": (66, 4, 2, 250, 250, 72, 72),
+    "many-S300x577-D80": (66, 4, 4, 300, 577, 80, 80),
+    "many-eva-S257-D88": (16, 16, 16, 257, 257, 88, 88),
+    "many-S300-D96": (66, 4, 4, 300, 300, 96, 96),
 }
 
 
@@ -61,12 +71,13 @@ def test_every_head_dim(dim, device):
     check(make_qkv(shape, torch.bfloat16, device), make_ranges("random", shape, device))
 
 
-@pytest.mark.parametrize("keys", [333, 1700])
+@pytest.mark.parametrize("batch", [2, 132])
+@pytest.mark.parametrize("keys", [333, 577, 1700])
 @pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
-def test_dense_tiles(dim, keys, device):
-    """Without a mask the tile depends on how many queries or keys there are."""
+def test_dense_tiles(dim, keys, batch, device):
+    """Without a mask the tile depends on how many heads, queries or keys there are."""
     for queries in (200, 257, 300):
-        check(make_qkv((2, 2, 1, queries, keys, dim, dim), torch.bfloat16, device))
+        check(make_qkv((batch, 2, 1, queries, keys, dim, dim), torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("step", [16, 64, 192])
@@ -163,9 +174,10 @@ def test_padding_of_nan(device):
     assert torch.equal(out.isnan().all(-1), expected) and torch.equal(out.isnan().any(-1), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 60])
 @pytest.mark.parametrize("mask", ["dense", "causal", "random"])
-def test_softcap_and_scale(mask, device):
-    shape = (1, 4, 2, 140, 270, 64, 64)
+def test_softcap_and_scale(mask, batch, device):
+    shape = (batch, 4, 2, 140, 270, 64, 64)
     inputs = [2 * x.detach() for x in make_qkv(shape, torch.bfloat16, device)]
     ranges = make_ranges(mask, shape, device)
     check(inputs, ranges, causal=mask == "causal", softcap=2.0)
@@ -178,32 +190,35 @@ def test_large_logits(device):
         check([q * 30, keys, values])
 
 
+@pytest.mark.parametrize("batch", [1, 132])
 @pytest.mark.parametrize("mask", ["dense", "causal"])
-def test_rising_logits(mask, device):
+def test_rising_logits(mask, batch, device):
     """The maximum grows from tile to tile, at first by less than what it may lag behind, then by more."""
-    shape = (1, 2, 2, 300, 900, 64, 64)
+    shape = (batch, 2, 2, 250, 900, 64, 64)
     q, k, v = (x.detach() for x in make_qkv(shape, torch.bfloat16, device))
     rise = torch.linspace(0.1, 8, 900, device=device)[None, :, None, None]
     check([2 * q, (k * rise).bfloat16(), v], causal=mask == "causal")
 
 
+@pytest.mark.parametrize("batch", [1, 132])
 @pytest.mark.parametrize("mask", ["dense", "causal"])
 @pytest.mark.parametrize("jump", [40, 3000, -3000])
 @pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 128])
-def test_jumping_logits(dim, jump, mask, device):
+def test_jumping_logits(dim, jump, mask, batch, device):
     """Later logits are so much larger that weights relative to the maximum so far overflow; or so much smaller."""
-    q, k, v = (x.detach().clone() for x in make_qkv((1, 2, 2, 150, 900, dim, dim), torch.bfloat16, device))
+    q, k, v = (x.detach().clone() for x in make_qkv((batch, 2, 2, 150, 900, dim, dim), torch.bfloat16, device))
     q[..., 0] = dim**0.5
     k[:, :300, :, 0], k[:, 300:, :, 0] = 0, jump
     check([q, k, v], causal=mask == "causal")
 
 
+@pytest.mark.parametrize("batch", [2, 66])
 @pytest.mark.parametrize("tail", [1, 5, 8, 9])
 @pytest.mark.parametrize("dim", [40, 64, 80])
-def test_tails(dim, tail, device):
-    """Without a mask, up to 8 queries behind a multiple of 64 go another way than those before them."""
+def test_tails(dim, tail, batch, device):
+    """Without a mask, up to 8 queries behind a multiple of 64 go another way than those before them, where there are many."""
     for queries, keys in ((256 + tail, 256 + tail), (576 + tail, 100), (64 + tail, 333)):
-        q, k, v = (x.detach() for x in make_qkv((2, 4, 2, queries, keys, dim, dim), torch.bfloat16, device))
+        q, k, v = (x.detach() for x in make_qkv((batch, 4, 2, queries, keys, dim, dim), torch.bfloat16, device))
         check([q, k, v])
         out, exact = attention(q, k, v, backend="cuda"), attention(q.double(), k.double(), v.double(), backend="reference")
         assert compare(out[:, -tail:], exact[:, -tail:], "gemm")

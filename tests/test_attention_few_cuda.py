@@ -40,6 +40,16 @@ def test_forward(shape, dtype, mask, device):
     check(tensors(shape, device, DTYPES[dtype]), make_ranges(mask, shape, device), causal=mask == "causal")
 
 
+@pytest.mark.parametrize("mask", MASKS[1:])
+@pytest.mark.parametrize("batch, heads, kv_heads", [(1, 12, 12), (3, 4, 2), (5, 8, 1)])
+def test_tiles_of_queries(batch, heads, kv_heads, mask, device):
+    """With a mask and few columns, more queries than a tile has are tiles of one head each."""
+    for queries in (65, 128, 191, 256):
+        for keys in (1, 100, 300):
+            shape = (batch, heads, kv_heads, queries, keys, 64, 40)
+            check(tensors(shape, device), make_ranges(mask, shape, device), causal=mask == "causal")
+
+
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 128, 257, 577, 1100])
 @pytest.mark.parametrize("queries", [1, 3, 8, 31, 32, 33, 64, 65, 100, 128])
 def test_lengths(queries, keys, device):

@@ -94,8 +94,19 @@ int check(const VlmkAttentionParams& p) {
 
 namespace attention_few {
 
+bool in_tiles(const VlmkAttentionParams& p) {
+  const int group = p.num_heads / p.num_kv_heads;
+  const int64_t rows = int64_t{p.num_queries} * group;
+  if (!attention::needs_mask(p) || std::max(p.dim, p.value_dim) > 64) return false;
+  if (rows <= (group > 1 ? attention::kMaxRows : attention::kGroupQueries)) return false;
+  // As many as find room at once, and no more keys than that others read them faster.
+  const int64_t tiles = int64_t{ceil_div(p.num_queries, attention::kGroupQueries)} * p.num_heads;
+  return tiles * p.batch <= 3 * 132 && tiles * p.batch * ceil_div(p.num_keys, 64) <= 1600;
+}
+
 // Where they were faster, or as fast, on an H200 (docs/attention_forward.md).
 bool takes(const VlmkAttentionParams& p) {
+  if (in_tiles(p)) return true;
   const int group = p.num_heads / p.num_kv_heads, width = std::max(p.dim, p.value_dim);
   const int64_t rows = int64_t{p.num_queries} * group, heads = int64_t{p.batch} * p.num_kv_heads;
   if (rows > attention::kMaxRows || width > kMaxWidth || heads > INT_MAX / 2) return false;

@@ -90,12 +90,15 @@ struct Config {
   static constexpr int kKeys = kKeys_;                      // of a tile
   static constexpr int kGroups = kGroups_;                  // warpgroups that multiply
   static constexpr int kQueries = kGroups * kGroupQueries;
+  // On a multiprocessor. Heads of few queries fill a tile of two warpgroups, and two such blocks
+  // hide each other's softmax as four warpgroups do.
+  static constexpr int kBlocks = kGroups == 2 && kWidth <= 64 ? 2 : 1;
   static constexpr int kThreads = (kGroups + 1) * 128;
   // What the launch gives to all threads alike, dealt out anew: more than that there is not, and a
   // warpgroup that asks for more waits for ever.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLaunchRegisters = 65536 / kBlocks / kThreads / 8 * 8;
   // Tails (tail.h) need more, and are taken apart where that leaves enough for scores, weights,
-  // sums and 40 others.
+  // sums and 40 others, and weights are not packed early, as with two warpgroups.
   static constexpr int kTailRegisters = 80;
   static constexpr int registers_beside(int producer) {
     return ((kGroups + 1) * kLaunchRegisters - producer) / kGroups / 8 * 8;
@@ -120,7 +123,8 @@ struct Config {
   static constexpr int kBarrierBytes = 1024;  // and Work
   static constexpr int kOrderBytes = kMasked ? 3 * kMaxSorted : 0;
   static constexpr int kExtraBytes = kBarrierBytes + kOrderBytes;
-  static constexpr int kRoom = kSharedLimit - kExtraBytes;
+  static constexpr int kSharedMost = kBlocks == 1 ? kSharedLimit : 113 << 10;
+  static constexpr int kRoom = kSharedMost - kExtraBytes;
   static constexpr int kStageBytes = kKeyBytes + kValueBytes;
   static constexpr int kQueryStages = kRoom >= 2 * (kQueryBytes + kStageBytes) ? 2 : 1;
   // With a second stage, a tile's results are gathered where its queries were.
@@ -128,8 +132,11 @@ struct Config {
   // Without a mask all warpgroups see all tiles: the first scores of a tile of queries can always
   // begin before the tile before is stored.
   static constexpr bool kOverlapped = kStaged && !kMasked;
-  static constexpr bool kTails = kOverlapped && kTailsFit;
-  static constexpr int kProducerRegisters = kTails ? kTailRegisters : kGroups == 2 ? 40 : 32;
+  static constexpr bool kTails = kOverlapped && kTailsFit && kGroups > 2;
+  static constexpr int kProducerRegisters = kTails         ? kTailRegisters
+                                            : kBlocks == 2 ? 24
+                                            : kGroups == 2 ? 40
+                                                           : 32;
   static constexpr int kConsumerRegisters = registers_beside(kProducerRegisters);
   // A tile is weighed with the maximum at hand, and its keys are kept until that turns out to do.
   // Where two stages of keys are all there is, that costs more than it saves: D 104 3 %, D 256 2 %
@@ -138,10 +145,10 @@ struct Config {
   // Weights are packed beside the exponentials of the others, where registers allow it: 2 to 4 %,
   // with a mask up to 7 % (H200). Four warpgroups hide it anyway.
   static constexpr bool kPackEarly =
-      kGroups == 2 || (kGroups == 3 && (!kTrusting || !kMasked || kWidth < 96));
+      (kGroups == 2 && kBlocks == 1) || (kGroups == 3 && (!kTrusting || !kMasked || kWidth < 96));
   // Four warpgroups have no registers for what a mask takes: it is read again, and there is no
   // softcap.
-  static constexpr bool kTight = kMasked && kGroups == 4;
+  static constexpr bool kTight = kMasked && kGroups * kBlocks == 4;
   // The next warpgroup's turn comes as soon as this one's scores are under way, not its sums too.
   // 1 to 3 % faster here; tiles of 96 keys at D 64 to 96 lose 4 to 13 %, of 80 up to 3 % (H200).
   static constexpr bool kTurnOfScores = kWidth > 96;
@@ -162,7 +169,7 @@ struct Config {
   static constexpr int kExchangeBytes =
       kTails ? (kTailWarps - 1) * 32 * (ceil_div(kWidth, 16) * 4 + 4) * 4 : 0;
   static constexpr int kSharedBytes = kExchangeAt + kExchangeBytes;
-  static_assert(kSharedBytes <= kSharedLimit);
+  static_assert(kSharedBytes <= kSharedMost);
 };
 
 // All barriers of a block, as addresses in shared memory.
@@ -194,6 +201,11 @@ struct Ring {
     }
   }
 };
+
+// With a softcap too, whose registers only masked variants have.
+inline bool needs_mask(const VlmkAttentionParams& p) {
+  return p.causal || p.start || p.softcap > 0;
+}
 
 // Refuses strides that the copy engine can't use; of a size up to 1 they don't matter.
 int check_strides(const char* name, int64_t rows, int64_t heads, int64_t batch, int64_t stride_s,

@@ -15,7 +15,7 @@ namespace vlmk {
 namespace attention {
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     attention_kernel(const __grid_constant__ VlmkAttentionParams p,
                      const __grid_constant__ Maps maps, const __grid_constant__ Schedule s) {
   extern __shared__ __align__(1024) char shared[];

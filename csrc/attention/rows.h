@@ -46,10 +46,10 @@ __device__ __forceinline__ int4 bounds_of_rows(const Params& p, int batch) {
 }
 
 // A tensor [batch, queries, heads, dim] whose tile is 16, 32 or 64 columns of all queries of a key
-// head. Where the batch has stride 0 it is one entry.
+// head, or of `tile` queries of one head. Where the batch has stride 0 it is one entry.
 template <typename Params>
 int encode_rows(CUtensorMap& map, const void* data, bool half, const Params& p, int64_t stride_b,
-                int64_t stride_s, int64_t stride_h, int columns = 64) {
+                int64_t stride_s, int64_t stride_h, int columns = 64, int tile = 0) {
   const int batch = stride_b == 0 ? 1 : p.batch;
   const auto bytes = [](int count, int64_t stride) {
     return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
@@ -59,8 +59,8 @@ int encode_rows(CUtensorMap& map, const void* data, bool half, const Params& p, 
       {static_cast<cuuint64_t>(p.dim), static_cast<cuuint64_t>(p.num_queries),
        static_cast<cuuint64_t>(p.num_heads), static_cast<cuuint64_t>(batch)},
       {bytes(p.num_queries, stride_s), bytes(p.num_heads, stride_h), bytes(batch, stride_b)},
-      {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(p.num_queries),
-       static_cast<cuuint32_t>(p.num_heads / p.num_kv_heads), 1},
+      {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(tile ? tile : p.num_queries),
+       static_cast<cuuint32_t>(tile ? 1 : p.num_heads / p.num_kv_heads), 1},
       swizzle_of(columns));
 }
 

@@ -286,12 +286,14 @@ struct Producer {
       while (item < schedule.items) {
         // With a mask not before an item's last queries are on their way: taken an item ahead, the
         // last ones wait for long ones (causal, 4096 tokens, H200: D 128 3.15 instead of 2.87 ms,
-        // D 64 1.45 instead of 1.39). Equal ones are, as an answer takes a microsecond.
+        // D 64 1.45 instead of 1.39). Equal ones are, as an answer takes a microsecond, unless
+        // there are so few that a block's second would be another's first.
+        const bool ahead = !schedule.masked && schedule.items > 4 * static_cast<int>(gridDim.x);
         int next = 0;
-        if (!schedule.masked) next = take();
+        if (ahead) next = take();
         const int2 at = head_and_tile(item);
         run_item(at.x, at.y);
-        if (schedule.masked) next = take();
+        if (!ahead) next = take();
         item = __shfl_sync(kAllLanes, next, 0);
       }
     }

@@ -83,6 +83,11 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return base + 8 * (1 + kMaxStages + stage); }
 };
 
+// Whether rows are tiles of 64 queries of one head, not all that read a head of keys: with a mask,
+// up to 64 columns, where these find room at once (8 x 12 heads of 256 tokens, causal, 8.4 us
+// instead of 10.9, H200).
+bool in_tiles(const VlmkAttentionParams& p);
+
 // Whether these kernels take the call; those of attention/ take every one.
 bool takes(const VlmkAttentionParams& p);
 

@@ -15,9 +15,9 @@ namespace vlmk {
 namespace attention_few {
 
 template <typename C>
-int encode_maps(const VlmkAttentionParams& p, Maps& maps) {
+int encode_maps(const VlmkAttentionParams& p, bool tiled, Maps& maps) {
   int code = attention::encode_rows(maps.queries, p.q, C::kHalf, p, p.q_stride_b, p.q_stride_s,
-                                    p.q_stride_h);
+                                    p.q_stride_h, kPanel, tiled ? C::kRows : 0);
   if (code) return code;
   const auto encode = [&p](CUtensorMap& keys, CUtensorMap& values, int columns) {
     const int failed =
@@ -33,17 +33,17 @@ int encode_maps(const VlmkAttentionParams& p, Maps& maps) {
   return encode(maps.last_keys, maps.last_values, C::kLastColumns);
 }
 
-// In how many blocks a head's keys are shared out: as long as all find room on the GPU at once.
+// In how many blocks the keys are shared out: as long as all find room on the GPU at once.
 template <typename C>
-int choose_splits(const VlmkAttentionParams& p, int64_t heads, int64_t room, int& splits) {
+int choose_splits(const VlmkAttentionParams& p, int64_t items, int64_t room, int& splits) {
   const int tiles = ceil_div(p.num_keys, C::kKeys);
   splits = 1;
-  while (splits < kMaxSplits && 2 * splits * heads <= room && 2 * splits <= tiles) {
+  while (splits < kMaxSplits && 2 * splits * items <= room && 2 * splits <= tiles) {
     int clusters = 0;
     const int code = active_clusters<attention_few_kernel<C>, C::kThreads, C::kSharedBytes>(
         2 * splits, clusters);
     if (code) return code;
-    if (clusters < heads) break;
+    if (clusters < items) break;
     splits *= 2;
   }
   // To add up takes as long as two or three tiles (H200).
@@ -52,33 +52,37 @@ int choose_splits(const VlmkAttentionParams& p, int64_t heads, int64_t room, int
 }
 
 template <typename C>
-int run(const VlmkAttentionParams& p, void* stream) {
+int run(const VlmkAttentionParams& p, bool tiled, void* stream) {
   int count = 0, splits = 0;
   int code = multiprocessors<attention_few_kernel<C>, C::kSharedBytes>(count);
   if (code) return code;
   Maps maps;
-  code = encode_maps<C>(p, maps);
+  code = encode_maps<C>(p, tiled, maps);
   if (code) return code;
-  const int64_t heads = int64_t{p.batch} * p.num_kv_heads, room = int64_t{count} * C::kBlocks;
-  code = choose_splits<C>(p, heads, room, splits);
+  const int tiles = tiled ? ceil_div(p.num_queries, C::kRows) : 0;
+  const int64_t items = int64_t{p.batch} * (tiled ? p.num_heads * int64_t{tiles} : p.num_kv_heads);
+  VLMK_CHECK(items < INT_MAX / 2, "more than 2^30 tiles of queries");
+  const int64_t room = int64_t{count} * C::kBlocks;
+  code = choose_splits<C>(p, items, room, splits);
   if (code) return code;
   // Blocks that stay have the next head's keys under way before this one's are done. But where a
   // row ends within one of memory's bursts, the heads of an image must pass by at the same time, as
   // those of new blocks do: 1 x 729 of head dim 72 306 us instead of 408, but 64 x 64 of head dim
   // 80 126 instead of 101 (H200).
   const bool stay = p.dim % 32 + p.value_dim % 32 == 0 || p.num_keys <= 2 * C::kKeys;
-  const int64_t blocks = splits == 1 && stay ? std::min(heads, room) : heads * splits;
+  const int64_t blocks = splits == 1 && stay ? std::min(items, room) : items * splits;
   // Early, as what comes before the first copy is a tenth of the time of one image.
   const LaunchConfig config(dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
                             static_cast<unsigned>(splits), C::kSharedBytes, stream, true);
-  return launch("attention_few_kernel", attention_few_kernel<C>, config, p, maps);
+  return launch("attention_few_kernel", attention_few_kernel<C>, config, p, maps, tiles);
 }
 
 template <typename T, int kWidth>
 int run_width(const VlmkAttentionParams& p, void* stream) {
-  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
-  return rows <= attention::kGroupQueries ? run<Config<T, kWidth, 1>>(p, stream)
-                                          : run<Config<T, kWidth, 2>>(p, stream);
+  const bool tiled = in_tiles(p);
+  const int rows = tiled ? 0 : p.num_queries * (p.num_heads / p.num_kv_heads);
+  return rows <= attention::kGroupQueries ? run<Config<T, kWidth, 1>>(p, tiled, stream)
+                                          : run<Config<T, kWidth, 2>>(p, tiled, stream);
 }
 
 template <typename T>

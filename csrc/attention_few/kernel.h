@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention for few queries, which takes as long as its keys and values take to be read: once.
 //
-// A block takes one key head of one batch entry after another, with all rows that read it; where
-// heads are few, a cluster of blocks shares out the keys of one. Several blocks stand on a
+// A block takes one key head of one batch entry after another, with all rows that read it, or one
+// tile of 64 queries of a head after another; where these are few, a cluster of blocks shares out
+// the keys. Several blocks stand on a
 // multiprocessor, so that one's copies run beside another's products.
 #pragma once
 
@@ -23,12 +24,14 @@ namespace attention_few {
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     attention_few_kernel(const __grid_constant__ VlmkAttentionParams p,
-                         const __grid_constant__ Maps maps) {
+                         const __grid_constant__ Maps maps, int tiles_of_head) {
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
-  const int ranks = static_cast<int>(cluster_size()), items = p.batch * p.num_kv_heads;
+  const int ranks = static_cast<int>(cluster_size());
+  const int items = p.batch * (tiles_of_head == 0 ? p.num_kv_heads : p.num_heads * tiles_of_head);
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
   Loader<C> loader{p, maps, shared_address(shared), barriers};
+  loader.tiles_of_head = tiles_of_head;
   loader.item = static_cast<int>(blockIdx.x) / ranks;
   loader.items = items;
   loader.stride = static_cast<int>(gridDim.x) / ranks;
@@ -52,25 +55,25 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
     let_next_grid_start();
     wait_for_previous_grids();
-    if (lane_index() == 0) loader.load_rows(attention::head_of_item(p, item));
+    if (lane_index() == 0) loader.load_rows(item);
     __syncwarp();
     loader.find();
 #pragma unroll 1
     for (int stage = 0; stage < C::kStages; ++stage) loader.load(stage);
   }
   Tiles<C> tiles{p, shared, barriers, warp};
-  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
-  tiles.name_rows(rows);
+  const int rows = tiles_of_head == 0 ? p.num_queries * (p.num_heads / p.num_kv_heads) : C::kRows;
+  tiles.name_rows(rows, tiles_of_head > 0);
   tiles.clear_rows(rows);
   __syncthreads();
   wait_for_previous_grids();
 #pragma unroll 1
   for (; item < items; item += loader.stride) {
-    tiles.head = attention::head_of_item(p, item);
-    tiles.span = span_of_head<C>(p, tiles.head.batch);
+    tiles.at_hand = rows_of_item<C>(p, tiles_of_head, item);
+    tiles.span = span_of_rows<C>(p, tiles_of_head, tiles.at_hand);
     tiles.take_rows();
     if (threadIdx.x == 0 && item + loader.stride < items) {
-      loader.load_rows(attention::head_of_item(p, item + loader.stride));
+      loader.load_rows(item + loader.stride);
     }
     __syncwarp();
     tiles.run(loader);

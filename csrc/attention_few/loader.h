@@ -16,7 +16,35 @@
 namespace vlmk {
 namespace attention_few {
 
-using attention::Head;
+// What a block works on at a time: all rows that read a key head of a batch entry, head by head; or
+// a tile of the queries of one head, of which there are so many tiles.
+struct Rows {
+  int batch, head;  // of keys
+  int query_head, first_query;
+  int count;
+};
+
+template <typename C>
+__device__ __forceinline__ Rows rows_of_item(const VlmkAttentionParams& p, int tiles, int item) {
+  const int group = p.num_heads / p.num_kv_heads;
+  Rows rows;
+  if (tiles == 0) {
+    rows.batch = item / p.num_kv_heads;
+    rows.head = item - rows.batch * p.num_kv_heads;
+    rows.query_head = rows.head * group;
+    rows.first_query = 0;
+    rows.count = p.num_queries * group;
+  } else {
+    const int head = item / tiles;  // of the whole batch
+    // The last first, as those of a causal mask see most.
+    rows.first_query = (tiles - 1 - (item - head * tiles)) * C::kRows;
+    rows.batch = head / p.num_heads;
+    rows.query_head = head - rows.batch * p.num_heads;
+    rows.head = rows.query_head / group;
+    rows.count = min(C::kRows, p.num_queries - rows.first_query);
+  }
+  return rows;
+}
 
 // The tiles that a block visits of a head: [begin, end), the first of all tiles beginning with the
 // first key that any row sees.
@@ -26,14 +54,16 @@ struct Span {
 };
 
 template <typename C>
-__device__ __forceinline__ Span span_of_head(const VlmkAttentionParams& p, int batch) {
+__device__ __forceinline__ Span span_of_rows(const VlmkAttentionParams& p, int tiles,
+                                             const Rows& rows) {
   const unsigned rank = cluster_rank(), ranks = cluster_size();
   Span span;
-  span.bounds = attention::bounds_of_rows(p, batch);
+  span.bounds = tiles == 0 ? attention::bounds_of_rows(p, rows.batch)
+                           : attention::bounds_of_queries(p, rows.batch, rows.first_query);
   // Of at most 2^24, shared out among 16.
-  const unsigned tiles = max(ceil_div(span.bounds.y - span.bounds.x, C::kKeys), 0);
-  span.begin = static_cast<int>(tiles * rank / ranks);
-  span.end = static_cast<int>(tiles * (rank + 1) / ranks);
+  const unsigned count = max(ceil_div(span.bounds.y - span.bounds.x, C::kKeys), 0);
+  span.begin = static_cast<int>(count * rank / ranks);
+  span.end = static_cast<int>(count * (rank + 1) / ranks);
   return span;
 }
 
@@ -44,15 +74,16 @@ struct Loader {
   const Maps& maps;
   uint32_t shared;
   Barriers barriers;
-  int item, items, stride;  // heads of all batch entries
-  Head head;
+  int tiles_of_head;
+  int item, items, stride;  // see Rows
+  Rows rows;
   int first_key, tile, end;
 
-  // Goes to the head at hand, or the next that has tiles.
+  // Goes to the rows at hand, or the next that see any keys.
   __device__ __forceinline__ void find() {
     for (; item < items; item += stride) {
-      head = attention::head_of_item(p, item);
-      const Span span = span_of_head<C>(p, head.batch);
+      rows = rows_of_item<C>(p, tiles_of_head, item);
+      const Span span = span_of_rows<C>(p, tiles_of_head, rows);
       first_key = span.bounds.x, tile = span.begin, end = span.end;
       if (tile < end) return;
     }
@@ -72,7 +103,7 @@ struct Loader {
         const CUtensorMap& map = of_values ? (narrow ? maps.last_values : maps.values)
                                            : (narrow ? maps.last_keys : maps.keys);
         copy_tile(at + of_values * C::kTileBytes + panel * C::kKeys * kRowBytes, map,
-                  panel * kPanel, first_key + tile * C::kKeys, head.head, head.batch, barrier);
+                  panel * kPanel, first_key + tile * C::kKeys, rows.head, rows.batch, barrier);
       }
     }
     __syncwarp();
@@ -82,13 +113,15 @@ struct Loader {
     }
   }
 
-  // The rows of a head. By one thread.
-  __device__ __forceinline__ void load_rows(const Head& rows_of) {
-    barrier_expect(barriers.rows_full(), C::kPanels * rows_of.rows * kRowBytes);
+  // By one thread. A tile comes with zeros behind the last query.
+  __device__ __forceinline__ void load_rows(int of_item) {
+    const Rows x = rows_of_item<C>(p, tiles_of_head, of_item);
+    const int count = tiles_of_head == 0 ? x.count : C::kRows;
+    barrier_expect(barriers.rows_full(), C::kPanels * count * kRowBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      copy_tile(shared + panel * C::kRows * kRowBytes, maps.queries, panel * kPanel, 0,
-                rows_of.head * rows_of.heads, rows_of.batch, barriers.rows_full());
+      copy_tile(shared + panel * C::kRows * kRowBytes, maps.queries, panel * kPanel, x.first_query,
+                x.query_head, x.batch, barriers.rows_full());
     }
   }
 };

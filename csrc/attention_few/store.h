@@ -20,20 +20,21 @@ namespace attention_few {
 template <typename C>
 __device__ __forceinline__ typename C::Element* out_of_row(const Tiles<C>& tiles, int half) {
   const VlmkAttentionParams& p = tiles.p;
-  const Head& head = tiles.head;
-  const int64_t at = (int64_t{head.batch} * p.num_queries + tiles.query[half]) * p.num_heads +
-                     head.head * head.heads + tiles.of_group[half];
+  const Rows& rows = tiles.at_hand;
+  const int64_t query = int64_t{rows.batch} * p.num_queries + rows.first_query + tiles.query[half];
+  const int64_t at = query * p.num_heads + rows.query_head + tiles.of_group[half];
   return static_cast<typename C::Element*>(p.out) + at * p.value_dim;
 }
 
-__device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Head& head, int own,
+__device__ __forceinline__ void store_lse(const VlmkAttentionParams& p, const Rows& rows, int own,
                                           const attention::Softmax& softmax) {
   if (!p.lse || lane_index() % 4 != 0) return;
-  const int64_t first = int64_t{head.batch} * p.num_heads + head.head * head.heads;
+  const int64_t head = int64_t{rows.batch} * p.num_heads + rows.query_head;
+  float* lse = p.lse + head * p.num_queries + rows.first_query;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = own + 8 * half;
-    if (row < head.rows) p.lse[first * p.num_queries + row] = softmax.log_sum_exp(half);
+    if (row < rows.count) lse[row] = softmax.log_sum_exp(half);
   }
 }
 
@@ -49,7 +50,7 @@ __device__ __forceinline__ void store_rows(const Tiles<C>& tiles) {
   using T = typename C::Element;
   const VlmkAttentionParams& p = tiles.p;
   const attention::Softmax& softmax = tiles.softmax;
-  store_lse(p, tiles.head, tiles.own_row(), softmax);
+  store_lse(p, tiles.at_hand, tiles.own_row(), softmax);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = tiles.own_row() + 8 * half;
@@ -65,7 +66,7 @@ __device__ __forceinline__ void store_rows(const Tiles<C>& tiles) {
       }
       attention::transpose_words(word, lane_index());
       const int column = 8 * (block + lane_index() % 4);
-      if (row < tiles.head.rows && column < p.value_dim) {
+      if (row < tiles.at_hand.count && column < p.value_dim) {
         *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
       }
     }
@@ -153,7 +154,7 @@ __device__ __forceinline__ void combine_sums(const Tiles<C>& tiles, uint32_t sum
       const int column = 8 * (rank + (n & ~of_rank)) + lane_index() % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (tiles.own_row() + 8 * half >= tiles.head.rows || column >= p.value_dim) continue;
+        if (tiles.own_row() + 8 * half >= tiles.at_hand.count || column >= p.value_dim) continue;
         const uint32_t word = half ? pack<T>(total.z, total.w) : pack<T>(total.x, total.y);
         auto* out = reinterpret_cast<uint32_t*>(out_of_row(tiles, half) + column);
         *out = tiles.softmax.sum[half] == 0 ? 0 : word;
@@ -180,7 +181,7 @@ __device__ __forceinline__ void combine_rows(Tiles<C>& tiles) {
   if (tiles.has_rows()) {
     auto* shares = reinterpret_cast<float2*>(tiles.shared + C::kSharesAt) + pair;
     combine_totals<C>(tiles.softmax, shared_address(totals), shares, ranks);
-    if (rank == 0) store_lse(tiles.p, tiles.head, tiles.own_row(), tiles.softmax);
+    if (rank == 0) store_lse(tiles.p, tiles.at_hand, tiles.own_row(), tiles.softmax);
     combine_sums(tiles, shared_address(sums), shares, rank, ranks);
   }
   // Others may still read this block's sums; what this one has read has come to its registers.

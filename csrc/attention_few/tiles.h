@@ -32,9 +32,11 @@ struct Tiles {
   Ring<C::kStages> ring{0};
   uint32_t rows_parity = 0;
 
-  Head head;
+  Rows at_hand;
   Span span;
-  int of_group[2], query[2];  // of this thread's two rows; num_queries behind the last
+  // Of this thread's two rows; the query, from the first at hand on, is num_queries behind the
+  // last.
+  int of_group[2], query[2];
   int2 range[2];
   attention::Softmax softmax;
   uint32_t rows[C::kWidth / 16][4];
@@ -44,7 +46,7 @@ struct Tiles {
 
   // This thread's first row; the second is 8 behind it.
   __device__ __forceinline__ int own_row() const { return warp * 16 + lane_index() / 4; }
-  __device__ __forceinline__ bool has_rows() const { return warp * 16 < head.rows; }
+  __device__ __forceinline__ bool has_rows() const { return warp * 16 < at_hand.count; }
   __device__ __forceinline__ uint32_t keys_at(int stage) const {
     return shared_address(shared) + C::kStagesAt + stage * 2 * C::kTileBytes;
   }
@@ -54,11 +56,12 @@ struct Tiles {
   }
   __device__ __forceinline__ void meet() { named_wait<C::kThreads>(kTileBarrier); }
 
-  __device__ __forceinline__ void name_rows(int count) {
+  // Of so many, of one head or of all that read a head of keys.
+  __device__ __forceinline__ void name_rows(int count, bool of_one_head) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = own_row() + 8 * half;
-      of_group[half] = row / p.num_queries;
+      of_group[half] = of_one_head ? 0 : row / p.num_queries;
       query[half] = row < count ? row - of_group[half] * p.num_queries : p.num_queries;
     }
   }
@@ -193,12 +196,13 @@ struct Tiles {
     ring.advance();
   }
 
-  // Of a head whose rows are taken.
+  // Of rows that are taken.
   __device__ __forceinline__ void run(Loader<C>& loader) {
     softmax = attention::Softmax();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      range[half] = attention::cut(p, attention::range_of_query(p, head.batch, query[half]));
+      range[half] = attention::cut(
+          p, attention::range_of_query(p, at_hand.batch, at_hand.first_query + query[half]));
     }
 #pragma unroll
     for (int i = 0; i < C::kWidth / 2; ++i) sums[i] = 0;
