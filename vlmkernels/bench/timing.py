@@ -5,8 +5,8 @@ On a GPU a call is timed by a pair of events on its stream. Before each call a b
 is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
 ``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Rounds before the first that
-counts let the clocks settle. A step of autograd is captured in a CUDA graph and replayed. Latency is that of calls back to back in
-one graph, as a model's layers run in it, with warm caches.
+counts let the clocks settle. A step of autograd is captured in a CUDA graph and replayed. Latency is that of calls back to back
+in one graph, as a model's layers run in it, with warm caches.
 """
 
 import time
