@@ -51,7 +51,7 @@ FILLED = {f"tests/test_{name}.py" for name in ("attention_bwd_cuda", "attention_
 #: kernel's they are, so only in their tests; what a block has to know of a tile that it rounds; the tile whose sums an adder has.
 #: And keys that nobody sees, which one warpgroup clears while others may read them for scores that are masked.
 UNFOLLOWED = {
-    ("attention::Producer::next", "attention::Consumer::take"): (),
+    **{("attention::Producer::next", f"attention::Consumer::{read}"): () for read in ("take", "work_at")},
     **{
         (f"attention_bwd::Producer::{write}", f"attention_bwd::{read}"): ()
         for write in ("copy_queries", "copy_keys")
