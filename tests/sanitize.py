@@ -52,6 +52,8 @@ FILLED = {f"tests/test_{name}.py" for name in ("attention_bwd_cuda", "attention_
 #: And keys that nobody sees, which one warpgroup clears while others may read them for scores that are masked.
 UNFOLLOWED = {
     **{("attention::Producer::next", f"attention::Consumer::{read}"): () for read in ("take", "work_at")},
+    ("attention::Producer::next", "load_shared"): ("tests/test_attention_cuda.py",),
+    ("attention::Order::run", "attention::work_of_tile"): (),
     **{
         (f"attention_bwd::Producer::{write}", f"attention_bwd::{read}"): ()
         for write in ("copy_queries", "copy_keys")
@@ -129,7 +131,7 @@ def follows(block: str, file: str) -> bool:
     plain, before = block, ""
     while plain != before:  # without the arguments of templates
         plain, before = re.sub(r"<[^<>]*>", "", plain), plain
-    accesses = re.findall(r"(Write|Read) access at (?:void )?vlmk::([\w:]+)", plain)
+    accesses = re.findall(r"(Write|Read) access at (?:[\w:]+ )?vlmk::([\w:]+)\(", plain)
     pairs = [pair for pair, where in UNFOLLOWED.items() if not where or file in where]
     writes, reads = ({f"{at}::" for kind, at in accesses if kind == wanted} for wanted in ("Write", "Read"))
 

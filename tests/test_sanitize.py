@@ -57,9 +57,12 @@ def test_orders_that_racecheck_does_not_follow() -> None:
     assert not sanitize.follows(found, "tests/test_attention_cuda.py")
     assert sanitize.read_log(found, OWN)[1] == [{}, {}, {"Producer": 1}]
     assert sanitize.follows(found.replace("Read", "x").replace("Write", "Read").replace("x", "Write"), "")
-    assert sanitize.follows(
-        found + f"=========     and Read access at {read.replace('take', 'work_at')}+0x10 in consumer.h:9\n", ""
-    )
+    another = f"=========     and Read access at {read.replace('take', 'work_at')}+0x10 in consumer.h:9\n"
+    assert not sanitize.follows(found + another, "")
+    assert sanitize.follows(found + another.replace("work_at", "store"), "")
+    typed = f"vlmk::attention::Work vlmk::attention::work_of_tile<{config}>(const int &, int)"
+    order = found.replace(read, typed).replace("Producer", "Order").replace("next()", "run()")
+    assert not sanitize.follows(order, "") and sanitize.follows(order.replace("Order", "Orders"), "")
     wide = "vlmk::attention_bwd::PairGroup<vlmk::attention_bwd::Config<__half, (int)96>>"
     tile = found.replace(read, f"{wide}::add_up<(int)64>(const int &)").replace("attention::Producer", "attention_bwd::Producer")
     assert not sanitize.follows(tile.replace("next()", "copy_queries(int)"), "")
