@@ -65,7 +65,7 @@ struct Schedule {
   // That tiles have; those behind go with a head's last one (last_keys.h).
   int32_t main_keys;
   // The query heads that read a head of keys may be shared out, as if there were so many heads of
-  // keys: dK and dV of these parts are added up in memory (KeyGroup::add_part).
+  // keys: dK and dV of these parts are added up in memory (parts.h).
   int32_t parts;
   int32_t image_heads;  // of keys, or parts of them
   int32_t heads;        // the same, of the whole batch
@@ -83,7 +83,7 @@ struct Workspace {
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counters;
   int64_t part_counters;  // of each warp's 16 or 32 keys, the parts that have been added
-  int64_t part_sums;      // of each warpgroup's dV and dK: see KeyGroup::add_part
+  int64_t part_sums;      // of each warpgroup's dV and dK: see parts.h
   int64_t zeros_end;      // of what begins as zeros: counters and what follows them
   int64_t last_keys;      // fp32 sums of dV and dK, of each block
   int64_t dq;             // fp32 sums, tile by tile, in the order in which a warpgroup holds them

@@ -10,6 +10,7 @@
 
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
+#include "attention_bwd/parts.h"
 #include "attention_bwd/store.h"
 #include "common/approximate.h"
 #include "common/float16.h"
@@ -76,6 +77,7 @@ struct Scores {
 
 template <typename C>
 struct KeyGroup {
+  using Shape = C;
   using T = typename C::Element;
 
   const VlmkAttentionBwdParams& p;
@@ -360,42 +362,6 @@ struct KeyGroup {
     __syncwarp();
   }
 
-  // Of a part of a head of keys: each warp adds its rows to those of the other parts, and the last
-  // to do so stores the results. Nobody waits.
-  __device__ __forceinline__ void add_part() {
-    const Item& item = item_at<C>(shared, keys.stage);
-    const int thread = attention::thread_again() % 128, heads = schedule.image_heads;
-    const int head = (item.batch * heads + item.head) / schedule.parts;  // of the whole batch
-    const int64_t unit =
-        (int64_t{head} * schedule.tiles_of_head + item.first_key / C::kKeys) * kKeyGroups + group;
-    constexpr int kOfThread = C::kOwnColumns / 8;
-    char* memory = static_cast<char*>(p.workspace);
-    float4* sums =
-        reinterpret_cast<float4*>(memory + workspace.part_sums) + unit * (2 * kOfThread * 128);
-    add_sums(sums + thread, dv);
-    add_sums(sums + kOfThread * 128 + thread, dk);
-    __threadfence();
-    __syncwarp();
-    int* added = reinterpret_cast<int*>(memory + workspace.part_counters) + unit * 4 + thread / 32;
-    const int before = lane_index() == 0 ? atomicAdd(added, 1) : 0;
-    if (__shfl_sync(kAllLanes, before, 0) < schedule.parts - 1) return;
-    __threadfence();
-    take_sums(sums + thread, dv);
-    take_sums(sums + kOfThread * 128 + thread, dk);
-    const int first = item.first_key + C::own_key(group), column = first_panel() * C::kPanel;
-    int kv_heads = p.num_kv_heads;
-    asm volatile("" : "+r"(kv_heads));  // what nvcc works out before all items takes registers
-    const auto store = [&](void* tensor, int columns, const float (&of)[C::kOwnColumns / 2],
-                           float scale) {
-      T* rows = head_of<T>(tensor, item.batch, p.num_keys, kv_heads, head - item.batch * kv_heads,
-                           columns);
-      store_rows<T, C::kOwnColumns>(rows + column, int64_t{kv_heads} * columns, first, p.num_keys,
-                                    columns - column, of, scale);
-    };
-    store(p.dv, p.value_dim, dv, 1);
-    store(p.dk, p.dim, dk, p.scale);
-  }
-
   // The warpgroup of dQ is done with the keys of an item once it has given back the last dS.
   __device__ __forceinline__ void wait_for_queries() {
     const bool wrapped = buffer.stage == 0;
@@ -535,7 +501,7 @@ struct KeyGroup {
         attend_all(count, item.tail, item.first_key, items > 0);
       }
       if (schedule.parts > 1) {
-        add_part();
+        add_part(*this);
       } else {
         write(dv, 1, dv_tile());
         if (C::kStaged) {

@@ -230,7 +230,7 @@ struct PairGroup : KeyGroup<C> {
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
       if (schedule.parts > 1) {
-        this->add_part();
+        add_part(*this);
       } else {
         this->write(dv, 1, this->dv_tile());
         this->write(dk, p.scale, this->dk_tile());
