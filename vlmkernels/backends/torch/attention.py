@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention through torch's scaled_dot_product_attention, with the ranges as a dense boolean mask.
 
-The backward forms the probabilities in blocks of rows: autograd is switched off inside a registered op, so that SDPA's own
-backward is out of reach there.
+Autograd is switched off inside a registered op, so that SDPA's own backward is out of reach there. In fp32 on a CPU the two
+operators that SDPA consists of are called, of which the first returns the log-sum-exp. Elsewhere, and where that has a gradient
+of its own, the backward forms the probabilities in blocks of rows.
 """
 
 from collections.abc import Iterator
@@ -61,6 +62,21 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format) if odd else x
 
 
+def _on_cpu(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether SDPA's operators for a CPU take the call. In 16 bits their log-sum-exp is 1e-5 off, the gradients 2.7 floors."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[3] == v.shape[3]
+
+
+def _repeated(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[B, Hk, Sk, D]`` for each of the query heads that read it."""
+    return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+
+def _bias(allowed: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as what is added to the logits."""
+    return None if allowed is None else torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+
+
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -72,24 +88,29 @@ def attention_fwd(
     softcap: float,
     save_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # SDPA knows a square causal mask itself; only the log-sum-exp needs it as a tensor.
-    square = causal and q.shape[1] == k.shape[1]
-    mask = None if square and not save_lse else _mask(q, k, start, stop, causal)
-    k = _seen(k, mask)
+    # SDPA knows a square causal mask itself; only the log-sum-exp may need it as a tensor.
+    square, on_cpu = causal and q.shape[1] == k.shape[1], save_lse and _on_cpu(q, v)
+    mask = None if square and (on_cpu or not save_lse) else _mask(q, k, start, stop, causal)
+    k, groups = _seen(k, mask), q.shape[2] // k.shape[2]
     blind = None if square or mask is None else ~mask.any(-1, keepdim=True)
-    heads_first = (_aligned(x).transpose(1, 2) for x in (q, k, _seen(v, mask)))
+    queries, keys, values = (_aligned(x).transpose(1, 2) for x in (q, k, _seen(v, mask)))
     # A row that sees no key looks at all of them here, since its softmax would be 0/0, and is cleared after.
     allowed = None if mask is None or blind is None else mask | blind
-    gqa = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(*heads_first, allowed, is_causal=square, scale=scale, enable_gqa=gqa)
+    if on_cpu:
+        keys, values = _repeated(keys, groups), _repeated(values, groups)
+        options = {"attn_mask": _bias(allowed, q.dtype), "scale": scale}
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, square, **options)
+        if blind is not None:
+            lse = lse.masked_fill(blind[..., 0], float("-inf"))
+    else:
+        out = F.scaled_dot_product_attention(queries, keys, values, allowed, is_causal=square, scale=scale, enable_gqa=groups > 1)
+        lse = q.new_empty(0, dtype=_compute_dtype(q))
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
-    out = out.transpose(1, 2).contiguous()
-    if not save_lse:
-        return out, q.new_empty(0, dtype=_compute_dtype(q))
-    keys = _heads_first(k, q.shape[2] // k.shape[2])
-    lse = [torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, keys, mask, scale)]
-    return out, torch.cat(lse, dim=-1)
+    if save_lse and not on_cpu:
+        keys = _heads_first(k, groups)
+        lse = torch.cat([torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, keys, mask, scale)], dim=-1)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -97,7 +118,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _heads_first(x: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    return x.transpose(1, 2).to(_compute_dtype(x)).repeat_interleave(groups, dim=1)
+    return _repeated(x.transpose(1, 2).to(_compute_dtype(x)), groups)
 
 
 def _logits(q: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -123,6 +144,8 @@ def attention_bwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = q.shape[2] // k.shape[2]
+    if dlse is None and _on_cpu(q, v):
+        return _bwd_on_cpu(dout, q, k, v, out, lse, start, stop, causal, scale)
     mask = _mask(q, k, start, stop, causal)
     keys, values = (_heads_first(_seen(x, mask), groups) for x in (k, v))
     dq, dk, dv = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(keys), torch.zeros_like(values)
@@ -137,5 +160,36 @@ def attention_bwd(
         ds = scale * p * (do @ values.transpose(-1, -2) - delta)
         dk += ds.transpose(-1, -2) @ _heads_first(q[:, rows])
         dq[:, rows] = (ds @ keys).transpose(1, 2).to(q.dtype)
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).transpose(1, 2).to(q.dtype) for x in (dk, dv))
-    return dq, torch.cat([dk.flatten(), dv.flatten()])
+    return dq, _of_groups(dk, dv, groups, q.dtype)
+
+
+def _of_groups(dk: torch.Tensor, dv: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """The gradients of keys and values, one behind the other, summed over the query heads that read the same."""
+    sums = (x.unflatten(1, (-1, groups)).sum(2, dtype=_compute_dtype(x)).transpose(1, 2).to(dtype) for x in (dk, dv))
+    return torch.cat([x.flatten() for x in sums])
+
+
+def _bwd_on_cpu(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    start: torch.Tensor | None,
+    stop: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    square, groups = causal and q.shape[1] == k.shape[1], q.shape[2] // k.shape[2]
+    mask = None if square else _mask(q, k, start, stop, causal)
+    blind = None if mask is None else ~mask.any(-1, keepdim=True)
+    keys, values = (_repeated(_seen(x, mask).transpose(1, 2), groups) for x in (k, v))
+    if mask is not None and blind is not None:
+        # As in the forward pass; with this log-sum-exp its weights are zero.
+        mask, lse = mask | blind, lse.masked_fill(blind[..., 0], float("inf"))
+    do, queries, results = (x.transpose(1, 2) for x in (dout, q, out))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, queries, keys, values, results, lse, 0.0, square, attn_mask=_bias(mask, q.dtype), scale=scale
+    )
+    return dq.transpose(1, 2).contiguous(), _of_groups(dk, dv, groups, q.dtype)
