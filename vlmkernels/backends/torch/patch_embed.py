@@ -67,11 +67,30 @@ def _product(a: Tensor, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype)
         total = torch.mm(a, matrix.T, out_dtype=dtype)
         return total if wide_bias is None else total.add_(wide_bias)
     a, matrix = a.to(dtype), matrix.to(dtype)
-    if a.device.type == "cpu" and dtype == torch.float32 and a.numel():
-        # As a convolution of one pixel each, which oneDNN computes: MKL takes twice as long for the product (AMD EPYC).
-        pixels = a.view(1, 1, *a.shape).permute(0, 3, 1, 2)
-        return F.conv2d(pixels, matrix[:, :, None, None], wide_bias).permute(0, 2, 3, 1).reshape(len(a), len(matrix))
-    return F.linear(a, matrix, wide_bias)
+    if not _by_convolution(a):
+        return F.linear(a, matrix, wide_bias)
+    out = F.conv2d(_as_pixels(a), matrix[:, :, None, None], wide_bias)
+    return out.permute(0, 2, 3, 1).reshape(len(a), len(matrix))
+
+
+def _by_convolution(x: Tensor) -> bool:
+    """In fp32 on a CPU, where oneDNN computes convolutions: for the product MKL takes twice as long (AMD EPYC)."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    """Rows ``[M, K]`` as an image of one line, ``[1, K, 1, M]``."""
+    return rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)
+
+
+def _weight_gradient(d_rows: Tensor, a: Tensor) -> Tensor:
+    """``d_rows.T @ a``."""
+    if not _by_convolution(a):
+        return d_rows.T @ a
+    like = a.new_empty(d_rows.shape[1], a.shape[1], 1, 1)
+    options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
+    images, wanted = (_as_pixels(d_rows), _as_pixels(a)), [False, True, False]
+    return torch.ops.aten.convolution_backward(*images, like, None, *options, wanted)[1].view(len(like), -1)
 
 
 def patch_embed_fwd(
@@ -152,10 +171,10 @@ def patch_embed_bwd(
         columns = _columns(patches)
     if needs[0]:
         met = weight if patches.shape[5] == weight.shape[2] else _still(weight, None, None, None)[0]
-        d_patches = d_tokens @ _weight_matrix(met, CHANNELS_FIRST)
+        d_patches = _product(d_tokens, _weight_matrix(met, CHANNELS_FIRST).T, None, weight.dtype)
         grads[0] = d_patches.view(patches.shape).to(patches.dtype)
     if needs[1]:
-        d_weight = d_tokens.T @ _patch_matrix(patches, weight.dtype, mean, std, columns)
+        d_weight = _weight_gradient(d_tokens, _patch_matrix(patches, weight.dtype, mean, std, columns))
         shape = [patches.shape[c] for c in columns]
         back = (0, 1, 2, 3, 4) if columns == CHANNELS_FIRST else (0, 4, 1, 2, 3)
         grads[1] = d_weight.view(dim, *shape).permute(back).expand(weight.shape).contiguous()
