@@ -123,6 +123,7 @@ struct Config {
   static constexpr int kBarrierBytes = 1024;  // and Work
   static constexpr int kOrderBytes = kMasked ? 3 * kMaxSorted : 0;
   static constexpr int kExtraBytes = kBarrierBytes + kOrderBytes;
+  // Of a block: of two half of 228 KB each, of which the driver takes 1.
   static constexpr int kSharedMost = kBlocks == 1 ? kSharedLimit : 113 << 10;
   static constexpr int kRoom = kSharedMost - kExtraBytes;
   static constexpr int kStageBytes = kKeyBytes + kValueBytes;

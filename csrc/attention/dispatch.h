@@ -153,7 +153,7 @@ inline bool better_with_tail(int num_queries) {
 
 // Up to 64 columns. Blocks of two warpgroups, two of them on a multiprocessor, take heads of up to
 // 128 queries: CLIP's text, 77 tokens, 0.168 instead of 0.229 ms (12,288 heads, H200); or where
-// there are few tiles.
+// there are few tiles. One of these takes 60 % of a tile of 256, 76 % of one of 192.
 template <typename T>
 int run_64(const VlmkAttentionParams& p, void* stream) {
   if (needs_mask(p)) {
