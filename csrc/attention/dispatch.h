@@ -13,9 +13,6 @@
 namespace vlmk {
 namespace attention {
 
-// What a tile of 128 queries takes, in percent of one of 192, alone on a multiprocessor.
-constexpr int kOfFew = 75;
-
 // How many queries tail.h can take.
 inline int tail_of(int num_queries) {
   const int tail = num_queries > kGroupQueries ? num_queries % kGroupQueries : 0;
@@ -106,16 +103,23 @@ int turns(const VlmkAttentionParams& p, int64_t& most) {
   return 0;
 }
 
-// Of two variants without a mask the one that is done first, where a tile takes so many percent of
-// some unit.
+// Whether the first of two variants is done first, or both are at once, where a tile takes so many
+// percent of some unit.
+template <typename First, typename Second>
+int compare(const VlmkAttentionParams& p, int first_percent, int second_percent, bool& first) {
+  int64_t of_first = 0, of_second = 0;
+  int code = turns<First>(p, of_first);
+  if (!code) code = turns<Second>(p, of_second);
+  first = of_first * first_percent <= of_second * second_percent;
+  return code;
+}
+
 template <typename First, typename Second>
 int run_faster(const VlmkAttentionParams& p, int first_percent, int second_percent, void* stream) {
-  int64_t first = 0, second = 0;
-  int code = turns<First>(p, first);
-  if (!code) code = turns<Second>(p, second);
+  bool first = false;
+  const int code = compare<First, Second>(p, first_percent, second_percent, first);
   if (code) return code;
-  return first * first_percent <= second * second_percent ? run<First>(p, stream)
-                                                          : run<Second>(p, stream);
+  return first ? run<First>(p, stream) : run<Second>(p, stream);
 }
 
 // With a mask. Heads that fit are one tile; else tiles of 192, of which a row takes 7 % less than
@@ -126,6 +130,9 @@ int run_masked(const VlmkAttentionParams& p, void* stream) {
   return one_tile ? run<Config<T, kWidth, 64, 4, true>>(p, stream)
                   : run<Config<T, kWidth, 96, 3, true>>(p, stream);
 }
+
+// What a tile of 128 queries takes, in percent of one of 192, alone on a multiprocessor.
+constexpr int kOfFew = 75;
 
 // Without a mask, in tiles of 192 queries: of 96 keys, which takes 2 % less time for a key (H200),
 // or of 80, if they cover less behind the last key, or leave a tail that would take a tile. Or of
@@ -172,11 +179,10 @@ template <typename T>
 int run_72(const VlmkAttentionParams& p, void* stream) {
   using Wide = Config<T, 72, 64, 4, false>;
   using Narrow = Config<T, 72, 96, 3, false>;
-  int64_t of_wide = 0, of_narrow = 0;
-  int code = turns<Wide>(p, of_wide);
-  if (!code) code = turns<Narrow>(p, of_narrow);
+  bool narrow = false;
+  const int code = compare<Narrow, Wide>(p, 100, 128, narrow);
   if (code) return code;
-  if (of_wide * 128 < of_narrow * 100) return run<Wide>(p, stream);
+  if (!narrow) return run<Wide>(p, stream);
   return run_faster<Narrow, Config<T, 72, 96, 2, false>>(p, 100, kOfFew, stream);
 }
 

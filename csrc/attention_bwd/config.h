@@ -82,7 +82,7 @@ struct Workspace {
   int64_t ranges;  // [batch or 1, tiles]: of two queries two first keys, two numbers of keys
   int64_t q_bounds, k_bounds;  // of vlmk_tile_bounds
   int64_t counters;
-  int64_t part_counters;  // of each warp's 16 or 32 keys, the parts that have been added
+  int64_t part_counters;  // of each warp's 16 keys, the parts that have been added
   int64_t part_sums;      // of each warpgroup's dV and dK: see parts.h
   int64_t zeros_end;      // of what begins as zeros: counters and what follows them
   int64_t last_keys;      // fp32 sums of dV and dK, of each block

@@ -10,28 +10,10 @@
 #include "attention/ranges.h"
 #include "attention_bwd/config.h"
 #include "attention_bwd/store.h"
-#include "common/hopper.h"
 #include "vlmkernels.h"
 
 namespace vlmk {
 namespace attention_bwd {
-
-// Sums added to those in memory, and taken from there, where a thread has its own at `place`.
-template <int kHalf>
-__device__ __forceinline__ void add_sums(float4* place, const float (&sums)[kHalf]) {
-#pragma unroll
-  for (int i = 0; i < kHalf; i += 4) {
-    add_to_global(place + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
-  }
-}
-template <int kHalf>
-__device__ __forceinline__ void take_sums(const float4* place, float (&sums)[kHalf]) {
-#pragma unroll
-  for (int i = 0; i < kHalf; i += 4) {
-    const float4 x = __ldcg(place + i / 4 * 128);
-    sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
-  }
-}
 
 // Of a warpgroup (KeyGroup) that is done with an item. Each warp adds its rows to those of the
 // other parts, and the last to do so stores the results. Nobody waits.

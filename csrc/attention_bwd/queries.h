@@ -80,16 +80,6 @@ struct QueryGroup {
     return make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
   }
 
-  // What a block leaves in memory of a head that it has to itself stays in L2, and every thread
-  // finds there what it has left itself.
-  __device__ __forceinline__ void load(const float4* place) {
-#pragma unroll
-    for (int i = 0; i < C::kWidth / 8; ++i) {
-      const float4 x = __ldcg(place + i * 128);
-      dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
-    }
-  }
-
   __device__ __forceinline__ void store(float4* place) const {
 #pragma unroll
     for (int i = 0; i < C::kWidth / 8; ++i) __stcg(place + i * 128, sums(i));
@@ -97,13 +87,14 @@ struct QueryGroup {
 
   // Of a tile of queries. Where blocks share a head, each adds to the sums in memory, in the order
   // in which they come. Else the first tile of keys leaves its sums there, others add to them, and
-  // the last takes them up again and stores the result.
+  // the last takes them up again and stores the result: they have stayed in L2, and every thread
+  // finds there what it has left itself.
   __device__ __forceinline__ void add_up(const QueryTile& tile, int of_item) {
     float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
     const bool first = schedule.whole && tile.flags & kFirst;
     const bool last = schedule.whole && tile.flags & kLast;
     if (last && !first) {
-      load(place);  // while dS is not there yet
+      take_sums(place, dq);  // while dS is not there yet
     } else {
 #pragma unroll
       for (int i = 0; i < C::kWidth / 2; ++i) dq[i] = 0;
@@ -117,8 +108,7 @@ struct QueryGroup {
     } else if (first) {
       store(place);
     } else {
-#pragma unroll
-      for (int i = 0; i < C::kWidth / 8; ++i) add_to_global(place + i * 128, sums(i));
+      add_sums(place, dq);
     }
   }
 

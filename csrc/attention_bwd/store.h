@@ -7,6 +7,7 @@
 #include "attention/store.h"
 #include "attention_bwd/config.h"
 #include "common/float16.h"
+#include "common/hopper.h"
 
 namespace vlmk {
 namespace attention_bwd {
@@ -45,6 +46,23 @@ template <typename T>
 __device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int heads, int head,
                                       int columns) {
   return static_cast<T*>(tensor) + (int64_t{batch} * rows * heads + head) * columns;
+}
+
+// Sums added to those in memory, and taken from there, where a thread has its own at `place`.
+template <int kHalf>
+__device__ __forceinline__ void add_sums(float4* place, const float (&sums)[kHalf]) {
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    add_to_global(place + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+  }
+}
+template <int kHalf>
+__device__ __forceinline__ void take_sums(const float4* place, float (&sums)[kHalf]) {
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    const float4 x = __ldcg(place + i / 4 * 128);
+    sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
+  }
 }
 
 // Where a thread keeps its sums of a tile of 64 queries: four, of 8 columns, behind those of all

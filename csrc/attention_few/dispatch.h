@@ -79,10 +79,10 @@ int run(const VlmkAttentionParams& p, bool tiled, void* stream) {
 
 template <typename T, int kWidth>
 int run_width(const VlmkAttentionParams& p, void* stream) {
-  const bool tiled = in_tiles(p);
-  const int rows = tiled ? 0 : p.num_queries * (p.num_heads / p.num_kv_heads);
-  return rows <= attention::kGroupQueries ? run<Config<T, kWidth, 1>>(p, tiled, stream)
-                                          : run<Config<T, kWidth, 2>>(p, tiled, stream);
+  if (in_tiles(p)) return run<Config<T, kWidth, 1>>(p, true, stream);
+  const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+  return rows <= attention::kGroupQueries ? run<Config<T, kWidth, 1>>(p, false, stream)
+                                          : run<Config<T, kWidth, 2>>(p, false, stream);
 }
 
 template <typename T>

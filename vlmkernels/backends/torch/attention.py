@@ -62,6 +62,12 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format) if odd else x
 
 
+def _allowed(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What rows look at, and which of them see no key: these look at all, as a softmax of none is 0/0, and are cleared."""
+    blind = None if mask is None else ~mask.any(-1, keepdim=True)
+    return (None if mask is None or blind is None else mask | blind), blind
+
+
 def _on_cpu(q: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether SDPA's operators for a CPU take the call. In 16 bits their log-sum-exp is 1e-5 off, the gradients 2.7 floors."""
     return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[3] == v.shape[3]
@@ -92,10 +98,8 @@ def attention_fwd(
     square, on_cpu = causal and q.shape[1] == k.shape[1], save_lse and _on_cpu(q, v)
     mask = None if square and (on_cpu or not save_lse) else _mask(q, k, start, stop, causal)
     k, groups = _seen(k, mask), q.shape[2] // k.shape[2]
-    blind = None if square or mask is None else ~mask.any(-1, keepdim=True)
+    allowed, blind = _allowed(None if square else mask)
     queries, keys, values = (_aligned(x).transpose(1, 2) for x in (q, k, _seen(v, mask)))
-    # A row that sees no key looks at all of them here, since its softmax would be 0/0, and is cleared after.
-    allowed = None if mask is None or blind is None else mask | blind
     if on_cpu:
         keys, values = _repeated(keys, groups), _repeated(values, groups)
         options = {"attn_mask": _bias(allowed, q.dtype), "scale": scale}
@@ -105,11 +109,11 @@ def attention_fwd(
     else:
         out = F.scaled_dot_product_attention(queries, keys, values, allowed, is_causal=square, scale=scale, enable_gqa=groups > 1)
         lse = q.new_empty(0, dtype=_compute_dtype(q))
+        if save_lse:
+            logits = _logits(q, _heads_first(k, groups), mask, scale)
+            lse = torch.cat([torch.logsumexp(rows, dim=-1) for _, rows in logits], dim=-1)
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
-    if save_lse and not on_cpu:
-        keys = _heads_first(k, groups)
-        lse = torch.cat([torch.logsumexp(logits, dim=-1) for _, logits in _logits(q, keys, mask, scale)], dim=-1)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
@@ -144,10 +148,19 @@ def attention_bwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = q.shape[2] // k.shape[2]
-    if dlse is None and _on_cpu(q, v):
-        return _bwd_on_cpu(dout, q, k, v, out, lse, start, stop, causal, scale)
-    mask = _mask(q, k, start, stop, causal)
+    on_cpu = dlse is None and _on_cpu(q, v)
+    square = on_cpu and causal and q.shape[1] == k.shape[1]
+    mask = None if square else _mask(q, k, start, stop, causal)
     keys, values = (_heads_first(_seen(x, mask), groups) for x in (k, v))
+    if on_cpu:
+        allowed, blind = _allowed(mask)
+        if blind is not None:
+            lse = lse.masked_fill(blind[..., 0], float("inf"))  # with which its weights are zero
+        do, queries, results = (x.transpose(1, 2) for x in (dout, q, out))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, queries, keys, values, results, lse, 0.0, square, attn_mask=_bias(allowed, q.dtype), scale=scale
+        )
+        return dq.transpose(1, 2).contiguous(), _of_groups(dk, dv, groups, q.dtype)
     dq, dk, dv = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, logits in _logits(q, keys, mask, scale):
         normaliser = lse[:, :, rows, None]
@@ -167,29 +180,3 @@ def _of_groups(dk: torch.Tensor, dv: torch.Tensor, groups: int, dtype: torch.dty
     """The gradients of keys and values, one behind the other, summed over the query heads that read the same."""
     sums = (x.unflatten(1, (-1, groups)).sum(2, dtype=_compute_dtype(x)).transpose(1, 2).to(dtype) for x in (dk, dv))
     return torch.cat([x.flatten() for x in sums])
-
-
-def _bwd_on_cpu(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    start: torch.Tensor | None,
-    stop: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    square, groups = causal and q.shape[1] == k.shape[1], q.shape[2] // k.shape[2]
-    mask = None if square else _mask(q, k, start, stop, causal)
-    blind = None if mask is None else ~mask.any(-1, keepdim=True)
-    keys, values = (_repeated(_seen(x, mask).transpose(1, 2), groups) for x in (k, v))
-    if mask is not None and blind is not None:
-        # As in the forward pass; with this log-sum-exp its weights are zero.
-        mask, lse = mask | blind, lse.masked_fill(blind[..., 0], float("inf"))
-    do, queries, results = (x.transpose(1, 2) for x in (dout, q, out))
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, queries, keys, values, results, lse, 0.0, square, attn_mask=_bias(mask, q.dtype), scale=scale
-    )
-    return dq.transpose(1, 2).contiguous(), _of_groups(dk, dv, groups, q.dtype)
