@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 14
+#define VLMK_ABI_VERSION 15
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -246,31 +246,33 @@ VLMK_API int vlmk_attention_bwd_check(VlmkAttentionBwdParams* params);
 /* Contrastive losses of features a and b, in bfloat16. Row i of a and row j of b have the logit
  * scale * a[i] . b[j] + bias, and belong together where start[i] <= j < stop[i]. The gradient of
  * the logits exists in a few panels at a time. rows, columns and both sizes of a panel are
- * multiples of VLMK_LOSS_TILE. Features begin at multiples of 16 bytes, and so do all other
+ * multiples of VLMK_LOSS_TILE, of which only valid_rows and valid_columns are features; results
+ * behind those are not defined. Features begin at multiples of 16 bytes, and so do all other
  * pointers to more than one number. The same bits in every run.
  *
- * vlmk_clip_loss_fwd: lse_a and lse_b, of the rows and of the columns, to base e; in totals[0] the
- *   sum of the logits of what belongs together, each times row_positive + column_positive. Its
- *   panels are of all columns.
+ * vlmk_clip_loss_fwd: lse_a and lse_b, of the rows and of the columns, to base e; in totals the sum
+ *   of row * lse_a less that of the logits of what belongs together, each times row_positive +
+ *   column_positive; and the loss, that and the sum of column * lse_b. Its panels are of all
+ *   columns.
  * vlmk_clip_loss_bwd: with g = row exp(logit - lse_a) + column exp(logit - lse_b), less
  *   row_positive + column_positive where they belong together:
- *   da = dloss scale g b,  db = dloss scale g^T a,  and in totals[0] the gradient of scale.
- * vlmk_siglip_loss: in totals[0] the loss, the sum of log(1 + exp(logit)), or of
- *   log(1 + exp(-logit)) where they belong together; and with da, like above and with g its
- *   gradient, in totals[1] and [2] those of scale and bias. All are multiplied by weight. */
+ *   da = dloss scale g b,  db = dloss scale g^T a,  and in totals the gradient of scale.
+ * vlmk_siglip_loss: the loss, the sum of log(1 + exp(logit)), or of log(1 + exp(-logit)) where they
+ *   belong together; and with da, like above and with g its gradient, in totals those of scale and
+ *   bias. All are multiplied by weight. */
 typedef struct {
-  const void* a;        /* [rows, dim], columns contiguous */
-  const void* b;        /* [columns, dim], likewise */
+  const void* a;        /* [valid_rows, dim], columns contiguous */
+  const void* b;        /* [valid_columns, dim], likewise, filled up to a multiple of 8 */
   const float* scale;   /* one number, as are the next two */
   const float* bias;    /* siglip */
   const float* dloss;   /* clip_bwd */
-  const int32_t* start; /* [rows] */
+  const int32_t* start; /* [valid_rows] */
   const int32_t* stop;
-  const float* row;             /* [rows], clip_bwd */
-  const float* column;          /* [columns], clip_bwd */
-  const float* row_positive;    /* [rows], clip */
-  const float* column_positive; /* [columns], clip */
-  float* lse_a;                 /* [rows], clip; read only in the backward pass */
+  const float* row;             /* [valid_rows], clip, as are the next three */
+  const float* column;          /* [valid_columns] */
+  const float* row_positive;    /* [valid_rows] */
+  const float* column_positive; /* [valid_columns] */
+  float* lse_a;                 /* [rows], clip; in the backward pass [valid_rows], and read only */
   float* lse_b;                 /* [columns], likewise */
   float* shifted;               /* workspace of clip_bwd: [rows + columns] */
   float* numbers;               /* the same: 4 */
@@ -284,12 +286,15 @@ typedef struct {
                         panel 2 and (2 panel_rows + columns) dim / 4096 */
   void* da;          /* [rows, dim] contiguous, bfloat16 */
   void* db;          /* [columns, dim] contiguous, bfloat16, with wide_b float */
-  double* sums;      /* workspace: [panels of clip_fwd or 1, 3, slots], zeros */
-  float* totals;     /* 3 */
+  double* sums;      /* the same: zeros, [panels of clip_fwd or 1, 3, slots] */
+  float* loss;       /* not clip_bwd */
+  float* totals;     /* 1, siglip 2 with da */
   int64_t a_stride;
   int64_t b_stride;
   int32_t rows;
   int32_t columns;
+  int32_t valid_rows;
+  int32_t valid_columns;
   int32_t dim; /* a multiple of 128, from 256 on */
   int32_t panel_rows;
   int32_t panel_columns;

@@ -372,13 +372,13 @@ def test_layer_norm(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
 def test_contrastive(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Both losses, with as many texts as images or more, normalised here or before."""
     loss = draw(of(clip_loss, siglip_loss))
-    whole = backend == "cuda"
-    images = 256 * draw(of(1, 2, 3)) if whole else draw(st.integers(32, 300 if ON_GPU else 70))
-    texts = images * (1 if whole else draw(of(1, 1, 2)))
+    in_cuda = backend == "cuda"
+    images = draw(st.integers(32, 800 if in_cuda else 300 if ON_GPU else 70))
+    texts = images * draw(of(1, 1, 2))
     options: dict[str, Any] = {"normalize": draw(st.booleans())}
-    if loss is clip_loss and not whole:
+    if loss is clip_loss and not in_cuda:
         options["label_smoothing"] = draw(of(0.0, 0.1))
-    dim = draw(of(192, 256, 384, 512, 768)) if whole else draw(of(16, 24, 64) if not ON_GPU else of(64, 200, 512))
+    dim = draw(of(192, 256, 384, 512, 768)) if in_cuda else draw(of(16, 24, 64) if not ON_GPU else of(64, 200, 512))
     return verify._contrastive_case("generated", loss, images, texts, dim, **options)
 
 

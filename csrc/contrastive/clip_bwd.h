@@ -26,7 +26,7 @@ struct ClipBackward {
         group(group),
         scratch(scratch),
         totals{reinterpret_cast<double*>(scratch + 2 * kTile)},
-        scale(*p.scale * kLog2E),
+        scale(binary_scale(p)),
         gain(p.numbers[kGain]),
         lowest(p.numbers[kLowest]),
         narrow(p.numbers[kHighest] - lowest < kNarrowRange) {
@@ -116,7 +116,7 @@ struct ClipBackward {
   __device__ __forceinline__ void subtract_targets(const Part& part, int eight, float (&g)[2][8]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float row = p.row_positive[part.row(half)];
+      const float row = p.row_positive[min(part.row(half), p.valid_rows - 1)];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int column = part.column(eight) + i;

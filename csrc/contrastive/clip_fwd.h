@@ -50,7 +50,7 @@ struct ClipForward {
         group(group),
         scratch(scratch),
         totals{reinterpret_cast<double*>(scratch + kScratchFloats - 256)},
-        scale(*p.scale * kLog2E) {
+        scale(binary_scale(p)) {
     totals.clear(1);
   }
 
@@ -197,14 +197,16 @@ struct ClipForward {
   __device__ __forceinline__ void pick(const Part& part, const float (&x)[kSums]) {
     const float pick_scale = again(scale);
     float picked = 0;
-    const float row[2] = {p.row_positive[part.row(0)], p.row_positive[part.row(1)]};
+    const int last = p.valid_rows - 1;
+    const float row[2] = {p.row_positive[min(part.row(0), last)],
+                          p.row_positive[min(part.row(1), last)]};
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) {
       stay_behind(p.rows < 0);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int column = part.column(eight) + i;
-        const float share = p.column_positive[column];
+        const float share = p.column_positive[min(column, p.valid_columns - 1)];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float s = x[product_at(eight, half, i)] * pick_scale;

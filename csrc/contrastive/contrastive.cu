@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The contrastive losses, the host's side: what the kernels take, and their launches.
 #include <algorithm>
+#include <initializer_list>
 
 #include "common/error.h"
 #include "common/launch.h"
@@ -20,6 +21,9 @@ int check(const VlmkContrastiveParams& p) {
   VLMK_CHECK(tiled(p.rows) && tiled(p.columns),
              "it takes multiples of %d features of both kinds, these are %d and %d", kTile, p.rows,
              p.columns);
+  VLMK_CHECK(p.valid_rows > 0 && p.valid_rows <= p.rows && p.valid_columns > 0 &&
+                 p.valid_columns <= p.columns,
+             "%d and %d features of %d and %d", p.valid_rows, p.valid_columns, p.rows, p.columns);
   VLMK_CHECK(p.dim >= kTile && p.dim % kNarrow == 0,
              "it takes multiples of %d channels from %d on, these are %d", kNarrow, kTile, p.dim);
   VLMK_CHECK(tiled(p.panel_rows) && tiled(p.panel_columns), "panels of %d rows, %d columns",
@@ -37,16 +41,16 @@ int encode_matrix(CUtensorMap& map, const void* data, int64_t rows, int64_t colu
 }
 
 int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
-  int code = encode_matrix(maps.rows_a, p.a, p.rows, p.dim, p.a_stride, kRows);
+  int code = encode_matrix(maps.rows_a, p.a, p.valid_rows, p.dim, p.a_stride, kRows);
   if (code) return code;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
   const cuuint64_t row = size(2 * p.b_stride);
-  code = encode_tiles(maps.columns_b, p.b, false, {size(p.dim), 2, size(p.columns / 8), 4},
+  code = encode_tiles(maps.columns_b, p.b, false, {size(p.dim), 2, size(ceil_div(p.valid_columns, 8)), 4},
                       {row, 8 * row, 2 * row}, {kDepth, 2, kTile / 8, 4 / kBlocks});
   if (code || !gradients) return code;
-  code = encode_matrix(maps.factor_a, p.a, p.rows, p.dim, p.a_stride, kDepth / kBlocks);
+  code = encode_matrix(maps.factor_a, p.a, p.valid_rows, p.dim, p.a_stride, kDepth / kBlocks);
   if (code) return code;
-  code = encode_matrix(maps.factor_b, p.b, p.columns, p.dim, p.b_stride, kDepth / kBlocks);
+  code = encode_matrix(maps.factor_b, p.b, p.valid_columns, p.dim, p.b_stride, kDepth / kBlocks);
   if (code) return code;
   const int64_t rows = int64_t{p.kept_panels} * p.panel_rows, columns = p.panel_columns;
   code = encode_matrix(maps.panel_rows, p.panel, rows, columns, columns, kRows);
@@ -90,22 +94,24 @@ int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
                 columns);
 }
 
-int launch_total(const VlmkContrastiveParams& p, int panels, const float* times, void* stream) {
-  return launch("contrastive_total_kernel", contrastive_total_kernel, dim3(1), dim3(3 * 32), 0,
-                stream, p, panels, times);
+int launch_total(const VlmkContrastiveParams& p, std::initializer_list<float*> to,
+                 const float* times, void* stream) {
+  Totals3 totals = {};
+  std::copy(to.begin(), to.end(), totals.to);
+  return launch("contrastive_total_kernel", contrastive_total_kernel, dim3(1),
+                dim3(32 * static_cast<unsigned>(to.size())), 0, stream, p, totals, times);
 }
 
 template <typename Work>
-int gradients(const VlmkContrastiveParams& p, const float* times, void* stream) {
+int gradients(const VlmkContrastiveParams& p, void* stream) {
   Maps maps;
   VLMK_CHECK(p.kept_panels > 1, "%d panels kept, wanted 2 or more", p.kept_panels);
   int code = encode_maps(p, true, maps);
   if (code) return code;
   const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
                 ceil_div(p.dim, kTile)};
-  code = p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
+  return p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
                   : launch_gradients<Work, false>(job, maps, stream);
-  return code ? code : launch_total(p, 1, times, stream);
 }
 
 int clip_backward(const VlmkContrastiveParams& p, void* stream) {
@@ -113,7 +119,8 @@ int clip_backward(const VlmkContrastiveParams& p, void* stream) {
   if (code) return code;
   code = launch("contrastive_prepare_kernel", contrastive_prepare_kernel, dim3(1),
                 dim3(kPrepareThreads), 0, stream, p);
-  return code ? code : gradients<ClipBackward>(p, p.numbers + kTimes, stream);
+  if (!code) code = gradients<ClipBackward>(p, stream);
+  return code ? code : launch_total(p, {p.totals}, p.numbers + kTimes, stream);
 }
 
 int clip_forward(const VlmkContrastiveParams& p, void* stream) {
@@ -136,19 +143,23 @@ int clip_forward(const VlmkContrastiveParams& p, void* stream) {
     if (code) return code;
     ++panel.index;
   }
-  return launch_total(p, panel.index, nullptr, stream);
+  return launch("contrastive_clip_loss_kernel", contrastive_clip_loss_kernel, dim3(1),
+                dim3(kPrepareThreads), 0, stream, p, panel.index);
 }
 
 int siglip(const VlmkContrastiveParams& p, void* stream) {
   int code = check(p);
   if (code) return code;
-  if (p.da) return gradients<SigLip<true>>(p, nullptr, stream);
+  if (p.da) {
+    code = gradients<SigLip<true>>(p, stream);
+    return code ? code : launch_total(p, {p.loss, p.totals, p.totals + 1}, nullptr, stream);
+  }
   Maps maps;
   code = encode_maps(p, false, maps);
   if (code) return code;
   const Panel all{0, 0, p.rows / kTile, p.columns / kTile, 0, 0};
   code = launch_logits<SigLip<false>>(p, all, maps, stream);
-  return code ? code : launch_total(p, 1, nullptr, stream);
+  return code ? code : launch_total(p, {p.loss}, nullptr, stream);
 }
 
 }  // namespace contrastive

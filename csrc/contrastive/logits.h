@@ -22,6 +22,12 @@ __device__ __forceinline__ constexpr int product_at(int eight, int half, int col
   return 4 * (column / 2 * kEights + eight) + 2 * half + column % 2;
 }
 
+// The factor of the logits, to the base 2. No zero: a product that is hidden must not come to one.
+__device__ __forceinline__ float binary_scale(const VlmkContrastiveParams& p) {
+  const float scale = *p.scale * kLog2E;
+  return fabsf(scale) < 1e-30f ? 1e-30f : scale;
+}
+
 // A thread's part of a tile: two rows, and of every 32 columns 8.
 struct Part {
   int first_row, first_column;  // of the warpgroup
@@ -45,11 +51,31 @@ struct Part {
   __device__ __forceinline__ bool belongs(int half, int column) const {
     return column >= start[half] && column < stop[half];
   }
+  // Rows behind the last belong to nothing.
   __device__ __forceinline__ void load_ranges(const VlmkContrastiveParams& p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      start[half] = p.start[row(half)];
-      stop[half] = p.stop[row(half)];
+      const bool valid = row(half) < p.valid_rows;
+      start[half] = valid ? p.start[row(half)] : 0;
+      stop[half] = valid ? p.stop[row(half)] : 0;
+    }
+  }
+  // Where there are no features, logits of -1e38: nothing to any sum, and their gradient is 0.
+  __device__ __forceinline__ void hide_invalid(const VlmkContrastiveParams& p, float scale,
+                                               float (&x)[kSums]) const {
+    if (first_row + 64 <= p.valid_rows && first_column + kTile <= p.valid_columns) return;
+    const float hidden = -copysignf(1e38f / fmaxf(fabsf(scale), 1), scale);
+#pragma unroll
+    for (int eight = 0; eight < kEights; ++eight) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int columns = row(half) < p.valid_rows ? p.valid_columns - column(eight) : 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& product = x[product_at(eight, half, i)];
+          if (i >= columns) product = hidden;
+        }
+      }
     }
   }
 };
@@ -84,9 +110,9 @@ __device__ __forceinline__ void copy_logits(const Maps& maps, Dealer& dealer) {
   });
 }
 
-// `Work` has members `begin(part)`, whose loads are under way during the products, `prepare()` for
-// when these end, `finish(task, part, products)`, and `end(sums)` for behind the last tile;
-// `before()` is called before `finish` stores anything.
+// `Work` has `scale`, to the base 2, and members `begin(part)`, whose loads are under way during the
+// products, `prepare()` for when these end, `finish(task, part, products)`, and `end(sums)` for
+// behind the last tile; `before()` is called before `finish` stores anything.
 template <typename Work, typename Before>
 __device__ __forceinline__ void work_on_logits(Work& work, const Task& task,
                                                float (&products)[kSums], StageRing& ring, int group,
@@ -98,6 +124,7 @@ __device__ __forceinline__ void work_on_logits(Work& work, const Task& task,
   work.begin(part);
   multiply<kTile, false, false>(products, ring, group, task.steps, first_tile,
                                 [&] { work.prepare(); });
+  part.hide_invalid(work.p, work.scale, products);
   before();
   work.finish(task, part, products);
 }

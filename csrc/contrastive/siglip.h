@@ -18,7 +18,7 @@ struct SigLip {
       : p(p),
         group(group),
         totals{reinterpret_cast<double*>(scratch)},
-        scale(*p.scale * kLog2E),
+        scale(binary_scale(p)),
         bias(*p.bias * kLog2E) {
     totals.clear(kGradients ? 3 : 1);
   }

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
 }
 
 constexpr int kPrepareThreads = 1024;
+static_assert(kPrepareThreads / 32 == 32);
 
 // The greatest of all threads' numbers, to all of them.
 __device__ __forceinline__ float greatest(float x) {
@@ -74,20 +75,26 @@ __device__ __forceinline__ float greatest(float x) {
 // greatest weight comes first.
 __global__ void __launch_bounds__(kPrepareThreads)
     contrastive_prepare_kernel(const __grid_constant__ VlmkContrastiveParams p) {
+  // Fours of weights and log-sum-exps, and where the shifted ones belong; behind the last, zeros.
   const auto for_all = [&](auto each) {
-    const auto of = [&](const float* weights, const float* lse, float* shifted, int size) {
+    const auto of = [&](const float* weights, const float* lse, float* shifted, int size,
+                        int valid) {
+      const auto four_of = [&](const float* x, int i) {
+        if (i + 4 <= valid) return *reinterpret_cast<const float4*>(x + i);
+        const auto one = [&](int k) { return i + k < valid ? x[i + k] : 0; };
+        return make_float4(one(0), one(1), one(2), one(3));
+      };
 #pragma unroll 4
-      for (int i = static_cast<int>(threadIdx.x); i < size / 4; i += kPrepareThreads) {
-        each(reinterpret_cast<const float4*>(weights) + i, reinterpret_cast<const float4*>(lse) + i,
-             reinterpret_cast<float4*>(shifted) + i);
+      for (int i = 4 * static_cast<int>(threadIdx.x); i < size; i += 4 * kPrepareThreads) {
+        each(four_of(weights, i), [&] { return four_of(lse, i); },
+             reinterpret_cast<float4*>(shifted + i));
       }
     };
-    of(p.row, p.lse_a, p.shifted, p.rows);
-    of(p.column, p.lse_b, p.shifted + p.rows, p.columns);
+    of(p.row, p.lse_a, p.shifted, p.rows, p.valid_rows);
+    of(p.column, p.lse_b, p.shifted + p.rows, p.columns, p.valid_columns);
   };
   float most = 1e-30f;
-  for_all([&](const float4* weights, const float4*, float4*) {
-    const float4 w = *weights;
+  for_all([&](float4 w, auto, float4*) {
     most = fmaxf(fmaxf(most, fmaxf(w.x, w.y)), fmaxf(w.z, w.w));
   });
   const float gain = 1 / greatest(most);
@@ -101,8 +108,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     return x;
   };
-  for_all([&](const float4* weights, const float4* lse, float4* shifted) {
-    const float4 w = *weights, x = *lse;
+  for_all([&](float4 w, auto lse, float4* shifted) {
+    const float4 x = lse();
     *shifted = make_float4(shift(x.x, w.x), shift(x.y, w.y), shift(x.z, w.z), shift(x.w, w.w));
   });
   lowest = -greatest(-lowest);
@@ -114,20 +121,58 @@ __global__ void __launch_bounds__(kPrepareThreads)
   p.numbers[kHighest] = lowest < INFINITY ? highest : 0;
 }
 
-// Behind the tiles: the totals, over all launches and warpgroups, times what is asked for.
-__global__ void __launch_bounds__(3 * 32)
-    contrastive_total_kernel(const __grid_constant__ VlmkContrastiveParams p, int panels,
-                             const float* times) {
+// The sum over a warp, to its first lane.
+__device__ __forceinline__ double sum_of_lanes(double x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// Where the sums over all tiles belong, times what is asked for.
+struct Totals3 {
+  float* to[3];
+};
+
+// Behind the tiles, a warp for each of the sums.
+__global__ void contrastive_total_kernel(const __grid_constant__ VlmkContrastiveParams p,
+                                         const __grid_constant__ Totals3 totals,
+                                         const float* times) {
   const int warp = warp_index();
   double sum = 0;
-  for (int panel = 0; panel < panels; ++panel) {
-    const double* sums = p.sums + (int64_t{panel} * 3 + warp) * p.slots;
-    for (int slot = lane_index(); slot < p.slots; slot += 32) sum += sums[slot];
+  for (int slot = lane_index(); slot < p.slots; slot += 32) sum += p.sums[warp * p.slots + slot];
+  sum = sum_of_lanes(sum);
+  if (lane_index() == 0) {
+    *totals.to[warp] = static_cast<float>(sum * p.weight * (times ? *times : 1.0f));
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+}
+
+// CLIP's loss, of the log-sum-exps and of what so many launches have found that it subtracts.
+__global__ void __launch_bounds__(kPrepareThreads)
+    contrastive_clip_loss_kernel(const __grid_constant__ VlmkContrastiveParams p, int launches) {
+  __shared__ double parts[2][kPrepareThreads / 32];
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_index();
+  double rows = 0, columns = 0;
+  for (int launch = 0; launch < launches; ++launch) {
+    for (int slot = thread; slot < p.slots; slot += kPrepareThreads) {
+      rows -= p.sums[int64_t{launch} * 3 * p.slots + slot];
+    }
+  }
+#pragma unroll 8
+  for (int i = thread; i < p.valid_rows; i += kPrepareThreads) rows += p.row[i] * p.lse_a[i];
+#pragma unroll 8
+  for (int i = thread; i < p.valid_columns; i += kPrepareThreads) {
+    columns += p.column[i] * p.lse_b[i];
+  }
+  rows = sum_of_lanes(rows);
+  columns = sum_of_lanes(columns);
+  if (lane_index() == 0) parts[0][warp] = rows, parts[1][warp] = columns;
+  __syncthreads();
+  if (warp > 0) return;
+  rows = sum_of_lanes(parts[0][lane_index()]);
+  columns = sum_of_lanes(parts[1][lane_index()]);
   if (lane_index() > 0) return;
-  p.totals[warp] = static_cast<float>(sum * p.weight * (times ? *times : 1.0f));
+  *p.totals = static_cast<float>(rows);
+  *p.loss = static_cast<float>(rows + columns);
 }
 
 }  // namespace contrastive

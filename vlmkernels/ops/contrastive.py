@@ -135,11 +135,10 @@ def _clip_forward(
         arrival.wait()
     vectors = (w.start, w.stop, w.row, w.row_positive, w.column, w.column_positive, *_norms(p.a, b, normalize))
     smooth = (w.smooth_row, w.smooth_column)
-    lse_a, lse_b, picked = _clip_fwd(p.a, b, scale, *vectors, *smooth, backend)
-    rows = (w.row * lse_a).sum() - picked
+    lse_a, lse_b, rows, loss = _clip_fwd(p.a, b, scale, *vectors, *smooth, backend)
     if shared is not None:
         lse_b, rows = shared.logsumexp(lse_b, rows)
-    loss = rows + (w.column * lse_b).sum()
+        loss = rows + (w.column * lse_b).sum()
     return loss, (p.a, b, scale, *vectors, lse_a, lse_b), smooth
 
 
@@ -177,7 +176,9 @@ class _ClipLoss(torch.autograd.Function):
         a = ctx.saved_tensors[0]
         dtype = a.dtype if shared is None else compute_dtype(a)
         times = _times(shared, ctx.gather_with_grad)
-        da, db, dscale = _clip_bwd(dloss * times, *ctx.saved_tensors, *ctx.smooth, dtype, ctx.backend)
+        if times > 1:
+            dloss = dloss * times
+        da, db, dscale = _clip_bwd(dloss, *ctx.saved_tensors, *ctx.smooth, dtype, ctx.backend)
         if shared is not None:
             db, dscale = shared.scatter_sum(db), shared.sum(dscale / times)
         return da, db.to(a.dtype), dscale.to(ctx.saved_tensors[2].dtype), *[None] * 8
@@ -256,7 +257,9 @@ class _SigLipLoss(torch.autograd.Function):
         da, db, dnumbers = gradients
         dtype, *number_dtypes = ctx.dtypes
         # A tensor without dimensions would be rounded to the dtype of the other before the product.
-        factor = dloss.reshape(1, 1) * ctx.times
+        factor = dloss.reshape(1, 1)
+        if ctx.times > 1:
+            factor = factor * ctx.times
         dscale, dbias = (dloss * dnumbers).unbind()
         if torch.compiler.is_compiling():
             features = [(x * factor).to(dtype) for x in (da, db)]
@@ -268,7 +271,7 @@ class _SigLipLoss(torch.autograd.Function):
 
 def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     dtype = compute_dtype(a)
-    return tuple(a.new_empty(shape, dtype=dtype) for shape in ((a.shape[0],), (b.shape[0],), ()))
+    return tuple(a.new_empty(shape, dtype=dtype) for shape in ((a.shape[0],), (b.shape[0],), (), ()))
 
 
 def _clip_bwd_fake(dloss: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
@@ -291,11 +294,12 @@ _VECTORS = (
     "Tensor start, Tensor stop, Tensor row, Tensor row_positive, Tensor column, Tensor column_positive, "
     "Tensor? inverse_a, Tensor? inverse_b"
 )
-# The log-sum-exps of the rows and of the columns, and the weighted sum of the logits that the loss subtracts.
+# The log-sum-exps of the rows and of the columns; the weighted sum of the rows' less that of the logits of what belongs together;
+# and the loss, that and the weighted sum of the columns'.
 _clip_fwd = Op(
     "contrastive",
     f"clip_loss_fwd(Tensor a, Tensor b, Tensor scale, {_VECTORS}, float smooth_row, float smooth_column, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _clip_fwd_fake,
 )
 # The gradients of a, b and scale; that of b in fp32 where it is yet to be added up over ranks.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -105,10 +105,10 @@ class ContrastiveParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "scale", "bias", "dloss", "start", "stop", "row", "column")),
         *((name, ctypes.c_void_p) for name in ("row_positive", "column_positive", "lse_a", "lse_b", "shifted", "numbers")),
         *((name, ctypes.c_void_p) for name in ("share_a", "share_b", "panel", "low_a", "low_b", "counters")),
-        *((name, ctypes.c_void_p) for name in ("da", "db", "sums", "totals")),
+        *((name, ctypes.c_void_p) for name in ("da", "db", "sums", "loss", "totals")),
         *((f"{name}_stride", ctypes.c_int64) for name in "ab"),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "dim", "panel_rows", "panel_columns", "kept_panels")),
-        *((name, ctypes.c_int32) for name in ("slots", "wide_b")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "valid_rows", "valid_columns", "dim", "panel_rows")),
+        *((name, ctypes.c_int32) for name in ("panel_columns", "kept_panels", "slots", "wide_b")),
         ("weight", ctypes.c_float),
     ]
 

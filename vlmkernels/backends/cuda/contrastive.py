@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkernels.backends.cuda._library import ContrastiveParams, EntryPoint
@@ -31,8 +32,13 @@ _check = EntryPoint("vlmk_contrastive_check")
 @functools.lru_cache(maxsize=1024)
 def _refused(rows: int, columns: int, dim: int, a_stride: int, b_stride: int) -> str | None:
     """What the library says against features of these sizes and strides."""
-    sizes = {"rows": rows, "columns": columns, "dim": dim, "panel_rows": TILE, "panel_columns": TILE}
-    return _check.why_not(ContrastiveParams(a_stride=a_stride, b_stride=b_stride, **sizes))
+    sizes = {"valid_rows": rows, "valid_columns": columns, "rows": _whole(rows), "columns": _whole(columns), "dim": dim}
+    return _check.why_not(ContrastiveParams(a_stride=a_stride, b_stride=b_stride, panel_rows=TILE, panel_columns=TILE, **sizes))
+
+
+def _whole(count: int) -> int:
+    """As many features as whole tiles have."""
+    return -(-count // TILE) * TILE
 
 
 def _why_not(a: Tensor, b: Tensor, inverse_a: Tensor | None) -> str | None:
@@ -78,30 +84,43 @@ def _multiprocessors(device: torch.device) -> int:
     return count
 
 
-def _run(function: EntryPoint, a: Tensor, b: Tensor, shape: tuple[int, int, int], weight: float, /, **tensors: Tensor) -> Tensor:
-    """The three totals over all launches, whose panels are of this shape."""
+def _run(
+    function: EntryPoint,
+    a: Tensor,
+    b: Tensor,
+    shape: tuple[int, int, int],
+    weight: float,
+    counters: int = 0,
+    /,
+    **tensors: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the totals over all launches, whose panels are of this shape."""
     slots = 2 * _multiprocessors(a.device)
     launches = -(-len(a) // shape[0]) if function is _clip_fwd else 1
-    sums = a.new_zeros((launches, 3, slots), dtype=torch.float64)
-    if "counters" not in tensors:
-        tensors["counters"] = a.new_zeros(launches, dtype=torch.int32)
-    totals = a.new_empty(3, dtype=torch.float32)
+    # Sums of 8 bytes, and behind them counters of 4.
+    zeros = a.new_zeros(launches * 3 * slots + -(-max(counters, launches) // 2), dtype=torch.float64)
+    loss, totals = a.new_empty((), dtype=torch.float32), a.new_empty(2, dtype=torch.float32)
     params = ContrastiveParams(
-        a_stride=a.stride(0), b_stride=b.stride(0), rows=len(a), columns=len(b), dim=a.shape[1],
-        panel_rows=shape[0], panel_columns=shape[1], kept_panels=shape[2], slots=slots, weight=weight,
-        wide_b="db" in tensors and tensors["db"].dtype == torch.float32,
+        a_stride=a.stride(0), b_stride=b.stride(0), rows=_whole(len(a)), columns=_whole(len(b)), dim=a.shape[1],
+        valid_rows=len(a), valid_columns=len(b), panel_rows=shape[0], panel_columns=shape[1], kept_panels=shape[2],
+        slots=slots, weight=weight, wide_b="db" in tensors and tensors["db"].dtype == torch.float32,
+        sums=zeros.data_ptr(), counters=zeros.data_ptr() + 8 * launches * 3 * slots,
     )  # fmt: skip
-    for name, tensor in {"a": a, "b": b, "sums": sums, "totals": totals, **tensors}.items():
+    if len(b) % 8:  # eights of columns are copied
+        b = F.pad(b, (0, 0, 0, -len(b) % 8))
+        params.b_stride = b.stride(0)
+    for name, tensor in {"a": a, "b": b, "loss": loss, "totals": totals, **tensors}.items():
         setattr(params, name, tensor.data_ptr())
     function(bytes(params), a.device)
-    return totals
+    return loss, totals
 
 
 def _gradients(
     function: EntryPoint, a: Tensor, b: Tensor, dtype_b: torch.dtype, weight: float, /, **rest: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of ``a`` and ``b``, and the totals. Until a bf16 gradient is complete it has 20 bits, of which 4 lie beside it."""
-    (rows, dim), columns = a.shape, len(b)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of ``a`` and ``b``, the loss and the totals. Until a bf16 gradient is complete it has 20 bits, of which 4 lie beside
+    it. Behind the last gradient there are more, of whole tiles."""
+    dim, rows, columns = a.shape[1], _whole(len(a)), _whole(len(b))
     low_b = 0 if dtype_b == torch.float32 else columns * dim // 2
     # 1.92 % of what torch.compile of the dense form takes, which keeps the logits once for SigLIP's loss, and twice for CLIP's.
     # Of ranks, whose gradients of b are wide, what it takes for the whole batch.
@@ -113,9 +132,10 @@ def _gradients(
         "panel": a.new_empty(min(shape[2], panels), *shape[:2]),
         "low_a": a.new_empty(shape[0] * dim, dtype=torch.uint8),
         "low_b": a.new_empty(low_b, dtype=torch.uint8),
-        "counters": a.new_zeros(1 + 2 * panels + (2 * shape[0] + columns) // 128 * (dim // 64) * 2, dtype=torch.int32),
     }
-    return da, db, _run(function, a, b, shape, weight, **workspace, da=da, db=db, **rest)
+    counters = 1 + 2 * panels + (2 * shape[0] + columns) // 128 * (dim // 64) * 2
+    results = _run(function, a, b, shape, weight, counters, **workspace, da=da, db=db, **rest)
+    return da[: len(a)], db[: len(b)], *results
 
 
 def clip_loss_fwd(
@@ -132,13 +152,16 @@ def clip_loss_fwd(
     inverse_b: Tensor | None,
     smooth_row: float,
     smooth_column: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    strip = min(len(a), STRIP_TILES * TILE)
-    lse_a, lse_b = torch.empty_like(row), torch.empty_like(column)
-    shares = {"share_a": row.new_empty(len(b) // TILE * strip), "share_b": row.new_empty(strip // 64 * len(b))}
-    vectors = {"start": start, "stop": stop, "row_positive": row_positive, "column_positive": column_positive}
-    totals = _run(_clip_fwd, a, b, (strip, len(b), 0), 1.0, scale=scale.float(), lse_a=lse_a, lse_b=lse_b, **shares, **vectors)
-    return lse_a, lse_b, totals[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = _whole(len(a)), _whole(len(b))
+    strip = min(rows, STRIP_TILES * TILE)
+    lse_a, lse_b = row.new_empty(rows), column.new_empty(columns)
+    loss, totals = _run(
+        _clip_fwd, a, b, (strip, columns, 0), 1.0, scale=scale.float(), start=start, stop=stop, row=row, column=column,
+        row_positive=row_positive, column_positive=column_positive, lse_a=lse_a, lse_b=lse_b,
+        share_a=row.new_empty(columns // TILE * strip), share_b=row.new_empty(strip // 64 * columns),
+    )  # fmt: skip
+    return lse_a[: len(a)], lse_b[: len(b)], totals[0], loss
 
 
 def clip_loss_bwd(
@@ -160,10 +183,10 @@ def clip_loss_bwd(
     smooth_column: float,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    da, db, totals = _gradients(
+    da, db, _, totals = _gradients(
         _clip_bwd, a, b, dtype_b, 1.0, dloss=dloss.float(), scale=scale.float(), start=start, stop=stop, row=row, column=column,
         row_positive=row_positive, column_positive=column_positive, lse_a=lse_a, lse_b=lse_b,
-        shifted=lse_a.new_empty(len(a) + len(b)), numbers=lse_a.new_empty(4),
+        shifted=lse_a.new_empty(_whole(len(a)) + _whole(len(b))), numbers=lse_a.new_empty(4),
     )  # fmt: skip
     return da, db, totals[0]
 
@@ -184,7 +207,7 @@ def siglip_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = {"scale": scale.float(), "bias": bias.float(), "start": start, "stop": stop}
     if grads:
-        da, db, totals = _gradients(_siglip, a, b, dtype_b, weight, **given)
-        return totals[0].clone(), da, db, totals[1:]  # no result of an op is a view of another
-    totals = _run(_siglip, a, b, (len(a), len(b), 0), weight, **given)
-    return totals[0], a.new_empty(0), b.new_empty(0, dtype=dtype_b), totals.new_empty(0)
+        da, db, loss, totals = _gradients(_siglip, a, b, dtype_b, weight, **given)
+        return loss, da, db, totals
+    loss, totals = _run(_siglip, a, b, (_whole(len(a)), _whole(len(b)), 0), weight, **given)
+    return loss, a.new_empty(0), b.new_empty(0, dtype=dtype_b), totals.new_empty(0)

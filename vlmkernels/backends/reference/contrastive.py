@@ -65,10 +65,12 @@ def clip_loss_fwd(
     inverse_b: torch.Tensor | None,
     smooth_row: float,
     smooth_column: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     logits = _wide(scale) * (_unit(a, inverse_a) @ _unit(b, inverse_b).T)
     targets = _targets(start, stop, row, row_positive, column, column_positive, smooth_row, smooth_column)
-    return torch.logsumexp(logits, 1), torch.logsumexp(logits, 0), (targets * logits).sum()
+    lse_a, lse_b = torch.logsumexp(logits, 1), torch.logsumexp(logits, 0)
+    rows = (row * lse_a).sum() - (targets * logits).sum()
+    return lse_a, lse_b, rows, rows + (column * lse_b).sum()
 
 
 def clip_loss_bwd(

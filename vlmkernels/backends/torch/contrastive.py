@@ -61,7 +61,7 @@ def clip_loss_fwd(
     inverse_b: torch.Tensor | None,
     smooth_row: float,
     smooth_column: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     unit_b = _unit(b, inverse_b)
     lse_a, lse_b = torch.empty_like(row), torch.full_like(column, -torch.inf)
     picked = torch.zeros_like(row)
@@ -73,7 +73,8 @@ def clip_loss_fwd(
         picked[rows] = positive.sum(1) * row_positive[rows] + positive @ column_positive
         if smooth_row:
             picked[rows] += smooth_row * row[rows] * logits.sum(1) + smooth_column * (logits @ column)
-    return lse_a, lse_b, picked.sum()
+    of_rows = (row * lse_a).sum() - picked.sum()
+    return lse_a, lse_b, of_rows, of_rows + (column * lse_b).sum()
 
 
 def clip_loss_bwd(

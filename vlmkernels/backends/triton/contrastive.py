@@ -230,7 +230,7 @@ def clip_loss_fwd(
     inverse_b: Tensor | None,
     smooth_row: float,
     smooth_column: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tiles = _Tiles(a, b, inverse_a, inverse_b)
     m, n = tiles.size
     tiles_n, strip = cdiv(n, tiles.config.block_n), min(m, STRIP)
@@ -249,7 +249,8 @@ def clip_loss_fwd(
         blocks = tiles.config.block_m, tiles.config.block_n
         _merge(share_a, shift, lse_a[rows], tiles_n, (1, tiles_n, blocks[0]), False)
         _merge(share_b, shift, lse_b, cdiv(size, blocks[0]), (tiles_n, 1, blocks[1]), i > 0)
-    return lse_a, lse_b, _total(picked)
+    of_rows = (row * lse_a).sum() - _total(picked)
+    return lse_a, lse_b, of_rows, of_rows + (column * lse_b).sum()
 
 
 def _partial(like: Tensor, launches: int, programs: int) -> Tensor:
