@@ -103,21 +103,22 @@ int turns(const VlmkAttentionParams& p, int64_t& most) {
   return 0;
 }
 
-// Whether the first of two variants is done first, or both are at once, where a tile takes so many
-// percent of some unit.
+// Whether the first of two variants is done first, or both are at once, where a tile of each costs
+// so much.
 template <typename First, typename Second>
-int compare(const VlmkAttentionParams& p, int first_percent, int second_percent, bool& first) {
+int compare(const VlmkAttentionParams& p, int64_t first_cost, int64_t second_cost, bool& first) {
   int64_t of_first = 0, of_second = 0;
   int code = turns<First>(p, of_first);
   if (!code) code = turns<Second>(p, of_second);
-  first = of_first * first_percent <= of_second * second_percent;
+  first = of_first * first_cost <= of_second * second_cost;
   return code;
 }
 
 template <typename First, typename Second>
-int run_faster(const VlmkAttentionParams& p, int first_percent, int second_percent, void* stream) {
+int run_faster(const VlmkAttentionParams& p, int64_t first_cost, int64_t second_cost,
+               void* stream) {
   bool first = false;
-  const int code = compare<First, Second>(p, first_percent, second_percent, first);
+  const int code = compare<First, Second>(p, first_cost, second_cost, first);
   if (code) return code;
   return first ? run<First>(p, stream) : run<Second>(p, stream);
 }
@@ -131,6 +132,11 @@ int run_masked(const VlmkAttentionParams& p, void* stream) {
                   : run<Config<T, kWidth, 96, 3, true>>(p, stream);
 }
 
+// The keys of all tiles of so many.
+inline int64_t covered_keys(const VlmkAttentionParams& p, int keys) {
+  return int64_t{ceil_div(p.num_keys, keys)} * keys;
+}
+
 // What a tile of 128 queries takes, in percent of one of 192, alone on a multiprocessor.
 constexpr int kOfFew = 75;
 
@@ -141,10 +147,9 @@ template <typename T, int kWidth>
 int run_192(const VlmkAttentionParams& p, void* stream) {
   using Narrow = Config<T, kWidth, 80, 3, false>;
   using Few = Config<T, kWidth, 96, 2, false>;
-  const auto covered = [&](int keys) { return int64_t{ceil_div(p.num_keys, keys)} * keys; };
   const int tail = Narrow::kTails ? tail_of(p.num_queries) : 0;
   const bool saves_a_tile = ceil_div(p.num_queries - tail, 192) < ceil_div(p.num_queries, 192);
-  if (saves_a_tile || covered(96) * 100 > covered(80) * 103) {
+  if (saves_a_tile || covered_keys(p, 96) * 100 > covered_keys(p, 80) * 103) {
     return run_faster<Narrow, Few>(p, 100, kOfFew, stream);
   }
   return run_faster<Config<T, kWidth, 96, 3, false>, Few>(p, 100, kOfFew, stream);
@@ -186,6 +191,21 @@ int run_72(const VlmkAttentionParams& p, void* stream) {
   return run_faster<Narrow, Config<T, 72, 96, 2, false>>(p, 100, kOfFew, stream);
 }
 
+// Of 105 to 128. A key costs a tile of 192 queries a third more than one of 128 (H200). With a
+// mask, which is finer with 128, 192 pay from 4096 queries on, or where they are fewer tiles of a
+// head.
+template <typename T>
+int run_128(const VlmkAttentionParams& p, void* stream) {
+  if (!needs_mask(p)) {
+    return run_faster<Config<T, 128, 80, 3, false>, Config<T, 128, 128, 2, false>>(
+        p, 133 * covered_keys(p, 80), 100 * covered_keys(p, 128), stream);
+  }
+  const int queries = p.num_queries;
+  const bool fewer = queries <= 384 && ceil_div(queries, 192) < ceil_div(queries, 128);
+  return fewer || queries >= 4096 ? run<Config<T, 128, 80, 3, true>>(p, stream)
+                                  : run<Config<T, 128, 128, 2, true>>(p, stream);
+}
+
 // The fastest of the tiles tried (docs/attention_forward.md). Four warpgroups hide each other's
 // softmax best, but have registers for few columns; up to 256 queries they take a head at once.
 template <typename T>
@@ -204,7 +224,8 @@ int dispatch(const VlmkAttentionParams& p, void* stream) {
     return masked ? run<Config<T, 96, 96, 3, true>>(p, stream) : run_192<T, 96>(p, stream);
   }
   if (width <= 104) return run_width<T, 104, 96, 3>(p, stream);
-  if (width <= 128) return run_width<T, 128, 128, 2>(p, stream);
+  if (width <= 128) return run_128<T>(p, stream);
+  if (width <= 192) return run_width<T, 192, 96, 2>(p, stream);
   return run_width<T, 256, 80, 2>(p, stream);
 }
 

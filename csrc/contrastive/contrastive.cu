@@ -45,7 +45,8 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
   if (code) return code;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
   const cuuint64_t row = size(2 * p.b_stride);
-  code = encode_tiles(maps.columns_b, p.b, false, {size(p.dim), 2, size(ceil_div(p.valid_columns, 8)), 4},
+  code = encode_tiles(maps.columns_b, p.b, false,
+                      {size(p.dim), 2, size(ceil_div(p.valid_columns, 8)), 4},
                       {row, 8 * row, 2 * row}, {kDepth, 2, kTile / 8, 4 / kBlocks});
   if (code || !gradients) return code;
   code = encode_matrix(maps.factor_a, p.a, p.valid_rows, p.dim, p.a_stride, kDepth / kBlocks);

@@ -110,8 +110,8 @@ __device__ __forceinline__ void copy_logits(const Maps& maps, Dealer& dealer) {
   });
 }
 
-// `Work` has `scale`, to the base 2, and members `begin(part)`, whose loads are under way during the
-// products, `prepare()` for when these end, `finish(task, part, products)`, and `end(sums)` for
+// `Work` has `scale`, to the base 2, and members `begin(part)`, whose loads are under way during
+// the products, `prepare()` for when these end, `finish(task, part, products)`, and `end(sums)` for
 // behind the last tile; `before()` is called before `finish` stores anything.
 template <typename Work, typename Before>
 __device__ __forceinline__ void work_on_logits(Work& work, const Task& task,

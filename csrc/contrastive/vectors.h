@@ -86,8 +86,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
       };
 #pragma unroll 4
       for (int i = 4 * static_cast<int>(threadIdx.x); i < size; i += 4 * kPrepareThreads) {
-        each(four_of(weights, i), [&] { return four_of(lse, i); },
-             reinterpret_cast<float4*>(shifted + i));
+        each(
+            four_of(weights, i), [&] { return four_of(lse, i); },
+            reinterpret_cast<float4*>(shifted + i));
       }
     };
     of(p.row, p.lse_a, p.shifted, p.rows, p.valid_rows);
