@@ -14,100 +14,27 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, contiguous, next_power_of_2
+from vlmkernels.backends.triton import cdiv, contiguous
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
+from vlmkernels.backends.triton._rope_norm_bwd import norm_bwd
+from vlmkernels.backends.triton._rope_pairs import (
+    BLOCK,
+    WARPS,
+    load_pairs,
+    load_weight,
+    locate,
+    row_width,
+    rows,
+    same_layout,
+    store_pairs,
+    table_strides,
+    turn,
+    units,
+    vector,
+)
 
-_BLOCK = 1024
-_WARPS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _locate(block, H: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Token (int64), head and pair of each element of a block: ``[BLOCK]``, or ``[BLOCK // WIDTH, WIDTH]`` with ``ROWS``."""
-    if ROWS:
-        row = block.to(tl.int64) * (BLOCK // WIDTH)
-        offs_p = tl.arange(0, WIDTH)[None, :]
-        head = (row % H).to(tl.int32) + tl.arange(0, BLOCK // WIDTH)[:, None]
-    else:
-        first = block.to(tl.int64) * BLOCK
-        row = first // PAIRS
-        # The compiler does not see that a remainder keeps the powers of two that PAIRS and BLOCK share.
-        offs = tl.multiple_of((first % PAIRS).to(tl.int32) + tl.arange(0, BLOCK), [PAIRS & -PAIRS])
-        offs_p = offs % PAIRS
-        head = (row % H).to(tl.int32) + offs // PAIRS
-    return row // H + head // H, head % H, offs_p
-
-
-@triton.jit
-def _channels(offs_p, D: tl.constexpr, HALF: tl.constexpr):
-    """Both channels of half-split pairs. The channels past the rotated ``2 HALF`` are paired with each other."""
-    if 2 * HALF == D:
-        first = offs_p
-        second = offs_p + HALF
-    else:
-        first = offs_p + tl.where(offs_p < HALF, 0, HALF)
-        second = offs_p + tl.where(offs_p < HALF, HALF, D // 2)
-    return first, second
-
-
-@triton.jit
-def _load_pairs(ptrs, offs_p, stride, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        pairs = tl.expand_dims(ptrs + 2 * offs_p * stride, -1) + tl.arange(0, 2) * stride
-        first, second = tl.split(tl.load(pairs, mask=tl.expand_dims(mask, -1), other=0.0))
-    else:
-        ch_a, ch_b = _channels(offs_p, D, HALF)
-        first = tl.load(ptrs + ch_a * stride, mask=mask, other=0.0)
-        second = tl.load(ptrs + ch_b * stride, mask=mask, other=0.0)
-    return first.to(tl.float32), second.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(ptrs, first, second, offs_p, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    dtype = ptrs.dtype.element_ty
-    if INTERLEAVED:
-        pairs = tl.expand_dims(ptrs + 2 * offs_p, -1) + tl.arange(0, 2)
-        tl.store(pairs, tl.join(first.to(dtype), second.to(dtype)), mask=tl.expand_dims(mask, -1))
-    else:
-        ch_a, ch_b = _channels(offs_p, D, HALF)
-        tl.store(ptrs + ch_a, first.to(dtype), mask=mask)
-        tl.store(ptrs + ch_b, second.to(dtype), mask=mask)
-
-
-@triton.jit
-def _turn(
-    first,
-    second,
-    cos_ptr,
-    sin_ptr,
-    offs_t,
-    offs_p,
-    stride_td,
-    mask,
-    PAIRS: tl.constexpr,
-    HALF: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
-    """Rotate pairs; ``offs_t`` is the offset of the token's row in the tables. Pairs past ``HALF`` stay as they are."""
-    turned = mask & (offs_p < HALF)
-    cos = tl.load(cos_ptr + offs_t + offs_p * stride_td, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + offs_t + offs_p * stride_td, mask=turned, other=0.0).to(tl.float32)
-    if INVERSE:
-        sin = -sin
-    new_first = first * cos - second * sin
-    new_second = first * sin + second * cos
-    if PAIRS > HALF:
-        # Not left to the angle 0: there 0 * inf would be NaN.
-        new_first = tl.where(offs_p < HALF, new_first, first)
-        new_second = tl.where(offs_p < HALF, new_second, second)
-    return new_first, new_second
-
-
-@triton.jit
-def _load_weight(w_ptr, offs_p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    return _load_pairs(w_ptr + tl.zeros_like(offs_p), offs_p, 1, offs_p < D // 2, D, HALF, INTERLEAVED)
 
 
 @triton.jit
@@ -118,19 +45,19 @@ def _rope_fwd_part(
     NORM: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_T: tl.constexpr,
 ):  # fmt: skip
-    token, head, offs_p = _locate(block, H, PAIRS, WIDTH, BLOCK, NORM)
+    token, head, offs_p = locate(block, H, PAIRS, WIDTH, BLOCK, NORM)
     mask = (token < S) & (offs_p < PAIRS)
     offs_x = (batch * stride_xb + token * stride_xs + head.to(tl.int64) * stride_xh) * VECTOR_X
     offs_o = (batch * stride_ob + token * stride_os) * VECTOR_O + head * D
     offs_t = (batch * stride_tb + token * stride_ts) * VECTOR_T
-    first, second = _load_pairs(x_ptr + offs_x, offs_p, stride_xd, mask, D, HALF, INTERLEAVED)
+    first, second = load_pairs(x_ptr + offs_x, offs_p, stride_xd, mask, D, HALF, INTERLEAVED)
     if NORM:
         scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / D + eps)[:, None]
-        w_first, w_second = _load_weight(w_ptr, offs_p, D, HALF, INTERLEAVED)
+        w_first, w_second = load_weight(w_ptr, offs_p, D, HALF, INTERLEAVED)
         first = first * scale * w_first
         second = second * scale * w_second
-    first, second = _turn(first, second, cos_ptr, sin_ptr, offs_t, offs_p, stride_td, mask, PAIRS, HALF, INVERSE)
-    _store_pairs(out_ptr + offs_o, first, second, offs_p, mask, D, HALF, INTERLEAVED)
+    first, second = turn(first, second, cos_ptr, sin_ptr, offs_t, offs_p, stride_td, mask, PAIRS, HALF, INVERSE)
+    store_pairs(out_ptr + offs_o, first, second, offs_p, mask, D, HALF, INTERLEAVED)
 
 
 @triton.jit
@@ -162,82 +89,6 @@ def _rope_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _rope_norm_bwd_kernel(
-    g_ptr, x_ptr, w_ptr, out_ptr, grad_w_ptr, cos_ptr, sin_ptr,
-    stride_gb, stride_gs, stride_gh, stride_gd, stride_xb, stride_xs, stride_xh, stride_xd,
-    stride_ob, stride_os, stride_tb, stride_ts, stride_td, S, blocks, blocks_all, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, VECTOR_X: tl.constexpr, VECTOR_O: tl.constexpr, VECTOR_T: tl.constexpr,
-):  # fmt: skip
-    """Gradient of q or of k through rotation and norm. Each program writes one row of the weight's gradient: no atomics."""
-    pid = tl.program_id(0)
-    PAIRS: tl.constexpr = D // 2
-    offs_w = tl.arange(0, WIDTH)[None, :]
-    w_first, w_second = _load_weight(w_ptr, offs_w, D, HALF, INTERLEAVED)
-    sum_first = tl.zeros([BLOCK // WIDTH, WIDTH], tl.float32)
-    sum_second = tl.zeros([BLOCK // WIDTH, WIDTH], tl.float32)
-    for index in range(pid, blocks_all, tl.num_programs(0)):
-        batch = (index // blocks).to(tl.int64)
-        token, head, offs_p = _locate(index % blocks, H, PAIRS, WIDTH, BLOCK, True)
-        mask = (token < S) & (offs_p < PAIRS)
-        offs_h = head.to(tl.int64)
-        offs_g = (batch * stride_gb + token * stride_gs + offs_h * stride_gh) * VECTOR_X
-        offs_x = (batch * stride_xb + token * stride_xs + offs_h * stride_xh) * VECTOR_X
-        offs_o = (batch * stride_ob + token * stride_os) * VECTOR_O + head * D
-        offs_t = (batch * stride_tb + token * stride_ts) * VECTOR_T
-        g_first, g_second = _load_pairs(g_ptr + offs_g, offs_p, stride_gd, mask, D, HALF, INTERLEAVED)
-        first, second = _load_pairs(x_ptr + offs_x, offs_p, stride_xd, mask, D, HALF, INTERLEAVED)
-        g_first, g_second = _turn(g_first, g_second, cos_ptr, sin_ptr, offs_t, offs_p, stride_td, mask, PAIRS, HALF, True)
-        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / D + eps)[:, None]
-        first = first * scale
-        second = second * scale
-        # A row that is not there has scale = rsqrt(eps), which may be infinite.
-        sum_first += tl.where(mask, g_first * first, 0.0)
-        sum_second += tl.where(mask, g_second * second, 0.0)
-        g_first = g_first * w_first
-        g_second = g_second * w_second
-        along = (tl.sum(g_first * first + g_second * second, 1) / D)[:, None]
-        g_first = scale * (g_first - first * along)
-        g_second = scale * (g_second - second * along)
-        _store_pairs(out_ptr + offs_o, g_first, g_second, offs_p, mask, D, HALF, INTERLEAVED)
-    total_first = tl.sum(sum_first, 0)[None, :]
-    total_second = tl.sum(sum_second, 0)[None, :]
-    rows = grad_w_ptr + pid.to(tl.int64) * D + tl.zeros_like(offs_w)
-    _store_pairs(rows, total_first, total_second, offs_w, offs_w < PAIRS, D, HALF, INTERLEAVED)
-
-
-def _vector(dtype: torch.dtype, *strides: int) -> int:
-    """The largest power of two, up to 16 bytes of elements, that divides all strides.
-
-    Strides over batch, token and head go to the kernels in this unit, which multiply: so the compiler knows the alignment of
-    a head's row also where Triton's own test (a multiple of 16) says nothing, as at 72 channels.
-    """
-    bits = 16 // dtype.itemsize
-    for stride in strides:
-        bits |= stride
-    return bits & -bits
-
-
-def _units(vector: int, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides with those over batch, token and head in units of ``vector``."""
-    return *(stride // vector for stride in strides[:3]), *strides[3:]
-
-
-def _rows(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides over batch, token, head and channel from those of ``[B, S, H, D]`` or ``[T, H, D]``."""
-    return strides if len(strides) == 4 else (0, *strides)
-
-
-def _table_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int]:
-    batch = 0 if len(shape) == 2 or shape[0] == 1 else strides[0]
-    return batch, strides[-2], strides[-1]
-
-
-def _width(head_dim: int) -> int:
-    return next_power_of_2(max(head_dim // 2, 1))
-
-
 def _dense(shape: torch.Size) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides = [1]
@@ -252,10 +103,6 @@ def _plannable(cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | No
     return alike and all(w is None or w.is_contiguous() for w in (q_weight, k_weight))
 
 
-def _same_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
-
-
 @functools.lru_cache(maxsize=LAUNCHES)
 def _fwd_launch(
     device: torch.device, dtype: torch.dtype, table_dtype: torch.dtype, q_weight: torch.dtype | None,
@@ -265,11 +112,11 @@ def _fwd_launch(
 ) -> Launch | None:  # fmt: skip
     """The launch for q and k, or None where there is nothing to rotate. The weights are given by their dtypes."""
     batches, tokens, heads, head_dim = q_shape if len(q_shape) == 4 else (1, *q_shape)
-    strides_q, strides_k = _rows(strides_q), _rows(strides_k)
-    strides_o = (*_rows(strides_oq)[:2], *_rows(strides_ok)[:2])
-    strides_t, half = _table_strides(table_shape, strides_t), table_shape[-1]
-    width = _width(head_dim)
-    block = max(_BLOCK, width)
+    strides_q, strides_k = rows(strides_q), rows(strides_k)
+    strides_o = (*rows(strides_oq)[:2], *rows(strides_ok)[:2])
+    strides_t, half = table_strides(table_shape, strides_t), table_shape[-1]
+    width = row_width(head_dim)
+    block = max(BLOCK, width)
     pairs, blocks = [], []
     for count, weight in ((heads, q_weight), (kv_heads, k_weight)):
         # In place the channels past the rotated ones are already there.
@@ -278,10 +125,10 @@ def _fwd_launch(
         blocks.append(cdiv(tokens * count * per_row, block))
     if batches * sum(blocks) == 0:
         return None
-    vector_x, vector_o = _vector(dtype, *strides_q[:3], *strides_k[:3]), _vector(dtype, head_dim, *strides_o)
-    vector_t = _vector(table_dtype, *strides_t[:2])
+    vector_x, vector_o = vector(dtype, *strides_q[:3], *strides_k[:3]), vector(dtype, head_dim, *strides_o)
+    vector_t = vector(table_dtype, *strides_t[:2])
     scalars = (
-        *_units(vector_x, strides_q), *_units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
+        *units(vector_x, strides_q), *units(vector_x, strides_k), *(stride // vector_o for stride in strides_o),
         strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, *blocks, eps,
     )  # fmt: skip
     return Launch(
@@ -289,7 +136,7 @@ def _fwd_launch(
         H=max(heads, 1), HK=max(kv_heads, 1), D=head_dim, HALF=half,
         PAIRS_Q=max(pairs[0], 1), PAIRS_K=max(pairs[1], 1), WIDTH=width, BLOCK=block,
         NORM_Q=q_weight is not None, NORM_K=k_weight is not None, INVERSE=inverse, INTERLEAVED=interleaved,
-        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
+        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -316,39 +163,10 @@ def _turn_back(
     interleaved: bool,
 ) -> None:
     """Gradients through the rotation alone, into outputs whose heads are dense rows."""
-    cos, sin = _same_layout(cos, sin)
+    cos, sin = same_layout(cos, sin)
     launch = _launch_for(grad_q, grad_k, out_q.stride(), out_k.stride(), cos, None, None, 0.0, interleaved, True, False)
     if launch is not None:
         launch(grad_q, grad_k, out_q, out_k, None, None, cos, sin)
-
-
-def _norm_bwd(
-    grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    heads, head_dim = grad.shape[-2:]
-    batches, tokens = (grad.shape[0], grad.shape[1]) if grad.dim() == 4 else (1, grad.shape[0])
-    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    if out.numel() == 0:
-        return out, weight.new_zeros(weight.shape)
-    cos, sin = _same_layout(cos, sin)
-    width = _width(head_dim)
-    block = max(_BLOCK, width)
-    blocks = cdiv(tokens * heads, block // width)
-    programs = 2 if INTERPRETED else 8 * torch.cuda.get_device_properties(grad.device).multi_processor_count
-    programs = min(programs, batches * blocks)
-    partial = torch.empty(programs, head_dim, dtype=torch.float32, device=grad.device)
-    strides_g, strides_x, strides_o = _rows(grad.stride()), _rows(x.stride()), _rows(out.stride())[:2]
-    strides_t = _table_strides(cos.shape, cos.stride())
-    vector_x, vector_o = _vector(grad.dtype, *strides_g[:3], *strides_x[:3]), _vector(grad.dtype, head_dim, *strides_o)
-    vector_t = _vector(cos.dtype, *strides_t[:2])
-    _rope_norm_bwd_kernel[(programs,)](
-        grad, x, weight.contiguous(), out, partial, cos, sin,
-        *_units(vector_x, strides_g), *_units(vector_x, strides_x), strides_o[0] // vector_o, strides_o[1] // vector_o,
-        strides_t[0] // vector_t, strides_t[1] // vector_t, strides_t[2], tokens, blocks, batches * blocks, eps,
-        H=heads, D=head_dim, HALF=cos.shape[-1], WIDTH=width, BLOCK=block, INTERLEAVED=interleaved,
-        VECTOR_X=vector_x, VECTOR_O=vector_o, VECTOR_T=vector_t, num_warps=_WARPS,
-    )  # fmt: skip
-    return out, partial.sum(0).to(weight.dtype)
 
 
 def _why_not(*tensors: torch.Tensor | None) -> str | None:
@@ -381,7 +199,7 @@ def rope_fwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
+    (cos, sin), q_weight, k_weight = same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
     plan = plan_rope_fwd(q, k, cos, sin, q_weight, k_weight, eps, interleaved)
     assert plan is not None  # all that a plan would copy is copied
     return plan(q, k, cos, sin, q_weight, k_weight)
@@ -436,20 +254,26 @@ def rope_bwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outs: list[torch.Tensor | None] = [None, None]
-    grad_weights = [grad_q.new_empty(0), grad_k.new_empty(0)]
-    for i, (grad, x, weight) in enumerate(((grad_q, q, q_weight), (grad_k, k, k_weight))):
-        if weight is not None and x is not None:
-            outs[i], grad_weights[i] = _norm_bwd(grad, x, cos, sin, weight, eps, interleaved)
-    out_q, out_k = outs
-    # What has no norm is only turned back, both in one launch; a side that is done goes in without heads.
-    new_q = out_q if out_q is not None else torch.empty(grad_q.shape, dtype=grad_q.dtype, device=grad_q.device)
-    new_k = out_k if out_k is not None else torch.empty(grad_k.shape, dtype=grad_k.dtype, device=grad_k.device)
-    if out_q is None or out_k is None:
-        keep_q, keep_k = (slice(None) if out is None else slice(0) for out in outs)
-        kept = grad_q[..., keep_q, :], grad_k[..., keep_k, :], new_q[..., keep_q, :], new_k[..., keep_k, :]
+    sides = ((grad_q, q, q_weight), (grad_k, k, k_weight))
+    normed = [x is not None and weight is not None for _, x, weight in sides]
+    if not any(normed):
+        outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad, *_ in sides]
+        _turn_back(grad_q, grad_k, *outs, cos, sin, interleaved)
+        return outs[0], outs[1], grad_q.new_empty(0), grad_k.new_empty(0)
+    # A side that has no norm goes in without heads, and is turned back by itself.
+    other = next(weight for weight in (q_weight, k_weight) if weight is not None)
+    grads = [grad if has else grad[..., :0, :] for (grad, *_), has in zip(sides, normed, strict=True)]
+    inputs = [grad if x is None else x[..., : grad.shape[-2], :] for grad, (_, x, _) in zip(grads, sides, strict=True)]
+    weights = [other if weight is None else weight for *_, weight in sides]
+    outs, grad_weights = norm_bwd(grads, inputs, weights, cos, sin, eps, interleaved)
+    for i, (grad, *_) in enumerate(sides):
+        if not normed[i]:
+            outs[i], grad_weights[i] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), grad.new_empty(0)
+    if not all(normed):
+        only_q, only_k = (slice(0) if has else slice(None) for has in normed)
+        kept = grad_q[..., only_q, :], grad_k[..., only_k, :], outs[0][..., only_q, :], outs[1][..., only_k, :]
         _turn_back(*kept, cos, sin, interleaved)
-    return new_q, new_k, grad_weights[0], grad_weights[1]
+    return outs[0], outs[1], grad_weights[0], grad_weights[1]
 
 
 def _heads(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -486,7 +310,7 @@ def rope_qkv_(
     eps: float,
     interleaved: bool,
 ) -> None:
-    (cos, sin), q_weight, k_weight = _same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
+    (cos, sin), q_weight, k_weight = same_layout(cos, sin), contiguous(q_weight), contiguous(k_weight)
     plan = plan_rope_qkv_(qkv, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, eps, interleaved)
     assert plan is not None  # all that a plan would copy is copied
     plan(qkv, cos, sin, q_weight, k_weight)
