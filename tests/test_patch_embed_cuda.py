@@ -120,6 +120,29 @@ def test_odd_grids_of_few_images(name: str, dtype: str, uint8: bool, images: int
     assert compare(embed(flavour, tensors, backend="cuda"), stock(flavour, double(tensors)), "gemm")
 
 
+LARGE_PATCHES = {
+    "clip-b/32": Flavour((20, 3, 224, 224), (32, 32), 49, dim=768, bias=False, prefix=1, norm=True),
+    "vit-b/32, 70 images": Flavour((70, 3, 224, 224), (32, 32), 49, dim=768, prefix=1),
+    "5 x 8": Flavour((24, 3, 160, 256), (32, 32), 40, dim=200, pos="batch"),
+    "one row, crooked": Flavour((400, 3, 32, 64), (32, 32), 2, dim=264, prefix=2, pos="patches"),
+    "norm of 4 blocks": Flavour((16, 3, 256, 256), (32, 32), 64, dim=1024, prefix=1, norm=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LARGE_PATCHES)
+def test_large_patches(name: str, dtype: str, device: torch.device) -> None:
+    """Of 32 x 32, whose rows of 16 bits the engine copies 64 bytes at a time."""
+    flavour = LARGE_PATCHES[name]
+    tensors = flavour.inputs(DTYPES[dtype], device)
+    out = embed(flavour, tensors, backend="cuda")
+    assert compare(out, stock(flavour, double(tensors)), "gemm")
+    assert kernels(lambda: embed(flavour, tensors, backend="cuda")) == [GEMM]
+    few = of_images(flavour, 1)
+    with pytest.raises(BackendError, match="patches of 32: at least 768"):
+        embed(few, few.inputs(DTYPES[dtype], device), backend="cuda")
+
+
 @pytest.mark.parametrize(("name", "uint8"), TAKEN)
 def test_who_takes_a_model(name: str, uint8: bool, device: torch.device) -> None:
     """Up to how many images are few on an H100, as docs/patch_embed.md says."""
@@ -457,7 +480,8 @@ def test_no_images(device: torch.device) -> None:
         ({"pixels": (2, 3, 28, 32)}, "2 patches side by side: too few"),
         ({"dtype": torch.float32}, "it takes uint8 or 16-bit pixels and 16-bit weights"),
         ({"dim": 12}, "dim 12: a multiple of 8"),
-        ({"patch": (7, 7)}, "patch 7: 14 or 16"),
+        ({"patch": (7, 7)}, "patch 7: 14, 16 or 32"),
+        ({"pixels": (2, 3, 64, 64), "patch": (32, 32), "grid": 4}, "patches of 32: 16-bit pixels"),
         ({"channels": 1}, "square patches of images of three channels"),
         ({"dim": 1280, "norm": True}, "dim 1280 with a norm: at most 8 times 96 or 128"),
     ],

@@ -16,14 +16,16 @@ namespace gemm {
 bool takes(const VlmkPatchEmbedParams& p) {
   const bool wide = p.dim % 256 == 0 && p.dim / 256 <= kMaxCluster;
   const bool narrow = p.dim % 192 == 0 && p.dim / 192 <= kMaxCluster;
-  return p.patch == kPatch && (!p.norm_weight || wide || narrow);
+  const bool patches = p.patch == 16 || (p.patch == 32 && p.pixel_type != VLMK_UINT8);
+  return patches && (!p.norm_weight || wide || narrow);
 }
 
 int depth_of(const VlmkPatchEmbedParams& p) {
   return p.patch ? kChannels * p.patch * p.patch : p.depth;
 }
 
-// Rows are images of one patch in a row, whose pixels are copied 64 at a time.
+// Rows are images of one patch in a row, whose pixels are copied 64 at a time. Patches of 32 rows
+// have two maps for each channel: the engine's window is no deeper than 16.
 int encode_pixels(Maps& maps, const VlmkPatchEmbedParams& p, int run) {
   const bool half = p.token_type == VLMK_FLOAT16, rows = p.patch == 0;
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
@@ -31,14 +33,15 @@ int encode_pixels(Maps& maps, const VlmkPatchEmbedParams& p, int run) {
   const auto bytes = [](int count, int64_t stride) {
     return static_cast<cuuint64_t>(count > 1 ? 2 * stride : 16);
   };
-  const int neighbours = rows ? 1 : run / kPatch;
-  for (int c = 0; c < (rows ? 1 : kChannels); ++c) {
+  const int neighbours = rows ? 1 : run / p.patch, parts = rows ? 1 : p.patch / kMapRows;
+  for (int i = 0; i < (rows ? 1 : kChannels * parts); ++i) {
+    const int64_t first = i / parts * p.pixel_stride_c + i % parts * (kMapRows * p.pixel_stride_y);
     const int code = encode_gathering(
-        maps.pixels[c], static_cast<const uint16_t*>(p.pixels) + c * p.pixel_stride_c, half,
+        maps.pixels[i], static_cast<const uint16_t*>(p.pixels) + first, half,
         {size(rows ? p.depth : run), size(p.grid_x / neighbours), size(p.grid_y),
-         size(rows ? 1 : kPatch), size(p.batch)},
+         size(rows ? 1 : kMapRows), size(p.batch)},
         {size(2 * run), bytes(p.grid_y, p.pixel_stride_gy),
-         bytes(rows ? 1 : kPatch, p.pixel_stride_y), bytes(p.batch, p.pixel_stride_b)},
+         bytes(rows ? 1 : kMapRows, p.pixel_stride_y), bytes(p.batch, p.pixel_stride_b)},
         run, kPatches / neighbours);
     if (code) return code;
   }
@@ -76,8 +79,8 @@ int improve(const VlmkPatchEmbedParams& p, int run_length, Plan& plan) {
   const int clusters = std::min(most, row_tiles * column_tiles / cluster);
   if (clusters == 0) return 0;
   // A tile costs more than its columns: copies of its pixels, which take twice as long where they
-  // are of one patch, and its end. As long as so many more columns (H100):
-  const int more = run_length == kPatch ? 160 : 48;
+  // are of 16, and its end. As long as so many more columns (H100):
+  const int more = run_length == 16 ? 160 : 48;
   const int64_t cost =
       int64_t{ceil_div(row_tiles * column_tiles, clusters * cluster)} * (C::kColumns + more);
   if (cost <= plan.cost) plan = {cost, C::kColumns, column_tiles, clusters * cluster};
@@ -91,6 +94,7 @@ int run(const VlmkPatchEmbedParams& p, const Plan& plan, int run_length, void* s
                    ceil_div(patches, kPatches) * plan.column_tiles,
                    ceil_div(depth, kStageDepth),
                    2 * run_length,
+                   p.patch ? kStageDepth / p.patch : 1,
                    Divisor(plan.column_tiles),
                    Divisor(p.grid_y * p.grid_x),
                    Divisor(p.grid_x)};
@@ -118,7 +122,8 @@ template <typename Token, bool kGathered, bool kNormed>
 int embed_by(const VlmkPatchEmbedParams& p, void* stream) {
   using Narrow = Config<Token, 192, kGathered, kNormed>;
   using Wide = Config<Token, 256, kGathered, kNormed>;
-  const int run_length = p.patch == 0 ? kStageDepth : p.grid_x % 2 ? kPatch : 2 * kPatch;
+  const bool pairs = p.patch == 16 && p.grid_x % 2 == 0;
+  const int run_length = p.patch == 0 ? kStageDepth : pairs ? 2 * p.patch : p.patch;
   Plan plan{INT64_MAX, 0, 0, 0};
   int code = improve<Narrow>(p, run_length, plan);
   if (code) return code;

@@ -12,6 +12,9 @@ namespace gemm {
 // done as soon by the tiles of other backends (H100).
 constexpr int kDepthStep = 64, kMinDepth = 576, kMinRows = 1536;
 
+// Patches of 32 x 32, of which fewer are done as soon by the tiles of other backends (H200).
+constexpr int kMinLargePatches = 768;
+
 // Rows of others than multiples of 8 pixels are gathered, and of the last 64, no more than so many.
 constexpr int kMaxLeft = 16;
 

@@ -16,17 +16,18 @@ namespace vlmk {
 namespace patch_embed {
 namespace gemm {
 
-constexpr int kPatch = 16;
-constexpr int kGroups = 2;  // warpgroups that multiply, 64 patches each
+constexpr int kStep = 16;     // pixels that a product multiplies
+constexpr int kMapRows = 16;  // rows of pixels of each patch that a map covers
+constexpr int kGroups = 2;    // warpgroups that multiply, 64 patches each
 constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kPatches = 64 * kGroups;  // of a tile
-constexpr int kStageRows = 4;           // rows of pixels of each patch
-constexpr int kStageDepth = kStageRows * kPatch;
-constexpr int kStepBytes = kPatches * kPatch * 2;  // one row of pixels of each patch
+constexpr int kStageDepth = 64;  // pixels of each patch in a stage: rows of 16 or of 32, or a run
+constexpr int kStageSteps = kStageDepth / kStep;
+constexpr int kStagePixelBytes = kPatches * kStageDepth * 2;
 
-// Copies of pixels, a map for each channel, and of weights.
+// Copies of pixels, a map for 16 rows of each channel, and of weights.
 struct Maps {
-  CUtensorMap pixels[kChannels];
+  CUtensorMap pixels[2 * kChannels];
   CUtensorMap weight;
 };
 
@@ -36,13 +37,14 @@ struct Schedule {
   int32_t patches;  // of all images
   int32_t tiles;
   int32_t steps;      // stages that a tile takes
-  int32_t run_bytes;  // copied as one: 16 pixels of a patch or of two neighbours, 64 of a row
+  int32_t run_bytes;  // copied as one: a row of a patch or of two neighbours, 64 pixels of a row
+  int32_t copies;     // of a stage's pixels: a row of all patches each
   Divisor column_tiles;
   Divisor grid;  // patches of an image
   Divisor grid_x;
 
-  __device__ bool are_rows() const { return run_bytes == kStageDepth * 2; }
-  __device__ bool in_pairs() const { return run_bytes == 2 * kPatch * 2; }
+  __device__ bool are_rows() const { return copies == 1; }
+  __device__ bool in_pairs() const { return copies * run_bytes > kStageDepth * 2; }
 };
 
 // kGathered: pixels are brought not by the copy engine but by a warpgroup. See gemm_gather.h.
@@ -61,7 +63,7 @@ struct Config : TokenType<Token_> {
   static constexpr int kProducerRegisters = kGathered ? 120 : kNormed ? 56 : 40;
   static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168 && kGroups == 2);
 
-  static constexpr int kPixelBytes = kStageRows * kStepBytes;
+  static constexpr int kPixelBytes = kStagePixelBytes;
   static constexpr int kStageBytes = kPixelBytes + kColumns * kStageDepth * 2;
   static constexpr int kNormBytes =
       kNormed ? kGroups * 2 * kMaxCluster * kTile * 8 + 2 * kColumns * 2 : 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit pixels as an ordinary product of matrices: many patches of 16 x 16, or rows. A row of a
-// patch is 32 bytes, and the copy engine gathers those of 128 patches one after another, from one
-// image to the next, as if for a convolution. Rows that it can't bring, a warpgroup gathers.
+// 16-bit pixels as an ordinary product of matrices: many patches of 16 x 16 or 32 x 32, or rows. A
+// row of a patch is 32 or 64 bytes, and the copy engine gathers those of 128 patches one after
+// another, from one image to the next, as if for a convolution. Rows that it can't bring, a
+// warpgroup gathers.
 //
 // One thread copies pixels and weights to shared memory; two warpgroups multiply them, 64 patches
 // by 256 columns each, and store the tokens of one tile during the products of the next. With a
@@ -28,6 +29,7 @@ namespace gemm {
 // The thread that copies.
 template <typename C>
 __device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, TileRing<C> ring) {
+  const int copy_bytes = kStagePixelBytes / s.copies;
   for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles; tile += gridDim.x) {
     const int row = s.column_tiles.divide(tile), patch = row * kPatches;
     const int column_tile = tile - row * s.column_tiles.divisor;
@@ -41,12 +43,12 @@ __device__ __forceinline__ void copy_tiles(const Schedule& s, const Maps& maps, 
         copy_gathered(ring.stage(), maps.pixels[0], step * kStageDepth, 0, y, image, 0,
                       ring.full());
       } else {
-        constexpr int kPerChannel = kPatch / kStageRows;
-        const int channel = step / kPerChannel, first = step % kPerChannel * kStageRows;
+        const int first = step * s.copies;
 #pragma unroll
-        for (int i = 0; i < kStageRows; ++i) {
-          copy_gathered(ring.stage() + i * kStepBytes, maps.pixels[channel], 0,
-                        x / (s.in_pairs() ? 2 : 1), y, image, first + i, ring.full());
+        for (int i = 0; i < kStageSteps; ++i) {
+          if (i == s.copies) break;
+          copy_gathered(ring.stage() + i * copy_bytes, maps.pixels[first / kMapRows], 0,
+                        x / (s.in_pairs() ? 2 : 1), y, image, first % kMapRows + i, ring.full());
         }
       }
       copy_tile(ring.stage() + C::kPixelBytes, maps.weight, step * kStageDepth, 0,
@@ -61,15 +63,18 @@ template <typename C>
 __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const Schedule& s,
                                             char* shared, int group, TileRing<C> ring) {
   using Token = typename C::Token;
-  using Whole = std::integral_constant<int, kStageRows>;
+  using Whole = std::integral_constant<int, kStageSteps>;
   const int lane = lane_index();
   // Of two patches that are copied as one, each warpgroup takes one.
   const int run_bytes = C::kGathered ? kStageDepth * 2 : s.run_bytes;
   const bool rows = C::kGathered || s.are_rows(), pairs = !C::kGathered && s.in_pairs();
   const uint64_t pixels =
-      row_descriptor(ring.stages + group * (pairs ? kPatch * 2 : 64 * run_bytes), run_bytes);
+      row_descriptor(ring.stages + group * (pairs ? kStep * 2 : 64 * run_bytes), run_bytes);
   const uint64_t weights = row_descriptor(ring.stages + C::kPixelBytes, kStageDepth * 2);
-  const uint32_t pixels_step = (rows ? kPatch * 2 : kStepBytes) >> 4;
+  // From a step of 16 pixels to the next, and to the one behind that.
+  const uint32_t copy = kStagePixelBytes / (rows ? 1 : s.copies) >> 4;
+  const uint32_t next = rows || s.copies == 2 ? kStep * 2 >> 4 : copy;
+  const uint32_t second = rows ? 2 * next : s.copies == 2 ? copy : 2 * copy;
   float sum[C::kSums];
   Tokens<C> tokens;
   // The products of a stage, and `meanwhile`.
@@ -81,8 +86,8 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
     const uint32_t slot = ring.slot * C::kStageBytes >> 4;
 #pragma unroll
     for (int i = 0; i < decltype(steps)::value; ++i) {
-      mma<Token, C::kColumns>(sum, pixels + slot + i * pixels_step,
-                              weights + slot + (i * kPatch * 2 >> 4), !first || i > 0);
+      mma<Token, C::kColumns>(sum, pixels + slot + i / 2 * second + i % 2 * next,
+                              weights + slot + (i * kStep * 2 >> 4), !first || i > 0);
     }
     mma_commit();
     meanwhile();

@@ -39,9 +39,20 @@ int check_rows(const VlmkPatchEmbedParams& p) {
   return 0;
 }
 
+int check_large(const VlmkPatchEmbedParams& p) {
+  using namespace gemm;
+  VLMK_CHECK(p.pixel_type != VLMK_UINT8, "patches of 32: 16-bit pixels");
+  VLMK_CHECK(takes(p), "dim %d with a norm, patches of 32: at most 8 times 192 or 256", p.dim);
+  const int64_t patches = int64_t{p.batch} * p.grid_y * p.grid_x;
+  VLMK_CHECK(patches == 0 || patches >= kMinLargePatches, "%lld patches of 32: at least %d",
+             static_cast<long long>(patches), kMinLargePatches);
+  return 0;
+}
+
 int check(const VlmkPatchEmbedParams& p) {
   const bool bytes = p.pixel_type == VLMK_UINT8;
-  VLMK_CHECK(p.patch == 0 || p.patch == 14 || p.patch == 16, "patch %d: 14 or 16", p.patch);
+  VLMK_CHECK(p.patch == 0 || p.patch == 14 || p.patch == 16 || p.patch == 32,
+             "patch %d: 14, 16 or 32", p.patch);
   VLMK_CHECK(p.token_type == VLMK_FLOAT16 || p.token_type == VLMK_BFLOAT16, "token_type %d",
              p.token_type);
   VLMK_CHECK(bytes || p.pixel_type == p.token_type, "pixel_type %d", p.pixel_type);
@@ -50,12 +61,12 @@ int check(const VlmkPatchEmbedParams& p) {
   const int64_t tokens = int64_t{p.grid_y} * p.grid_x + p.num_prefix;
   VLMK_CHECK(2 * p.batch * tokens < INT_MAX - kTile, "more than 2^30 tokens");
   VLMK_CHECK(p.dim > 0 && p.dim % 8 == 0, "dim %d: a multiple of 8", p.dim);
-  const int rows_code = p.patch == 0 ? check_rows(p) : 0;
-  if (rows_code) return rows_code;
+  const int code = p.patch == 0 ? check_rows(p) : p.patch == 32 ? check_large(p) : 0;
+  if (code) return code;
   const bool wide = p.patch == 14 && p.dim % 128 == 0 && p.dim / 128 <= kMaxCluster;
   const bool narrow = p.dim % 96 == 0 && p.dim / 96 <= kMaxCluster;
-  VLMK_CHECK(!p.norm_weight || narrow || wide, "dim %d with a norm: at most 8 times 96%s", p.dim,
-             p.patch == 14 ? " or 128" : "");
+  VLMK_CHECK(!p.norm_weight || narrow || wide || p.patch == 32,
+             "dim %d with a norm: at most 8 times 96%s", p.dim, p.patch == 14 ? " or 128" : "");
   const int per_16 = p.patch == 0 && p.depth % 8 ? 1 : bytes ? 16 : 8;
   for (int64_t stride : {p.pixel_stride_b, p.pixel_stride_gy, p.pixel_stride_c, p.pixel_stride_y}) {
     VLMK_CHECK(stride % per_16 == 0, "a stride of pixels of %lld elements: multiples of 16 bytes",
@@ -81,7 +92,7 @@ int vlmk_patch_embed(const VlmkPatchEmbedParams* params, void* stream) {
   const int code = check(p);
   if (code) return code;
   if (p.batch == 0) return 0;
-  if (p.patch == 0) return gemm::embed(p, stream);
+  if (p.patch == 0 || p.patch == 32) return gemm::embed(p, stream);
   const bool bytes = p.pixel_type == VLMK_UINT8;
   bool done = false;
   const int small_code =
