@@ -59,16 +59,18 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
   return encode_matrix(maps.panel_columns, p.panel, rows, columns, columns, kDepth);
 }
 
-// As many clusters as find room, or as there are tiles of logits.
+// How many clusters find room.
+template <auto kKernel>
+int clusters_of(int& count) {
+  const int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
+  return code ? code : active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
+}
+
+// For so many tiles, on as many clusters as find room.
 template <auto kKernel, typename Params, typename... Args>
-int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* stream,
+int launch_for_tiles(const char* name, const Params& p, int64_t tiles, int room, void* stream,
                      const Args&... args) {
-  int count = 0;
-  int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
-  if (code) return code;
-  code = active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
-  if (code) return code;
-  const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
+  const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, room));
   VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);
   const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream);
   return launch(name, kKernel, config, p, args...);
@@ -77,16 +79,39 @@ int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* str
 template <typename Work>
 int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps& maps,
                   void* stream) {
-  return launch_for_tiles<contrastive_logits_kernel<Work>>(
-      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, stream, panel,
-      maps);
+  constexpr auto kKernel = contrastive_logits_kernel<Work>;
+  int room = 0;
+  const int code = clusters_of<kKernel>(room);
+  return code ? code
+              : launch_for_tiles<kKernel>("contrastive_logits_kernel", p,
+                                          int64_t{panel.row_tiles} * panel.column_tiles, room,
+                                          stream, panel, maps);
 }
 
+// What a tile of 128 columns of a gradient takes, in percent of one of 256.
+constexpr int kNarrowCost = 60;
+
+// Gradients of one panel are so few tiles that narrow ones may be done first: where several panels
+// follow each other, there are always others.
 template <typename Work, bool kWideB>
-int launch_gradients(const Job& p, const Maps& maps, void* stream) {
-  return launch_for_tiles<contrastive_gradients_kernel<Work, kWideB>>(
-      "contrastive_gradients_kernel", p, int64_t{p.rows / kTile} * (p.columns / kTile), stream,
-      maps);
+int launch_gradients(const VlmkContrastiveParams& p, const Maps& maps, void* stream) {
+  constexpr auto kKernel = contrastive_gradients_kernel<Work, kWideB>;
+  int room = 0;
+  const int code = clusters_of<kKernel>(room);
+  if (code || room == 0) return code ? code : fail(cudaErrorInvalidValue, "no cluster fits");
+  Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns), kTile,
+          ceil_div(p.dim, kTile)};
+  int64_t tiles = int64_t{p.rows / kTile} * (p.columns / kTile);
+  if (job.row_panels * job.column_panels == 1) {
+    const int rows = (p.rows + p.columns) / kTile, narrow = ceil_div(p.dim, kNarrow);
+    const auto cost = [&](int across) { return int64_t{ceil_div(rows * across, room)}; };
+    if (cost(narrow) * kNarrowCost < cost(job.across) * 100) {
+      job.tile_columns = kNarrow;
+      job.across = narrow;
+    }
+    tiles = std::max<int64_t>(tiles, rows * job.across);
+  }
+  return launch_for_tiles<kKernel>("contrastive_gradients_kernel", job, tiles, room, stream, maps);
 }
 
 int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
@@ -109,10 +134,8 @@ int gradients(const VlmkContrastiveParams& p, void* stream) {
   VLMK_CHECK(p.kept_panels > 1, "%d panels kept, wanted 2 or more", p.kept_panels);
   int code = encode_maps(p, true, maps);
   if (code) return code;
-  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
-                ceil_div(p.dim, kTile)};
-  return p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
-                  : launch_gradients<Work, false>(job, maps, stream);
+  return p.wide_b ? launch_gradients<Work, true>(p, maps, stream)
+                  : launch_gradients<Work, false>(p, maps, stream);
 }
 
 int clip_backward(const VlmkContrastiveParams& p, void* stream) {
