@@ -88,30 +88,16 @@ int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps
                                           stream, panel, maps);
 }
 
-// What a tile of 128 columns of a gradient takes, in percent of one of 256.
-constexpr int kNarrowCost = 60;
-
-// Gradients of one panel are so few tiles that narrow ones may be done first: where several panels
-// follow each other, there are always others.
 template <typename Work, bool kWideB>
-int launch_gradients(const VlmkContrastiveParams& p, const Maps& maps, void* stream) {
+int launch_gradients(const Job& p, const Maps& maps, void* stream) {
   constexpr auto kKernel = contrastive_gradients_kernel<Work, kWideB>;
   int room = 0;
   const int code = clusters_of<kKernel>(room);
-  if (code || room == 0) return code ? code : fail(cudaErrorInvalidValue, "no cluster fits");
-  Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns), kTile,
-          ceil_div(p.dim, kTile)};
-  int64_t tiles = int64_t{p.rows / kTile} * (p.columns / kTile);
-  if (job.row_panels * job.column_panels == 1) {
-    const int rows = (p.rows + p.columns) / kTile, narrow = ceil_div(p.dim, kNarrow);
-    const auto cost = [&](int across) { return int64_t{ceil_div(rows * across, room)}; };
-    if (cost(narrow) * kNarrowCost < cost(job.across) * 100) {
-      job.tile_columns = kNarrow;
-      job.across = narrow;
-    }
-    tiles = std::max<int64_t>(tiles, rows * job.across);
-  }
-  return launch_for_tiles<kKernel>("contrastive_gradients_kernel", job, tiles, room, stream, maps);
+  if (code) return code;
+  // Of few pairs the gradients are more tiles than the logits.
+  const int64_t rows = p.rows / kTile, columns = p.columns / kTile;
+  const int64_t tiles = std::max(rows * columns, (rows + columns) * p.across);
+  return launch_for_tiles<kKernel>("contrastive_gradients_kernel", p, tiles, room, stream, maps);
 }
 
 int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
@@ -134,8 +120,10 @@ int gradients(const VlmkContrastiveParams& p, void* stream) {
   VLMK_CHECK(p.kept_panels > 1, "%d panels kept, wanted 2 or more", p.kept_panels);
   int code = encode_maps(p, true, maps);
   if (code) return code;
-  return p.wide_b ? launch_gradients<Work, true>(p, maps, stream)
-                  : launch_gradients<Work, false>(p, maps, stream);
+  const Job job{p, ceil_div(p.rows, p.panel_rows), ceil_div(p.columns, p.panel_columns),
+                ceil_div(p.dim, kTile)};
+  return p.wide_b ? launch_gradients<Work, true>(job, maps, stream)
+                  : launch_gradients<Work, false>(job, maps, stream);
 }
 
 int clip_backward(const VlmkContrastiveParams& p, void* stream) {

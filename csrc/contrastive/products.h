@@ -25,7 +25,7 @@ __device__ __forceinline__ int set_products(Task& task, const Job& p, const Visi
   task.kind = of_b ? kGradientB : kGradientA;
   task.steps = (of_b ? panel.row_tiles : panel.column_tiles) * (kTile / kDepth);
   task.row = (of_b ? panel.first_column : panel.first_row) + row;
-  task.column = column * p.tile_columns;
+  task.column = column * kTile;
   task.kept_row = of_b ? task.row : visit.slot * p.panel_rows + row;
   task.has_sum = turn > 0;
   task.is_last = turn == (of_b ? p.row_panels : p.column_panels) - 1;
@@ -36,7 +36,7 @@ __device__ __forceinline__ int set_products(Task& task, const Job& p, const Visi
 }
 
 __device__ __forceinline__ bool is_narrow(const Job& p, const Task& task) {
-  return p.tile_columns == kNarrow || p.dim - task.column < kTile;
+  return p.dim - task.column < kTile;
 }
 
 template <int kColumns>

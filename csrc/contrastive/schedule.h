@@ -21,8 +21,7 @@ constexpr int kShift = 2;
 // What a launch works on, with what would have to be divided for.
 struct Job : VlmkContrastiveParams {
   int32_t row_panels, column_panels;
-  int32_t tile_columns;  // of a gradient: kTile or kNarrow
-  int32_t across;        // such tiles beside each other
+  int32_t across;  // tiles of a gradient beside each other
 
   __device__ __forceinline__ int panels() const { return row_panels * column_panels; }
 };

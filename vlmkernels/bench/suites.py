@@ -44,7 +44,9 @@ ATTENTION = (
     ("dense 4096 D88", "", (8, 16, 16, 4096, 4096, 88), BOTH),
     ("dense 4096 D96", "", (8, 16, 16, 4096, 4096, 96), BOTH),
     ("dense 4096 D104", "", (8, 16, 16, 4096, 4096, 104), BOTH),
+    ("InternViT-6B B8 S1025 D128", "", (8, 25, 25, 1025, 1025, 128), BOTH),
     ("dense 8192 D128", "", (2, 16, 16, 8192, 8192, 128), BOTH),
+    ("dense 2048 D192", "", (4, 16, 16, 2048, 2048, 192), BOTH),
     ("causal 4096 D128 GQA4", "causal", (4, 32, 8, 4096, 4096, 128), BOTH),
     ("text of Qwen2-VL 1500 D128 GQA7", "causal", (1, 28, 4, 1500, 1500, 128), BOTH),
     ("prefix-LM 1024+3072 D64 GQA4", "prefix", (4, 32, 8, 4096, 4096, 64), BOTH),
@@ -116,7 +118,8 @@ def _patch_embed() -> list[Workload]:
     for tower in measured:
         add(tower.name, "fwd", tower_patch_embed(tower))
         add(f"{tower.name} uint8", "fwd", tower_patch_embed(tower, uint8=True))
-    add(towers.CLIP_B.name, "fwd", tower_patch_embed(towers.CLIP_B))
+    for tower in (towers.CLIP_B, towers.CLIP_B_32):
+        add(tower.name, "fwd", tower_patch_embed(tower))
     add("Qwen2-VL rows", "fwd", rows_patch_embed(towers.QWEN2))
     add("Qwen2-VL still frames", "fwd", rows_patch_embed(towers.QWEN2, still=True))
     add("Qwen3-VL rows with positions", "fwd", rows_patch_embed(towers.QWEN3, positions=True))
@@ -168,7 +171,7 @@ def _cross_attention() -> list[Workload]:
 
 
 #: pairs, channels.
-BATCHES = tuple((pairs, dim) for pairs in (32768, 65536) for dim in (512, 768, 1152))
+BATCHES = ((10000, 512), *((pairs, dim) for pairs in (32768, 65536) for dim in (512, 768, 1152)))
 
 
 LOSSES = (("clip", "CLIP"), ("siglip", "SigLIP"))

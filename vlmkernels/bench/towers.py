@@ -68,6 +68,9 @@ CLIP_L = Tower(
 CLIP_B = Tower(
     "CLIP-B/16@224", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", vit_config(768, 12, 3072, 224, 16)), (256, 2), photos.CLIP
 )
+CLIP_B_32 = Tower(
+    "CLIP-B/32@224", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", vit_config(768, 12, 3072, 224, 32)), (256, 2), photos.CLIP
+)
 SIGLIP = Tower(
     "SigLIP-So400m/14@384",
     ("siglip", "SiglipVisionModel"),

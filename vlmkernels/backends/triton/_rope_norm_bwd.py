@@ -22,8 +22,9 @@ from vlmkernels.backends.triton._rope_pairs import (
     vector,
 )
 
-#: Of a multiprocessor.
-PROGRAMS = 8
+#: Of a multiprocessor, where there are few blocks and where there are many: with 8 for 3,072 blocks the rows of the weights'
+#: gradients take 21 us instead of 16, with 4 for 40,960 blocks all takes 178 us instead of 164 (H200).
+PROGRAMS, PROGRAMS_OF_MANY, MANY = 4, 8, 16384
 
 
 @triton.jit
@@ -138,7 +139,8 @@ def norm_bwd(
     work = batches * sum(blocks)
     if work == 0:
         return outs, [weight.new_zeros(weight.shape) for weight in weights]
-    most = 2 if INTERPRETED else PROGRAMS * torch.cuda.get_device_properties(cos.device).multi_processor_count
+    each = PROGRAMS_OF_MANY if work >= MANY else PROGRAMS
+    most = 2 if INTERPRETED else each * torch.cuda.get_device_properties(cos.device).multi_processor_count
     # As much work for each program of either side.
     programs = [min(batches * count, max(1, most * count // sum(blocks))) if count else 0 for count in blocks]
     partial = torch.empty(sum(programs), head_dim, dtype=torch.float32, device=cos.device)
