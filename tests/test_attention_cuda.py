@@ -44,6 +44,8 @@ SHAPES = {
     "many-S300x577-D80": (66, 4, 4, 300, 577, 80, 80),
     "many-eva-S257-D88": (16, 16, 16, 257, 257, 88, 88),
     "many-S300-D96": (66, 4, 4, 300, 300, 96, 96),
+    "many-S300-D120-Dv112": (66, 4, 2, 300, 300, 120, 112),
+    "S4100-D128": (1, 2, 1, 4100, 4100, 128, 128),
 }
 
 
@@ -73,7 +75,7 @@ def test_every_head_dim(dim, device):
 
 @pytest.mark.parametrize("batch", [2, 132])
 @pytest.mark.parametrize("keys", [333, 577, 1700])
-@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
+@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 192, 256])
 def test_dense_tiles(dim, keys, batch, device):
     """Without a mask the tile depends on how many heads, queries or keys there are."""
     for queries in (200, 257, 300):
@@ -81,17 +83,17 @@ def test_dense_tiles(dim, keys, batch, device):
 
 
 @pytest.mark.parametrize("step", [16, 64, 192])
-@pytest.mark.parametrize("dim", [64, 72, 80, 88, 96, 104, 128, 256])
-def test_stretches_of_queries(dim, step, device):
+@pytest.mark.parametrize(("dim", "queries"), [(dim, 1500) for dim in (64, 72, 80, 88, 96, 104, 128, 192, 256)] + [(128, 4100)])
+def test_stretches_of_queries(dim, queries, step, device):
     """Rows share their keys in stretches, of which a third see none: warpgroups and whole tiles with nothing to do.
 
     Several times, as a block takes more than one tile, and what goes wrong between two of them depends on when it happens.
     """
     for keys in (64, 333, 700) * 3:
-        shape = (3, 8, 2, 1500, keys, dim, dim)
-        start = torch.randint(0, keys, (3, 1500 // step + 1), device=device, dtype=torch.int32)
+        shape = (3, 8, 2, queries, keys, dim, dim)
+        start = torch.randint(0, keys, (3, queries // step + 1), device=device, dtype=torch.int32)
         length = torch.randint(-keys // 2, keys, start.shape, device=device, dtype=torch.int32)
-        bounds = (bound.repeat_interleave(step, dim=1)[:, :1500] for bound in (start, start + length))
+        bounds = (bound.repeat_interleave(step, dim=1)[:, :queries] for bound in (start, start + length))
         check(make_qkv(shape, torch.bfloat16, device), KeyRanges(*bounds))
 
 
