@@ -58,12 +58,18 @@ UNFOLLOWED = {
     **{
         (f"attention_bwd::Producer::{write}", f"attention_bwd::{read}"): ()
         for write in ("copy_queries", "copy_keys")
-        for read in ("QueryGroup", "KeyGroup", "PairGroup", "HalfGroup", "LastKeys", "clear_unseen")
+        for read in ("QueryGroup", "KeyGroup", "PairGroup", "HalfGroup", "LastKeys", "clear_unseen", "add_part")
     },
     ("attention_bwd::Rounding::Loader::run", "attention_bwd::Rounding::round_all"): (),
     ("attention_bwd::PairGroup::tell_adder", "attention_bwd::Adder::run"): (),
     ("attention_bwd::clear_unseen", "load_matrices"): (),
     ("copy_from_global", "attention_bwd::LastKeys::weigh"): (),
+    ("copy_from_global", "load_matrices"): ("tests/test_attention_bwd_cuda.py",),
+    **{
+        (f"contrastive::{write}", f"contrastive::{read}"): ()
+        for write in ("set_logits", "set_products", "Dealer::end")
+        for read in ("publish_all", "is_narrow", "work_on_all")
+    },
     ("copy_from_global", "load_shared"): tuple(
         f"tests/test_{name}.py" for name in ("activated_linear", "feed_forward", "attention_bwd_cuda")
     ),

@@ -42,6 +42,9 @@ struct Consumer {
   int begin, end;
   int4 bounds;    // see bounds_of_queries; not with kTight
   int2 range[2];  // of this thread's two queries; the same
+  // Whether all queries are settled: with kPackEarly, where the warps of a warpgroup must not
+  // differ in where they wait for sums. (PTX asks that of them.)
+  bool trusting;
 
   float scores[C::kKeys / 2];
   uint32_t weights[C::kKeys / 4];
@@ -202,6 +205,21 @@ struct Consumer {
     weights[i / 2] = pack<typename C::Element>(scores[i], scores[i + 1]);
   }
 
+  // Whether every query of the warpgroup has a maximum, or sees no key.
+  __device__ __forceinline__ bool all_settled(const Softmax& softmax) const {
+    bool settled = true;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bool empty = false;
+      if constexpr (C::kMasked) {
+        const int2 seen = cut(p, range_at_hand(half));
+        empty = seen.x >= seen.y;
+      }
+      settled &= empty || softmax.maximum[half] > -INFINITY;
+    }
+    return !named_any<128>(kGroupBarrier + group, !settled);
+  }
+
   // The scores of a tile's first kColumns become weights; true if the sums so far have to shrink.
   // Whether the maximum must grow shows in the weights: to look for it beforehand would be a fifth
   // of the softmax's instructions, which are what bounds it.
@@ -232,7 +250,7 @@ struct Consumer {
     };
     const float unit = finish_scores<kColumns>(first_key);
     if constexpr (C::kTrusting) {
-      if (C::kTight ? softmax.settled_now() : softmax.settled) {
+      if (C::kTight ? softmax.settled_now() : C::kPackEarly ? trusting : softmax.settled) {
         if (softmax.template weigh<kCount>(scores, unit, pack_from_halfway)) return false;
         multiply_keys_again();
         finish_scores<kColumns>(first_key);
@@ -255,6 +273,8 @@ struct Consumer {
     const int first_key = work.first_key + i * C::kKeys;
     const int stop_key = C::kMasked ? bounds_at_hand().y : p.num_keys;
     constexpr bool kEarly = kSumming && C::kPackEarly;
+    if (!kSumming) trusting = false;
+    if (kEarly && C::kTrusting && !trusting) trusting = all_settled(softmax);
     if (!C::kTrusting) end_scores(i);
     bool grows;
     if (first_key + C::kPart >= stop_key) {
