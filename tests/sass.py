@@ -58,9 +58,10 @@ def parse(text: str) -> Instruction:
         return Instruction(WAIT, text, keeps=int(wait[1], 16))
     registers = set()
     several = 4 if ".128" in name or name.startswith(("HMMA", "LDSM", "STSM")) else 2 if ".64" in name or "WIDE" in name else 1
-    for i, found in enumerate(re.finditer(r"\bR(\d+)(\.64)?", operands)):
-        wide = 2 if found[2] else several if i == 0 or name.startswith(("ST", "HMMA")) else 1
-        registers |= set(range(int(found[1]), int(found[1]) + wide))
+    for i, found in enumerate(re.finditer(r"(\[?)\bR(\d+)(\.64)?", operands)):
+        # An address is one register, or says that it is two.
+        wide = 2 if found[3] else 1 if found[1] else several if i == 0 or name.startswith(("ST", "HMMA")) else 1
+        registers |= set(range(int(found[2]), int(found[2]) + wide))
     jump = re.search(r"\.L_x_\d+", operands) if name.startswith(("BRA", "WARPSYNC.COLL")) else None
     conditional = predicate or re.search(r"U?P\w+,", operands)
     ends = name in ("EXIT", "RET") or name.startswith("BRA")

@@ -76,6 +76,7 @@ def test_registers_in_flight_are_seen() -> None:
     ((name, instructions, labels),) = sass.kernels(text)
     assert name == "kernel"
     assert instructions[1].registers == {24, 25, 26, 27, 40, 41, 42, 43}
+    assert sass.parse("STSM.16.M88.4 [R21], R16").registers == {21, 16, 17, 18, 19}
     assert sass.touched_in_flight(instructions, labels) == ["STG.E.128 desc[UR4][R26.64], RZ"]
 
 

@@ -134,7 +134,8 @@ def norm_bwd(
     batches, tokens = grads[0].shape[:2] if grads[0].dim() == 4 else (1, grads[0].shape[0])
     cos, sin = same_layout(cos, sin)
     width = row_width(head_dim)
-    block = max(BLOCK, width)
+    # A whole block of fp32 and head dim 256 would spill.
+    block = max(BLOCK // (2 if grads[0].dtype == torch.float32 else 1), width)
     blocks = [cdiv(tokens * grad.shape[-2], block // width) for grad in grads]
     work = batches * sum(blocks)
     if work == 0:
