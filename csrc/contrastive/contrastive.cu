@@ -108,7 +108,7 @@ int launch_merge(const Merge& rows, const Merge& columns, void* stream) {
 
 int launch_total(const VlmkContrastiveParams& p, std::initializer_list<float*> to,
                  const float* times, void* stream) {
-  Totals3 totals = {};
+  TotalPlaces totals = {};
   std::copy(to.begin(), to.end(), totals.to);
   return launch("contrastive_total_kernel", contrastive_total_kernel, dim3(1),
                 dim3(32 * static_cast<unsigned>(to.size())), 0, stream, p, totals, times);

@@ -130,13 +130,13 @@ __device__ __forceinline__ double sum_of_lanes(double x) {
 }
 
 // Where the sums over all tiles belong, times what is asked for.
-struct Totals3 {
+struct TotalPlaces {
   float* to[3];
 };
 
 // Behind the tiles, a warp for each of the sums.
 __global__ void contrastive_total_kernel(const __grid_constant__ VlmkContrastiveParams p,
-                                         const __grid_constant__ Totals3 totals,
+                                         const __grid_constant__ TotalPlaces totals,
                                          const float* times) {
   const int warp = warp_index();
   double sum = 0;
