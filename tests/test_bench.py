@@ -105,6 +105,16 @@ def test_timing_takes_turns() -> None:
     assert times["a"].samples == 5 and times["a"].low <= times["a"].ms <= times["a"].high
 
 
+@pytest.mark.parametrize(
+    ("times", "windows"), [([5.0] * 20, 3), ([9.0, 8.0, 7.0, 6.0, 5.0, 5.01], 6), (list(range(20, 0, -1)), 12)]
+)
+def test_clocks_settle(times: list[float], windows: int) -> None:
+    """Three windows at least, then until one takes as long as the last, and not for ever."""
+    calls = iter(times)
+    last = timing.settle(lambda: {"a": next(calls) / 2, "b": 0.0}, 0.0)
+    assert last == {"a": times[windows - 1] / 2, "b": 0.0}
+
+
 def test_times_are_per_call() -> None:
     """A function that makes several calls, as the replay of a CUDA graph does."""
     (one,) = timing.device_times({"a": lambda: time.sleep(0.002)}, CPU, 0.0).values()

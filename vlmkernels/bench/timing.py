@@ -4,11 +4,12 @@
 On a GPU a call is timed by a pair of events on its stream. Before each call a buffer several times the size of the L2 cache
 is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
-``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Rounds before the first that
-counts let the clocks settle. A step of autograd is captured in a CUDA graph and replayed. Latency is that of calls back to back
-in one graph, as a model's layers run in it, with warm caches.
+``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Before the first round that
+counts there are others, until the clocks have settled. A step of autograd is captured in a CUDA graph and replayed. Latency is
+that of calls back to back in one graph, as a model's layers run in it, with warm caches.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 
-#: How much longer than it is timed a GPU is kept busy before. At its power limit it lowers its clocks only after 40 to 90 ms: a
-#: product of 8192 takes 1.39 ms until then and 1.60 from then on (H200).
-SETTLE = 3
+#: How many times as long as it is timed a GPU is kept busy before, at least and at most, and by which part two such times may
+#: differ at the end. At its power limit it lowers its clocks only after 40 to 90 ms: a product of 8192 takes 1.39 ms until then
+#: and 1.60 from then on (H200).
+SETTLE, MOST_SETTLE, SETTLED = 3, 12, 0.003
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ def device_times(
     if not functions:
         return {}
     once = _wall_time if device.type != "cuda" else _event_timer(device, cold)
-    estimates = [once(functions, list(functions)) for _ in range(2)][-1]
-    settled = time.perf_counter() + SETTLE * budget_ms / 1e3
-    while device.type == "cuda" and time.perf_counter() < settled:
-        estimates = once(functions, list(functions))
+    once(functions, list(functions))
+    estimates = once(functions, list(functions))
+    if device.type == "cuda":
+        estimates = settle(lambda: once(functions, list(functions)), budget_ms)
     rounds = max(5, min(200, int(budget_ms * len(functions) / max(sum(estimates.values()), 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -112,6 +114,26 @@ def device_times(
         for name, ms in once(functions, names[first:] + names[:first]).items():
             samples[name].append(ms / calls)
     return {name: summary(times) for name, times in samples.items()}
+
+
+def settle(once: Callable[[], dict[str, float]], window_ms: float) -> dict[str, float]:
+    """Call ``once`` window after window until what it times takes, in all, as long as in the window before.
+
+    Returns:
+        What the last call returned.
+    """
+    before, estimates = 0.0, {}
+    for window in range(1, MOST_SETTLE + 1):
+        end = time.perf_counter() + window_ms / 1e3
+        totals: list[float] = []
+        while not totals or time.perf_counter() < end:
+            estimates = once()
+            totals.append(sum(estimates.values()))
+        now = statistics.median(totals)
+        if window >= SETTLE and abs(now - before) <= SETTLED * before:
+            break
+        before = now
+    return estimates
 
 
 def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
