@@ -191,14 +191,23 @@ int run_72(const VlmkAttentionParams& p, void* stream) {
   return run_faster<Narrow, Config<T, 72, 96, 2, false>>(p, 100, kOfFew, stream);
 }
 
+// Those of which a softmax is taken, where no query has a mask: of the last tile maybe a part.
+template <typename C>
+int64_t weighed_keys(const VlmkAttentionParams& p) {
+  const int rest = p.num_keys % C::kKeys;
+  return p.num_keys - rest + (rest > C::kPart ? C::kKeys : rest > 0 ? C::kPart : 0);
+}
+
 // Of 105 to 128. A key costs a tile of 192 queries a third more than one of 128 (H200). With a
 // mask, which is finer with 128, 192 pay from 4096 queries on, or where they are fewer tiles of a
 // head.
 template <typename T>
 int run_128(const VlmkAttentionParams& p, void* stream) {
   if (!needs_mask(p)) {
-    return run_faster<Config<T, 128, 80, 3, false>, Config<T, 128, 128, 2, false>>(
-        p, 133 * covered_keys(p, 80), 100 * covered_keys(p, 128), stream);
+    using Wide = Config<T, 128, 80, 3, false>;
+    using Narrow = Config<T, 128, 128, 2, false>;
+    return run_faster<Wide, Narrow>(p, 133 * weighed_keys<Wide>(p), 100 * weighed_keys<Narrow>(p),
+                                    stream);
   }
   const int queries = p.num_queries;
   const bool fewer = queries <= 384 && ceil_div(queries, 192) < ceil_div(queries, 128);
