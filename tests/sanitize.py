@@ -49,8 +49,8 @@ FILLED = {f"tests/test_{name}.py" for name in ("attention_bwd_cuda", "attention_
 #: else's (docs/sanitizer.md). They are the bounds of each warpgroup's queries, of which each lane writes one; the tile of
 #: queries, and the item, that a warp has read; the numbers and ranges of queries, and the bias, where no name tells which
 #: kernel's they are, so only in their tests; what a block has to know of a tile that it rounds; the tile whose sums an adder has;
-#: the order in which tiles are sorted. And keys that nobody sees, which one warpgroup clears while others may read them for
-#: scores that are masked.
+#: the order in which tiles are sorted; what a tile of the losses is. And keys that nobody sees, which one warpgroup clears while
+#: others may read them for scores that are masked.
 UNFOLLOWED = {
     **{("attention::Producer::next", f"attention::Consumer::{read}"): () for read in ("take", "work_at")},
     ("attention::Producer::next", "load_shared"): ("tests/test_attention_cuda.py",),

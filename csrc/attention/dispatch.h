@@ -132,11 +132,6 @@ int run_masked(const VlmkAttentionParams& p, void* stream) {
                   : run<Config<T, kWidth, 96, 3, true>>(p, stream);
 }
 
-// The keys of all tiles of so many.
-inline int64_t covered_keys(const VlmkAttentionParams& p, int keys) {
-  return int64_t{ceil_div(p.num_keys, keys)} * keys;
-}
-
 // What a tile of 128 queries takes, in percent of one of 192, alone on a multiprocessor.
 constexpr int kOfFew = 75;
 
@@ -147,9 +142,10 @@ template <typename T, int kWidth>
 int run_192(const VlmkAttentionParams& p, void* stream) {
   using Narrow = Config<T, kWidth, 80, 3, false>;
   using Few = Config<T, kWidth, 96, 2, false>;
+  const auto covered = [&](int keys) { return int64_t{ceil_div(p.num_keys, keys)} * keys; };
   const int tail = Narrow::kTails ? tail_of(p.num_queries) : 0;
   const bool saves_a_tile = ceil_div(p.num_queries - tail, 192) < ceil_div(p.num_queries, 192);
-  if (saves_a_tile || covered_keys(p, 96) * 100 > covered_keys(p, 80) * 103) {
+  if (saves_a_tile || covered(96) * 100 > covered(80) * 103) {
     return run_faster<Narrow, Few>(p, 100, kOfFew, stream);
   }
   return run_faster<Config<T, kWidth, 96, 3, false>, Few>(p, 100, kOfFew, stream);

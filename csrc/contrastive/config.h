@@ -211,6 +211,13 @@ __device__ __forceinline__ void multiply(float (&sum)[kColumns / 2], StageRing& 
   keep(sum);
 }
 
+// The sum over a warp, to its first lane.
+__device__ __forceinline__ double sum_of_lanes(double x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
 // Sums over tiles, of each thread its own: in fp64, as which tiles a block has is not the same in
 // every run, and the results are fp32.
 struct Totals {
@@ -231,8 +238,7 @@ struct Totals {
     if (thread >= 32) return;
     double x = 0;
     for (int i = thread; i < 128; i += 32) x += of_threads[number * 128 + i];
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    x = sum_of_lanes(x);
     if (thread == 0) sums[static_cast<int>(blockIdx.x) * kGroups + group] = x;
   }
 };

@@ -59,18 +59,16 @@ int encode_maps(const VlmkContrastiveParams& p, bool gradients, Maps& maps) {
   return encode_matrix(maps.panel_columns, p.panel, rows, columns, columns, kDepth);
 }
 
-// How many clusters find room.
-template <auto kKernel>
-int clusters_of(int& count) {
-  const int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
-  return code ? code : active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
-}
-
 // For so many tiles, on as many clusters as find room.
 template <auto kKernel, typename Params, typename... Args>
-int launch_for_tiles(const char* name, const Params& p, int64_t tiles, int room, void* stream,
+int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* stream,
                      const Args&... args) {
-  const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, room));
+  int count = 0;
+  int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
+  if (code) return code;
+  code = active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
+  if (code) return code;
+  const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
   VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);
   const LaunchConfig config(dim3(blocks), dim3(kThreads), kBlocks, Layout::kSharedBytes, stream);
   return launch(name, kKernel, config, p, args...);
@@ -79,25 +77,18 @@ int launch_for_tiles(const char* name, const Params& p, int64_t tiles, int room,
 template <typename Work>
 int launch_logits(const VlmkContrastiveParams& p, const Panel& panel, const Maps& maps,
                   void* stream) {
-  constexpr auto kKernel = contrastive_logits_kernel<Work>;
-  int room = 0;
-  const int code = clusters_of<kKernel>(room);
-  return code ? code
-              : launch_for_tiles<kKernel>("contrastive_logits_kernel", p,
-                                          int64_t{panel.row_tiles} * panel.column_tiles, room,
-                                          stream, panel, maps);
+  return launch_for_tiles<contrastive_logits_kernel<Work>>(
+      "contrastive_logits_kernel", p, int64_t{panel.row_tiles} * panel.column_tiles, stream, panel,
+      maps);
 }
 
 template <typename Work, bool kWideB>
 int launch_gradients(const Job& p, const Maps& maps, void* stream) {
-  constexpr auto kKernel = contrastive_gradients_kernel<Work, kWideB>;
-  int room = 0;
-  const int code = clusters_of<kKernel>(room);
-  if (code) return code;
   // Of few pairs the gradients are more tiles than the logits.
   const int64_t rows = p.rows / kTile, columns = p.columns / kTile;
-  const int64_t tiles = std::max(rows * columns, (rows + columns) * p.across);
-  return launch_for_tiles<kKernel>("contrastive_gradients_kernel", p, tiles, room, stream, maps);
+  return launch_for_tiles<contrastive_gradients_kernel<Work, kWideB>>(
+      "contrastive_gradients_kernel", p, std::max(rows * columns, (rows + columns) * p.across),
+      stream, maps);
 }
 
 int launch_merge(const Merge& rows, const Merge& columns, void* stream) {

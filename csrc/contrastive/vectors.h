@@ -122,13 +122,6 @@ __global__ void __launch_bounds__(kPrepareThreads)
   p.numbers[kHighest] = lowest < INFINITY ? highest : 0;
 }
 
-// The sum over a warp, to its first lane.
-__device__ __forceinline__ double sum_of_lanes(double x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
-
 // Where the sums over all tiles belong, times what is asked for.
 struct TotalPlaces {
   float* to[3];

@@ -16,8 +16,7 @@ namespace gemm {
 bool takes(const VlmkPatchEmbedParams& p) {
   const bool wide = p.dim % 256 == 0 && p.dim / 256 <= kMaxCluster;
   const bool narrow = p.dim % 192 == 0 && p.dim / 192 <= kMaxCluster;
-  const bool patches = p.patch == 16 || (p.patch == 32 && p.pixel_type != VLMK_UINT8);
-  return patches && (!p.norm_weight || wide || narrow);
+  return (p.patch == 16 || p.patch == 32) && (!p.norm_weight || wide || narrow);
 }
 
 int depth_of(const VlmkPatchEmbedParams& p) {

@@ -170,9 +170,8 @@ def weights(p: Pairs, smoothing: float, shared: Group | None) -> Weights:
     start, stop = positives(p, shared)
     if p.start is None or p.stop is None:
         row = torch.full((rows,), 0.5 / (rows * ranks), dtype=dtype, device=device)
-        column = row  # as there are as many
-        if ranks > 1:
-            column = torch.full((columns * ranks,), 0.5 / (columns * ranks), dtype=dtype, device=device)
+        # There are as many columns as rows, and ranks times as many of all ranks.
+        column = row if ranks == 1 else row.repeat(ranks)
         row_positive, column_positive = ((1 - smoothing) * x if smoothing else x for x in (row, column))
         return Weights(start, stop, row, row_positive, column, column_positive, *smooth)
     row_count = (stop - start).to(dtype)

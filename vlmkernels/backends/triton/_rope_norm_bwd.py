@@ -123,14 +123,17 @@ def norm_bwd(
     grads: list[torch.Tensor],
     inputs: list[torch.Tensor],
     weights: list[torch.Tensor],
+    outs: list[torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
     interleaved: bool,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of q and k, and of the weights of their norms, in two launches. A side without a norm comes without heads."""
+) -> list[torch.Tensor]:
+    """Gradients of q and k, into ``outs``, and of the weights of their norms, in two launches.
+
+    A side without a norm comes without heads, and with any weight.
+    """
     head_dim = grads[0].shape[-1]
-    outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
     batches, tokens = grads[0].shape[:2] if grads[0].dim() == 4 else (1, grads[0].shape[0])
     cos, sin = same_layout(cos, sin)
     width = row_width(head_dim)
@@ -139,7 +142,7 @@ def norm_bwd(
     blocks = [cdiv(tokens * grad.shape[-2], block // width) for grad in grads]
     work = batches * sum(blocks)
     if work == 0:
-        return outs, [weight.new_zeros(weight.shape) for weight in weights]
+        return [weight.new_zeros(weight.shape) for weight in weights]
     each = PROGRAMS_OF_MANY if work >= MANY else PROGRAMS
     most = 2 if INTERPRETED else each * torch.cuda.get_device_properties(cos.device).multi_processor_count
     # As much work for each program of either side.
@@ -162,4 +165,4 @@ def norm_bwd(
     _sum_rows_kernel[(cdiv(head_dim, 16), 2)](
         partial, *grad_weights, programs[0], sum(programs), D=head_dim, ROWS=256, COLUMNS=16, num_warps=8
     )
-    return outs, grad_weights
+    return grad_weights

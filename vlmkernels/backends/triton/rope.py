@@ -254,25 +254,23 @@ def rope_bwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sides = ((grad_q, q, q_weight), (grad_k, k, k_weight))
-    normed = [x is not None and weight is not None for _, x, weight in sides]
-    if not any(normed):
-        outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad, *_ in sides]
-        _turn_back(grad_q, grad_k, *outs, cos, sin, interleaved)
-        return outs[0], outs[1], grad_q.new_empty(0), grad_k.new_empty(0)
-    # A side that has no norm goes in without heads, and is turned back by itself.
-    other = next(weight for weight in (q_weight, k_weight) if weight is not None)
-    grads = [grad if has else grad[..., :0, :] for (grad, *_), has in zip(sides, normed, strict=True)]
-    inputs = [grad if x is None else x[..., : grad.shape[-2], :] for grad, (_, x, _) in zip(grads, sides, strict=True)]
-    weights = [other if weight is None else weight for *_, weight in sides]
-    outs, grad_weights = norm_bwd(grads, inputs, weights, cos, sin, eps, interleaved)
-    for i, (grad, *_) in enumerate(sides):
-        if not normed[i]:
-            outs[i], grad_weights[i] = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), grad.new_empty(0)
+    grads = [grad_q, grad_k]
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in grads]
+    grad_weights = [grad_q.new_empty(0), grad_k.new_empty(0)]
+    normed = [x is not None and weight is not None for x, weight in ((q, q_weight), (k, k_weight))]
+
+    def only(pair: list[torch.Tensor], wanted: bool) -> list[torch.Tensor]:
+        """Of q's and k's those that are wanted, normed or not; the others without heads."""
+        return [x if has == wanted else x[..., :0, :] for x, has in zip(pair, normed, strict=True)]
+
+    if any(normed):
+        inputs = [grad if x is None else x for grad, x in zip(grads, (q, k), strict=True)]
+        given = [weight for weight in (q_weight, k_weight) if weight is not None]
+        weights = [given[0], given[-1]]
+        results = norm_bwd(only(grads, True), only(inputs, True), weights, only(outs, True), cos, sin, eps, interleaved)
+        grad_weights = [result if has else none for result, has, none in zip(results, normed, grad_weights, strict=True)]
     if not all(normed):
-        only_q, only_k = (slice(0) if has else slice(None) for has in normed)
-        kept = grad_q[..., only_q, :], grad_k[..., only_k, :], outs[0][..., only_q, :], outs[1][..., only_k, :]
-        _turn_back(*kept, cos, sin, interleaved)
+        _turn_back(*only(grads, False), *only(outs, False), cos, sin, interleaved)
     return outs[0], outs[1], grad_weights[0], grad_weights[1]
 
 
