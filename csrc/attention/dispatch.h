@@ -199,6 +199,9 @@ int64_t weighed_keys(const VlmkAttentionParams& p) {
 // head.
 template <typename T>
 int run_128(const VlmkAttentionParams& p, void* stream) {
+  // Heads of one tile, whose keys are two or more: 64 x 8 of 128 take 22.1 us instead of 24.6
+  // (H200).
+  if (p.num_queries <= 128 && p.num_keys <= 256) return run_width<T, 128, 64, 2>(p, stream);
   if (!needs_mask(p)) {
     using Wide = Config<T, 128, 80, 3, false>;
     using Narrow = Config<T, 128, 128, 2, false>;

@@ -67,14 +67,15 @@ __device__ __forceinline__ void embed_tiles(const VlmkPatchEmbedParams& p, const
   const int lane = lane_index();
   // Of two patches that are copied as one, each warpgroup takes one.
   const int run_bytes = C::kGathered ? kStageDepth * 2 : s.run_bytes;
-  const bool rows = C::kGathered || s.are_rows(), pairs = !C::kGathered && s.in_pairs();
+  const bool pairs = !C::kGathered && s.in_pairs();
   const uint64_t pixels =
       row_descriptor(ring.stages + group * (pairs ? kStep * 2 : 64 * run_bytes), run_bytes);
   const uint64_t weights = row_descriptor(ring.stages + C::kPixelBytes, kStageDepth * 2);
   // From a step of 16 pixels to the next, and to the one behind that.
-  const uint32_t copy = kStagePixelBytes / (rows ? 1 : s.copies) >> 4;
-  const uint32_t next = rows || s.copies == 2 ? kStep * 2 >> 4 : copy;
-  const uint32_t second = rows ? 2 * next : s.copies == 2 ? copy : 2 * copy;
+  const int copies = C::kGathered ? 1 : s.copies;
+  const uint32_t copy = kStagePixelBytes / copies >> 4;
+  const uint32_t next = copies <= 2 ? kStep * 2 >> 4 : copy;
+  const uint32_t second = copies == 2 ? copy : 2 * next;
   float sum[C::kSums];
   Tokens<C> tokens;
   // The products of a stage, and `meanwhile`.
