@@ -59,7 +59,7 @@ def test_padded_images_and_prompts() -> None:
     accelerate(case.model)
     calls = count_calls(case.model)
     check(run(case.model, case), wanted)
-    layers = {f"encoder.layers.{i}.{name}" for i in range(2) for name in ("self_attn", "mlp")}
+    layers = {f"encoder.layers.{i}{part}" for i in range(2) for part in ("", ".self_attn", ".mlp")}
     assert set(calls) == {"embeddings", "head", *layers}
 
     case = make("instructblip")
@@ -92,7 +92,7 @@ def test_masked_patches() -> None:
     accelerate(case.model)
     calls = count_calls(case.model)
     check(run(case.model, case), wanted)
-    assert set(calls) == {f"layers.{i}.{part}" for i in range(2) for part in ("attention", "mlp")}, "but not the embeddings"
+    assert set(calls) == {f"layers.{i}{part}" for i in range(2) for part in ("", ".attention", ".mlp")}, "but not the embeddings"
 
 
 def test_dropout_of_attention_weights_is_the_original() -> None:
@@ -110,15 +110,18 @@ def test_dropout_of_attention_weights_is_the_original() -> None:
     accelerate(model)
     calls = count_calls(model)
     model.eval()(x)
-    assert len(calls) == 5
+    assert len(calls) == 7
 
 
 def test_dropout_of_hidden_states_stays() -> None:
     case = make("vit")
-    case.model.embeddings.dropout.p = 1.0
+    case.model.embeddings.dropout.p = case.model.layers[0].dropout.p = 1.0
     accelerate(case.model)
     x = case.inputs["pixel_values"]
     assert case.model.train().embeddings(x).abs().max() == 0 < case.model.eval().embeddings(x).abs().max()
+    tokens = torch.randn(2, 17, 64, device=DEVICE)
+    assert torch.equal(case.model.train().layers[0](tokens), tokens)
+    assert not torch.equal(case.model.eval().layers[0](tokens), tokens)
 
 
 def test_under_autocast() -> None:
@@ -192,10 +195,20 @@ def test_backward_hooks_of_projections() -> None:
     model, x = tower()
     accelerate(model)
     seen: list[nn.Module] = []
-    projection = model.encoder.layers[0].self_attn.k_proj
-    projection.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    first, second = model.encoder.layers
+    watched = [
+        second,
+        second.mlp.fc2,
+        second.layer_norm2,
+        first,
+        first.self_attn.out_proj,
+        first.self_attn.k_proj,
+        first.layer_norm1,
+    ]
+    for layer in watched:
+        layer.register_full_backward_hook(lambda module, *gradients: seen.append(module))
     model(x).last_hidden_state.sum().backward()
-    assert seen == [projection]
+    assert len(seen) == len(watched) and set(seen) == set(watched)
 
 
 def test_masks_by_other_names() -> None:

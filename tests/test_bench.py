@@ -105,14 +105,17 @@ def test_timing_takes_turns() -> None:
     assert times["a"].samples == 5 and times["a"].low <= times["a"].ms <= times["a"].high
 
 
-@pytest.mark.parametrize(
-    ("times", "windows"), [([5.0] * 20, 3), ([9.0, 8.0, 7.0, 6.0, 5.0, 5.01], 6), (list(range(20, 0, -1)), 12)]
-)
-def test_clocks_settle(times: list[float], windows: int) -> None:
-    """Three windows at least, then until one takes as long as the last, and not for ever."""
-    calls = iter(times)
-    last = timing.settle(lambda: {"a": next(calls) / 2, "b": 0.0}, 0.0)
-    assert last == {"a": times[windows - 1] / 2, "b": 0.0}
+def test_a_gpu_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times as long as it was busy, and not for every little while."""
+    now, slept = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    rest = timing._Rest()
+    for milliseconds in (0.5, 0.5, 1.5, 0.1, 5.0):
+        with rest:
+            now[0] += milliseconds / 1e3
+        now[0] += 1.0
+    assert slept == pytest.approx([0.0075, 0.0153])
 
 
 def test_times_are_per_call() -> None:

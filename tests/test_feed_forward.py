@@ -69,6 +69,23 @@ def test_against_fp64(lead: tuple[int, ...], dtype: torch.dtype, activation: str
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_added_to_a_stream(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """Which is changed in place, and gets the gradient that comes."""
+    given, stream, dout = tensors((3, 11, 40), 72, dtype, device), randn(3, 11, 24).to(device, dtype), randn(3, 11, 24).to(device)
+    own = [tensor.detach().requires_grad_() for tensor in (*given[:4], stream)]
+    start = own[4] + 1
+    out = feed_forward(*own[:4], None, "quick_gelu", total=start, backend=backend)
+    assert out.data_ptr() == start.data_ptr()
+    wide = [tensor.detach().double().requires_grad_() for tensor in own]
+    want = plain(*wide[:4], torch.zeros_like(wide[4][0, 0]), "quick_gelu") + wide[4] + 1
+    assert compare(out, want, "module")
+    dout = dout.to(dtype)
+    for got, exact in zip(torch.autograd.grad(out, own, dout), torch.autograd.grad(want, wide, dout.double()), strict=True):
+        assert compare(got, exact, "module")
+
+
+@every_backend
 def test_any_strides(backend: str, device: torch.device) -> None:
     """Of rows and weights, and of the gradient that comes: a sum's has strides of 0."""
     given = tensors((6, 80), 72, torch.bfloat16, device)
@@ -127,9 +144,19 @@ def test_refusals(device: torch.device) -> None:
         ((x, weight1, bias1, weight2, bias2[1:], "gelu"), "bias2"),
         ((x, weight1, bias1, weight2, bias2.half(), "gelu"), "bias2"),
         ((x, weight1, bias1, weight2, bias2, "silu"), "activation"),
+        ((x, weight1, bias1, weight2, None, "gelu"), "bias2, total"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, wanted "):
             feed_forward(*arguments)
+    total = x.new_empty(8, weight2.shape[0])
+    for bias, other, name in (
+        (bias2, total, "bias2, total"),
+        (None, total[1:], "total"),
+        (None, total.t().contiguous().t(), "total"),
+        (None, total.half(), "total"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got .*, wanted "):
+            feed_forward(x, weight1, bias1, weight2, bias, "gelu", total=other)
 
 
 @pytest.fixture
@@ -137,9 +164,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the calls that the module makes, wherever it may."""
     made: list[str] = []
 
-    def noted(*args: Any) -> Tensor:
+    def noted(*args: Any, total: Tensor | None) -> Tensor:
         made.append(args[-1])
-        return feed_forward(*args)
+        return feed_forward(*args, total=total)
 
     monkeypatch.setattr(_feed_forward, "pays", lambda *_: True)
     monkeypatch.setattr(_feed_forward, "feed_forward", noted)
@@ -153,7 +180,7 @@ def module_gradients(module: FeedForward, x: Tensor, run: Callable[[Tensor], Ten
 
 @every_activation
 def test_module(activation: str, calls: list[str], device: torch.device) -> None:
-    """As it is, under checkpoints and compiled; without gradients and for a caller who wants the first half, as before."""
+    """As it is, under checkpoints and compiled; added to a stream; without gradients as before."""
     module, x = randomize(FeedForward(16, 30, activation)).to(device), randn(3, 5, 16).to(device)
     wide = randomize(FeedForward(16, 30, activation)).to(device, torch.float64)
     wide.load_state_dict(module.state_dict())
@@ -162,9 +189,10 @@ def test_module(activation: str, calls: list[str], device: torch.device) -> None
     for run in (module, lambda x: checkpoint(module, x, use_reentrant=False), compiled):
         for got, right in zip(module_gradients(module, x, run), want, strict=True):
             assert compare(got, right, "module")
-    assert len(calls) >= 4 and set(calls) == {activation}
+    stream = module(x, x + 1)
+    assert compare(stream, wide(x.double()) - wide.fc2.bias + x + 1, "module")
+    assert len(calls) >= 5 and set(calls) == {activation}
     calls.clear()
-    module(x, projected=False)
     with torch.no_grad():
         module(x)
     assert not calls

@@ -81,7 +81,7 @@ def test_plain(activation: str, dtype: torch.dtype, device: torch.device, monkey
 
     monkeypatch.setattr(_feed_forward, "activated_linear", noted)
     with torch.no_grad():
-        got, half = module(x), module(x, projected=False)
+        got, added = module(x), module(x, torch.ones_like(x))
     assert calls == [activation] * 2
     learnt = module(x)
     learnt.sum().backward()
@@ -91,7 +91,7 @@ def test_plain(activation: str, dtype: torch.dtype, device: torch.device, monkey
     wide = FeedForward(16, 30, activation, names=("linear_fc1", "linear_fc2")).to(device, torch.float64)
     wide.load_state_dict(module.state_dict())
     assert compare(got, wide(x.double()), "module") and compare(learnt, wide(x.double()), "module")
-    assert compare(half, wide(x.double(), projected=False), "module")
+    assert compare(added, wide(x.double()) - wide.linear_fc2.bias + 1, "module")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -99,7 +99,7 @@ def test_plain(activation: str, dtype: torch.dtype, device: torch.device, monkey
 def test_decoder(activation: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One operation before the last layer without gradients; with them, under autocast and with a bias the layers are called."""
     module = randomize(DecoderFeedForward(16, 30, activation)).to(device, dtype)
-    x = randn(3, 5, 16).to(device, dtype)
+    x = randn(30, 5, 16).to(device, dtype)
     calls, fused = [], _feed_forward.activated_linear
 
     def noted(*args: Any, up: torch.Tensor) -> torch.Tensor:

@@ -124,11 +124,15 @@ def _step(run: Callable[..., Any], module: torch.nn.Module, inputs: Inputs) -> C
     names, parameters = zip(*module.named_parameters(), strict=True)
     checked = next(i for i, name in enumerate(names) if "patch_embedding" in name and name.endswith("weight"))
 
+    @functools.cache
+    def incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.sin(torch.arange(shape.numel(), device=device) % 1009).view(shape).to(dtype)
+
     @torch.enable_grad()
     def step() -> torch.Tensor:
         out = run(**inputs).last_hidden_state
-        incoming = torch.sin(torch.arange(out.numel(), device=out.device) % 1009).view(out.shape).to(out.dtype)
-        gradients = torch.autograd.grad(out, parameters, incoming, allow_unused=True)  # of a pooling head there is none
+        # Of a pooling head there is none.
+        gradients = torch.autograd.grad(out, parameters, incoming(out.shape, out.dtype, out.device), allow_unused=True)
         weight: torch.Tensor = gradients[checked]
         return weight
 

@@ -4,12 +4,11 @@
 On a GPU a call is timed by a pair of events on its stream. Before each call a buffer several times the size of the L2 cache
 is read: this evicts what the previous call left (reading leaves no dirty lines to be written back within the timed call) and
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
-``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Before the first round that
-counts there are others, until the clocks have settled. A step of autograd is captured in a CUDA graph and replayed. Latency is
-that of calls back to back in one graph, as a model's layers run in it, with warm caches.
+``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Between calls the GPU rests, so
+that its clocks stay where they are. A step of autograd is captured in a CUDA graph and replayed. Latency is that of calls back to
+back in one graph, as a model's layers run in it, with warm caches.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 
-#: How many times as long as it is timed a GPU is kept busy before, at least and at most, and by which part two such times may
-#: differ at the end. At its power limit it lowers its clocks only after 40 to 90 ms: a product of 8192 takes 1.39 ms until then
-#: and 1.60 from then on (H200).
-SETTLE, MOST_SETTLE, SETTLED = 3, 12, 0.003
+#: A GPU rests after so many milliseconds of work, so many times as long. At its power limit it lowers its clocks, by how much
+#: depends on what it did before: of eight workloads timed three times, medians lay up to 8.5 % apart without rests (an H200, each
+#: kept busy until two windows of 60 ms agreed within 0.3 %), and up to 0.6 % with them.
+BURST_MS, RESTS = 2.0, 3
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def device_times(
     once = _wall_time if device.type != "cuda" else _event_timer(device, cold)
     once(functions, list(functions))
     estimates = once(functions, list(functions))
-    if device.type == "cuda":
-        estimates = settle(lambda: once(functions, list(functions)), budget_ms)
     rounds = max(5, min(200, int(budget_ms * len(functions) / max(sum(estimates.values()), 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -114,26 +111,6 @@ def device_times(
         for name, ms in once(functions, names[first:] + names[:first]).items():
             samples[name].append(ms / calls)
     return {name: summary(times) for name, times in samples.items()}
-
-
-def settle(once: Callable[[], dict[str, float]], window_ms: float) -> dict[str, float]:
-    """Call ``once`` window after window until what it times takes, in all, as long as in the window before.
-
-    Returns:
-        What the last call returned.
-    """
-    before, estimates = 0.0, {}
-    for window in range(1, MOST_SETTLE + 1):
-        end = time.perf_counter() + window_ms / 1e3
-        totals: list[float] = []
-        while not totals or time.perf_counter() < end:
-            estimates = once()
-            totals.append(sum(estimates.values()))
-        now = statistics.median(totals)
-        if window >= SETTLE and abs(now - before) <= SETTLED * before:
-            break
-        before = now
-    return estimates
 
 
 def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
@@ -148,26 +125,44 @@ def _wall_time(functions: dict[str, Callable[[], Any]], order: list[str]) -> dic
 def _event_timer(device: torch.device, cold: bool) -> Callable[[dict[str, Callable[[], Any]], list[str]], dict[str, float]]:
     empty_cache = _ColdCache(device) if cold else None
     host_ms: dict[str, float] = {}  # of each one's last call
+    rest = _Rest()
 
     def once(functions: dict[str, Callable[[], Any]], order: list[str]) -> dict[str, float]:
-        events = {}
+        times = {}
         for name in order:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Either keeps the GPU busy until the host has queued the call.
-            if empty_cache is None:
+            with rest:
+                # Either keeps the GPU busy until the host has queued the call.
+                if empty_cache is None:
+                    functions[name]()
+                else:
+                    empty_cache(host_ms.get(name, 0.0))
+                begin = time.perf_counter()
+                start.record()
                 functions[name]()
-            else:
-                empty_cache(host_ms.get(name, 0.0))
-            begin = time.perf_counter()
-            start.record()
-            functions[name]()
-            stop.record()
-            host_ms[name] = (time.perf_counter() - begin) * 1e3
-            events[name] = (start, stop)
-        torch.cuda.synchronize(device)
-        return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
+                stop.record()
+                host_ms[name] = (time.perf_counter() - begin) * 1e3
+                stop.synchronize()
+            times[name] = start.elapsed_time(stop)
+        return times
 
     return once
+
+
+class _Rest:
+    """Waits behind work in its block, once there was ``BURST_MS`` of it, ``RESTS`` times as long as that took."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.busy += time.perf_counter() - self.began
+        if self.busy * 1e3 >= BURST_MS:
+            time.sleep(RESTS * self.busy)
+            self.busy = 0.0
 
 
 def host_times(

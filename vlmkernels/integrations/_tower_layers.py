@@ -12,12 +12,13 @@ from vlmkernels.integrations._swap import Swapped, Unfit, autocast, unhooked
 from vlmkernels.nn._packed import plain
 from vlmkernels.nn._patch_positions import PatchPositions
 from vlmkernels.nn._pre_norm import PreNorm
+from vlmkernels.ops._add_product import add_product
 
 Tensor = torch.Tensor
 
 
 class TowerLayer(Swapped):
-    """A pre-norm layer without gradients; torch.compile makes its own passes, and gets the original's."""
+    """A pre-norm layer; torch.compile makes its own passes, and gets the original's."""
 
     #: The two norms.
     part: tuple[str, ...] = ("layer_norm1", "layer_norm2")
@@ -37,17 +38,18 @@ class TowerLayer(Swapped):
         if given is None:
             return super().forward(hidden_states, *args, **kwargs)
         out, second = getattr(attention, self.last), getattr(feed, feed.fast.second)
-        return self.fast(
-            hidden_states,
-            (lambda x: attention.fast(x, *given, projected=False), out),
-            (lambda x: feed.fast(x, projected=False), second),
-        )
+
+        def attend(x: Tensor, total: Tensor) -> Tensor:
+            return add_product(total, attention.fast(x, *given, projected=False), out.weight)
+
+        return self.fast(hidden_states, (attend, out.bias), (feed.fast, second.bias))
 
     def _given(
         self, attention: Any, feed: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...] | None:
         """What attention gets beside its tokens, or None where the original answers."""
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or autocast(x):
+        drops = self.training and any(isinstance(child, nn.Dropout) and child.p > 0 for child in self.children())
+        if drops or torch.compiler.is_compiling() or autocast(x):
             return None
         swapped = isinstance(attention, (Attention, PackedAttention)) and isinstance(feed, Swapped)
         if not swapped or not unhooked(attention) or not unhooked(feed) or not self.untouched():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.nn._packed import SideBySide, plain, project
+from vlmkernels.ops._add_product import add_product
 from vlmkernels.ops.activated_linear import activated_linear
 from vlmkernels.ops.feed_forward import ACTIVATIONS as LEARNING
 from vlmkernels.ops.feed_forward import feed_forward, pays
@@ -131,13 +132,14 @@ class FeedForward(ActivatedLinear):
         self.second = names[1]
         self.add_module(names[1], nn.Linear(hidden_dim, embed_dim, device=device, dtype=dtype))
 
-    def forward(self, x: torch.Tensor, projected: bool = True) -> torch.Tensor:
-        """``projected``: whether the second layer is called, or left to the caller."""
+    def forward(self, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+        """``total``: what the result, less the second layer's bias, is added to, where it is."""
         first, second = getattr(self, self.name), getattr(self, self.second)
-        if projected and self._learns_in_one(x, first, second):
-            return feed_forward(x, first.weight, first.bias, second.weight, second.bias, self.activation)
+        if self._learns_in_one(x, first, second):
+            bias = second.bias if total is None else None
+            return feed_forward(x, first.weight, first.bias, second.weight, bias, self.activation, total=total)
         y = super().forward(x)
-        return second(y) if projected else y
+        return second(y) if total is None else add_product(total, y, second.weight)
 
     def _learns_in_one(self, x: torch.Tensor, first: Any, second: Any) -> bool:
         """Whether something learns here, and nobody watches it between the two layers."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmkernels.ops._add_product import add_in_place
 from vlmkernels.ops._op import Op, bad_argument, forced_backend
 from vlmkernels.ops.activated_linear import ACTIVATIONS as ALL_ACTIVATIONS
 
@@ -24,12 +25,13 @@ def feed_forward(
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
-    bias2: Tensor,
+    bias2: Tensor | None,
     activation: str,
     *,
+    total: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``activation(x weight1^T + bias1) weight2^T + bias2``, differentiable once.
+    """``activation(x weight1^T + bias1) weight2^T + bias2``, or added to ``total`` where it is; differentiable once.
 
     What stands before the activation and behind it is kept for the backward pass, as layer by layer.
 
@@ -38,21 +40,22 @@ def feed_forward(
         weight1: ``[N, K]``, like all others of the dtype of ``x``.
         bias1: ``[N]``.
         weight2: ``[M, N]``.
-        bias2: ``[M]``.
+        bias2: ``[M]``, or None with ``total``.
         activation: one of ``ACTIVATIONS``.
+        total: None, or ``[..., M]``, contiguous, in place of the second bias; no leaf that requires grad.
         backend: the backend that must run; by default the first that can.
 
     Returns:
-        ``[..., M]``.
+        ``[..., M]``; ``total`` where it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, or an unknown activation.
+        ValueError: shapes, dtypes or devices that don't fit, neither or both of ``bias2`` and ``total``, an unknown activation.
         BackendError: the forced backend can't run these inputs.
     """
-    _check(x, weight1, bias1, weight2, bias2)
+    _check(x, weight1, bias1, weight2, bias2, total)
     if activation not in ACTIVATIONS:
         raise bad_argument("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
-    out: Tensor = _FeedForward.apply(x, weight1, bias1, weight2, bias2, activation, forced_backend(backend))
+    out: Tensor = _FeedForward.apply(x, weight1, bias1, weight2, bias2, total, activation, forced_backend(backend))
     return out
 
 
@@ -71,7 +74,7 @@ def _has_kernels(device: torch.device) -> bool:
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
+def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None, total: Tensor | None) -> None:
     if x.dim() < 1 or not x.is_floating_point():
         raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., K] of a floating dtype")
     if weight1.dim() != 2 or weight1.shape[1] != x.shape[-1]:
@@ -79,21 +82,34 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Te
     if weight2.dim() != 2 or weight2.shape[1] != weight1.shape[0]:
         raise bad_argument("weight2", tuple(weight2.shape), f"[M, {weight1.shape[0]}]")
     for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
-        if bias.shape != weight.shape[:1]:
+        if bias is not None and bias.shape != weight.shape[:1]:
             raise bad_argument(name, tuple(bias.shape), f"[{weight.shape[0]}]")
-    for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+    if (bias2 is None) == (total is None):
+        raise bad_argument("bias2, total", "neither" if total is None else "both", "one of them")
+    if total is not None and (total.shape != (*x.shape[:-1], weight2.shape[0]) or not total.is_contiguous()):
+        wanted = f"contiguous {[*x.shape[:-1], weight2.shape[0]]}"
+        raise bad_argument("total", f"shape {tuple(total.shape)}, strides {total.stride()}", wanted)
+    tensors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "total": total}
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}, as x has")
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight1, bias1, weight2, bias2, activation, backend = arguments
+        x, weight1, bias1, weight2, bias2, total, activation, backend = arguments
+        out: Tensor
         hidden, before = _fwd(x, weight1, bias1, activation, backend)
         ctx.save_for_backward(x, weight1, weight2, hidden, before)
         ctx.activation, ctx.backend = activation, backend
-        return F.linear(hidden, weight2, bias2)
+        if total is None:
+            out = F.linear(hidden, weight2, bias2)
+        else:
+            ctx.mark_dirty(total)
+            add_in_place(total, hidden, weight2)
+            out = total
+        return out
 
     @staticmethod
     @once_differentiable
@@ -109,7 +125,7 @@ class _FeedForward(torch.autograd.Function):
         rows = dout.flatten(0, -2)
         dweight2 = rows.t() @ hidden.flatten(0, -2) if needs[3] else None
         dbias2 = rows.sum(0) if needs[4] else None
-        return dx, dweight1, dbias1, dweight2, dbias2, None, None
+        return dx, dweight1, dbias1, dweight2, dbias2, dout if needs[5] else None, None, None
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ class _LinearAddNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, total, norm_weight = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        dtotal, dbias, *dnorm = layer_norm_bwd(dy, total, norm_weight, ctx.eps, ctx.backend)
+        dtotal, dbias, *dnorm = layer_norm_bwd(dy, None, total, norm_weight, ctx.eps, ctx.backend)
         dx = dtotal @ weight if needs_x else None
         dweight = dtotal.flatten(0, -2).t() @ x.flatten(0, -2) if needs_weight else None
         return dx, dweight, dbias if ctx.needs_input_grad[2] else None, dtotal, *dnorm, None, None

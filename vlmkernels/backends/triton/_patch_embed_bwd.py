@@ -19,6 +19,18 @@ from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 
 @triton.jit
+def norm_gradients(grad, x, weight, mask_d, eps, D: tl.constexpr):
+    """Of rows that a LayerNorm made from ``x``: the gradient of ``x``, and ``x`` as it was before the norm's weight and bias."""
+    d_unit = grad * weight[None, :]
+    sum_x, sum_d = tl.sum(x, 1), tl.sum(d_unit, 1)
+    centred = tl.where(mask_d[None, :], x - (sum_x / D)[:, None], 0.0)
+    squares, products = tl.sum(centred * centred, 1), tl.sum(d_unit * centred, 1)
+    rstd = 1.0 / tl.sqrt(squares / D + eps)
+    unit = centred * rstd[:, None]
+    return (d_unit - (sum_d / D)[:, None] - unit * (products * rstd / D)[:, None]) * rstd[:, None], unit
+
+
+@triton.jit
 def _patch_embed_rows_bwd_kernel(
     grad_ptr, total_ptr, weight_ptr, d_rows_ptr, table_ptr, sums_ptr,
     batch, n_tokens, n_prefix, positions, shares, share, skipped, eps,
@@ -36,7 +48,7 @@ def _patch_embed_rows_bwd_kernel(
     d_norm_weight = tl.zeros([BLOCK_D], tl.float32)
     d_norm_bias = tl.zeros([BLOCK_D], tl.float32)
     if total_ptr is not None:
-        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     for piece in range(pid, positions * shares, tl.num_programs(0)):
         # Programs that run side by side read neighbouring positions: one run of memory.
         i = piece % positions
@@ -51,15 +63,10 @@ def _patch_embed_rows_bwd_kernel(
             grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             if total_ptr is not None:
                 x = tl.load(total_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                d_unit = grad * weight
-                sum_x, sum_d = tl.sum(x, 1), tl.sum(d_unit, 1)
-                centred = tl.where(mask_d[None, :], x - (sum_x / D)[:, None], 0.0)
-                squares, products = tl.sum(centred * centred, 1), tl.sum(d_unit * centred, 1)
-                rstd = 1.0 / tl.sqrt(squares / D + eps)
-                unit = centred * rstd[:, None]
+                d_x, unit = norm_gradients(grad, x, weight, mask_d, eps, D)
                 d_norm_weight += tl.sum(grad * unit, 0)
                 d_norm_bias += tl.sum(grad, 0)
-                grad = (d_unit - (sum_d / D)[:, None] - unit * (products * rstd / D)[:, None]) * rstd[:, None]
+                grad = d_x
                 if d_rows_ptr is not None:
                     out = (offs_b.to(tl.int64) * (n_tokens - skipped) + i - skipped)[:, None] * D + offs_d[None, :]
                     mask = (offs_b < last_out)[:, None] & mask_d[None, :]
