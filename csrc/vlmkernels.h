@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define VLMK_ABI_VERSION 15
+#define VLMK_ABI_VERSION 16
 #define VLMK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -209,15 +209,16 @@ typedef struct {
   const float* dlse;    /* the same, or null */
   const int32_t* start; /* [batch or 1, num_queries], rows contiguous; or null */
   const int32_t* stop;
-  void* dq;        /* like q, contiguous */
-  void* dk;        /* like k, contiguous */
-  void* dv;        /* like v, contiguous */
+  void* dq;        /* like q, the heads of a token and the images without gaps; as dk and dv */
+  void* dk;        /* like k */
+  void* dv;        /* like v */
   void* workspace; /* of workspace_bytes, at a multiple of 16 bytes; need not be set */
   int64_t dout_stride_b, dout_stride_s, dout_stride_h;
   int64_t q_stride_b, q_stride_s, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;
-  int64_t range_stride_b; /* 0 where one mask serves the batch */
+  int64_t dq_stride_s, dk_stride_s, dv_stride_s; /* no less than the columns of all heads */
+  int64_t range_stride_b;                        /* 0 where one mask serves the batch */
   int64_t workspace_bytes;
   int32_t batch;
   int32_t num_queries;

@@ -16,6 +16,7 @@ from test_attention_bwd_few_cuda import (
 )
 
 from vlmkernels import BackendError, KeyRanges, attention
+from vlmkernels.ops._op import OPS
 from vlmkernels.testing import compare
 from vlmkernels.testing.inputs import QKV_VIEWS
 
@@ -139,6 +140,38 @@ def test_deterministic_heads_are_whole(dim, device):
     with deterministic():
         whole = gradients_four_times(out, inputs, dout)
     assert all(compare(x, y.double(), "grad") for x, y in zip(whole, shared, strict=True))
+
+
+BESIDE = {
+    **{name: shape for name, shape in SHAPES.items() if shape[3] == shape[4]},
+    "few-S77-D64": (3, 12, 12, 77, 77, 64, 64),
+    "few-gqa-S30-D128": (2, 8, 2, 30, 30, 128, 128),
+    "few-of-many-S50-D88": (40, 4, 4, 50, 50, 88, 88),
+}
+
+
+@pytest.mark.parametrize("mask", ["dense", "causal", "random"])
+@pytest.mark.parametrize("shape", BESIDE.values(), ids=BESIDE.keys())
+def test_gradients_of_one_row(shape, mask, device, monkeypatch):
+    """Where q, k and v of a token lie beside each other, so do their gradients, which nothing else touches."""
+    batch, heads, kv_heads, tokens, _, dim, value_dim = shape
+    sizes = [(heads, dim), (kv_heads, dim), (kv_heads, value_dim)]
+    widths = [number * width for number, width in sizes]
+    rows = torch.randn(batch, tokens, sum(widths), device=device).bfloat16()
+    inputs = [part.unflatten(2, size) for part, size in zip(rows.split(widths, 2), sizes, strict=True)]
+    calls, op = [], OPS["attention_bwd_together"]
+    run = op.run
+    monkeypatch.setattr(op, "run", lambda *args: calls.append(run(*args)) or calls[-1])
+    check(inputs, make_ranges(mask, shape, device), causal=mask == "causal", with_dlse=True)
+    assert len(calls) == 1 and calls[0].shape == rows.shape and calls[0].is_contiguous()
+
+
+def test_opcheck_of_one_row(device):
+    q, k, v = (x.detach() for x in make_qkv((2, 4, 2, 130, 130, 64, 64), torch.bfloat16, device))
+    out, lse = attention(q, k, v, return_lse=True, backend="cuda")
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, None, None, False, 0.125, 0.0, "cuda")
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.vlmkernels.attention_bwd_together.default, arguments, test_utils=utils)
 
 
 @pytest.mark.parametrize("view", QKV_VIEWS)

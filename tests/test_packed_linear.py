@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmkernels.nn import CrossAttention, QFormer, SelfAttention
 from vlmkernels.nn._packed import project
 from vlmkernels.ops import _packed_linear
-from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear
+from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear, side_by_side
 from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
@@ -138,6 +138,31 @@ def test_gradients(needs: tuple[bool, bool, bool], bias: bool, compiled: bool) -
     for value, wanted in zip(got, exact, strict=True):
         result = compare(value, wanted, "gemm")
         assert result, result
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_gradients_that_lie_side_by_side(needs_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read as one matrix, where they are; others with the same numbers give the same."""
+    made, x = linears(True), torch.randn(2, 3, K, device=DEVICE, requires_grad=needs_x)
+    weights, biases = leaves(made)
+    needed = [t for t in (x, *weights, *biases) if t.requires_grad]
+    rows = torch.randn(2, 3, sum(SIZES), device=DEVICE)
+    beside = rows.split(SIZES, -1)
+    exact = torch.autograd.grad(packed_linear(x, weights, biases), needed, [part.clone() for part in beside])
+    monkeypatch.setattr(torch, "cat", None)
+    for value, wanted in zip(torch.autograd.grad(packed_linear(x, weights, biases), needed, beside), exact, strict=True):
+        assert compare(value, wanted.double(), "gemm")
+
+
+def test_what_lies_side_by_side() -> None:
+    rows = torch.randn(2, 3, sum(SIZES))
+    parts = rows.split(SIZES, -1)
+    whole = side_by_side(parts)
+    assert whole is not None and whole.data_ptr() == rows.data_ptr() and torch.equal(whole, rows)
+    wide = torch.randn(2, 3, sum(SIZES) + 1).split([*SIZES, 1], -1)
+    for others in (parts[::-1], [part.clone() for part in parts], parts[:-1], wide[:-1], [parts[0], *wide[1:-1]]):
+        assert side_by_side(others) is None
+    assert side_by_side([part[:, :0] for part in parts]) is None
 
 
 def test_gradients_of_weights_from_neighbours() -> None:

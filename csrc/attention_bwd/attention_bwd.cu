@@ -161,6 +161,19 @@ static int check_sizes(const VlmkAttentionBwdParams& p) {
     const int code = attention::check_strides(x.name, x.rows, x.heads, batch, x.s, x.h, x.b);
     if (code) return code;
   }
+  struct {
+    const char* name;
+    int64_t stride, columns;
+  } const results[] = {
+      {"dq", p.dq_stride_s, int64_t{p.num_heads} * p.dim},
+      {"dk", p.dk_stride_s, int64_t{p.num_kv_heads} * p.dim},
+      {"dv", p.dv_stride_s, int64_t{p.num_kv_heads} * p.value_dim},
+  };
+  for (const auto& x : results) {
+    VLMK_CHECK(x.stride >= x.columns && x.stride % 8 == 0,
+               "%s: rows %lld elements apart, wanted a multiple of 8 from %lld up", x.name,
+               static_cast<long long>(x.stride), static_cast<long long>(x.columns));
+  }
   return 0;
 }
 

@@ -33,10 +33,9 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
   code = encode(maps.values, p.v, p.num_keys, p.num_kv_heads, p.value_dim, p.v_stride_b,
                 p.v_stride_s, p.v_stride_h, C::kKeys);
   if (code) return code;
-  const auto encode_result = [&](CUtensorMap& map, const void* data, int columns) {
-    const int64_t row = int64_t{p.num_kv_heads} * columns;  // contiguous
-    return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * row, row, columns,
-                  64);
+  const auto encode_result = [&](CUtensorMap& map, const void* data, int columns, int64_t stride) {
+    return encode(map, data, p.num_keys, p.num_kv_heads, columns, p.num_keys * stride, stride,
+                  columns, 64);
   };
   if (C::kSums == Sums::kBehind) {
     const int rows = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries) * kQueries;
@@ -47,9 +46,9 @@ int encode_maps(const VlmkAttentionBwdParams& p, const Workspace& w, Maps& maps)
       if (code) return code;
     }
   }
-  code = encode_result(maps.dk, p.dk, p.dim);
+  code = encode_result(maps.dk, p.dk, p.dim, p.dk_stride_s);
   if (code) return code;
-  return encode_result(maps.dv, p.dv, p.value_dim);
+  return encode_result(maps.dv, p.dv, p.value_dim, p.dv_stride_s);
 }
 
 template <typename C>

@@ -192,14 +192,12 @@ struct LastKeys {
     }
   }
 
-  __device__ __forceinline__ void store(int which, void* tensor, int columns, float scale) const {
+  __device__ __forceinline__ void store(int which, void* tensor, int columns, int64_t stride,
+                                        float scale) const {
     const int thread = attention::thread_again(), lane = thread % 32;
     const int key = schedule.main_keys + lane / 4;
     const Item& item = item_at<C>(shared, keys_stage);
-    const auto u = [](int x) { return uint64_t{static_cast<uint32_t>(x)}; };
-    T* row =
-        static_cast<T*>(tensor) +
-        ((u(item.batch) * u(p.num_keys) + u(key)) * u(p.num_kv_heads) + u(item.head)) * u(columns);
+    T* row = head_of<T>(tensor, item.batch, p.num_keys, stride, item.head, columns) + key * stride;
 #pragma unroll
     for (int n = 0; n < kOwnBlocks; ++n) {
       const int block = thread / 32 % 4 + 4 * n;
@@ -219,8 +217,8 @@ struct LastKeys {
 
   // Behind the last tile of queries.
   __device__ __forceinline__ void end() const {
-    store(0, p.dv, p.value_dim, 1);
-    store(1, p.dk, p.dim, p.scale);
+    store(0, p.dv, p.value_dim, p.dv_stride_s, 1);
+    store(1, p.dk, p.dim, p.dk_stride_s, p.scale);
   }
 };
 

@@ -110,9 +110,9 @@ struct PairGroup : KeyGroup<C> {
       }
     }
     if (last) {
-      T* rows = head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim);
-      store_rows<T, kColumns>(rows + first_column(), int64_t{p.num_heads} * p.dim, tile.first_query,
-                              p.num_queries, p.dim - first_column(), dq, p.scale);
+      T* rows = head_of<T>(p.dq, tile.batch, p.num_queries, p.dq_stride_s, tile.head, p.dim);
+      store_rows<T, kColumns>(rows + first_column(), p.dq_stride_s, tile.first_query, p.num_queries,
+                              p.dim - first_column(), dq, p.scale);
       return;
     }
 #pragma unroll

@@ -47,15 +47,15 @@ __device__ __forceinline__ void add_part(Group& group) {
   const int column = group.first_panel() * C::kPanel;
   int kv_heads = p.num_kv_heads;
   asm volatile("" : "+r"(kv_heads));  // what nvcc works out before all items takes registers
-  const auto store = [&](void* tensor, int columns, const float (&of)[C::kOwnColumns / 2],
-                         float scale) {
+  const auto store = [&](void* tensor, int columns, int64_t stride,
+                         const float (&of)[C::kOwnColumns / 2], float scale) {
     T* rows =
-        head_of<T>(tensor, item.batch, p.num_keys, kv_heads, head - item.batch * kv_heads, columns);
-    store_rows<T, C::kOwnColumns>(rows + column, int64_t{kv_heads} * columns, first, p.num_keys,
-                                  columns - column, of, scale);
+        head_of<T>(tensor, item.batch, p.num_keys, stride, head - item.batch * kv_heads, columns);
+    store_rows<T, C::kOwnColumns>(rows + column, stride, first, p.num_keys, columns - column, of,
+                                  scale);
   };
-  store(p.dv, p.value_dim, group.dv, 1);
-  store(p.dk, p.dim, group.dk, p.scale);
+  store(p.dv, p.value_dim, p.dv_stride_s, group.dv, 1);
+  store(p.dk, p.dim, p.dk_stride_s, group.dk, p.scale);
 }
 
 }  // namespace attention_bwd

@@ -103,8 +103,8 @@ struct QueryGroup {
     if (of_item >= 0) last_keys(of_item).add_to(dq);
     if (last) {
       store_rows<T, C::kWidth>(
-          head_of<T>(p.dq, tile.batch, p.num_queries, p.num_heads, tile.head, p.dim),
-          int64_t{p.num_heads} * p.dim, tile.first_query, p.num_queries, p.dim, dq, p.scale);
+          head_of<T>(p.dq, tile.batch, p.num_queries, p.dq_stride_s, tile.head, p.dim),
+          p.dq_stride_s, tile.first_query, p.num_queries, p.dim, dq, p.scale);
     } else if (first) {
       store(place);
     } else {

@@ -175,9 +175,8 @@ struct Rounding {
         sums[4 * i + 2] = __uint_as_float(x.z), sums[4 * i + 3] = __uint_as_float(x.w);
       }
       release(empty(ring.stage));
-      store_rows<T, C::kWidth>(static_cast<T*>(p.dq) + int64_t{chore.head} * p.dim,
-                               int64_t{p.num_heads} * p.dim, chore.query, chore.query + chore.rows,
-                               p.dim, sums, p.scale);
+      store_rows<T, C::kWidth>(static_cast<T*>(p.dq) + int64_t{chore.head} * p.dim, p.dq_stride_s,
+                               chore.query, chore.query + chore.rows, p.dim, sums, p.scale);
       ring.advance();
       ring.advance();
     }

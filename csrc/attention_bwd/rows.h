@@ -136,8 +136,8 @@ __device__ __forceinline__ void clear_queries(const VlmkAttentionBwdParams& p, i
     const int query = tile * kQueries + i / chunks;
     const int2 seen = attention::cut(p, attention::range_of_query(p, batch, query));
     if (query >= p.num_queries || seen.x < seen.y) continue;
-    T* dq = head_of<T>(p.dq, batch, p.num_queries, p.num_heads, head, p.dim) +
-            int64_t{query} * p.num_heads * p.dim;
+    T* dq =
+        head_of<T>(p.dq, batch, p.num_queries, p.dq_stride_s, head, p.dim) + query * p.dq_stride_s;
     reinterpret_cast<uint4*>(dq)[i % chunks] = make_uint4(0, 0, 0, 0);
   }
 }

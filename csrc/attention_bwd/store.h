@@ -41,11 +41,12 @@ __device__ __forceinline__ void store_rows(void* tensor, int64_t stride, int fir
   }
 }
 
-// A tensor [batch, rows, heads, columns], contiguous: where a head begins.
+// A gradient [batch, rows, heads, columns] with `stride` elements from one row to the next: where a
+// head begins.
 template <typename T>
-__device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int heads, int head,
+__device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int64_t stride, int head,
                                       int columns) {
-  return static_cast<T*>(tensor) + (int64_t{batch} * rows * heads + head) * columns;
+  return static_cast<T*>(tensor) + int64_t{batch} * rows * stride + head * columns;
 }
 
 // Sums added to those in memory, and taken from there, where a thread has its own at `place`.

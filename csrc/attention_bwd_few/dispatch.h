@@ -31,12 +31,11 @@ int encode_maps(const VlmkAttentionBwdParams& p, int columns, PanelMaps& maps) {
                            p.num_kv_heads, p.dim, p.v_stride_b, p.v_stride_s, p.v_stride_h,
                            C::kKeys, columns);
   if (code) return code;
-  const int64_t row = int64_t{p.num_kv_heads} * p.dim;  // results are contiguous
   code = encode_tensor_map(maps.dk, p.dk, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16, columns);
+                           p.num_keys * p.dk_stride_s, p.dk_stride_s, p.dim, 16, columns);
   if (code) return code;
   return encode_tensor_map(maps.dv, p.dv, C::kHalf, p.batch, p.num_keys, p.num_kv_heads, p.dim,
-                           p.num_keys * row, row, p.dim, 16, columns);
+                           p.num_keys * p.dv_stride_s, p.dv_stride_s, p.dim, 16, columns);
 }
 
 template <typename C>

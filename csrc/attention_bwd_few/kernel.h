@@ -30,11 +30,10 @@ __device__ __forceinline__ void clear_gradients(const VlmkAttentionBwdParams& p,
   for (; i / chunks < unseen; i += threads) {
     const int row = i / chunks;
     const int64_t key = row < before ? row : behind + row - before;
-    const int64_t at =
-        ((head.batch * int64_t{p.num_keys} + key) * p.num_kv_heads + head.head) * chunks +
-        i % chunks;
-    static_cast<uint4*>(p.dk)[at] = make_uint4(0, 0, 0, 0);
-    static_cast<uint4*>(p.dv)[at] = make_uint4(0, 0, 0, 0);
+    const int64_t of_batch = head.batch * int64_t{p.num_keys} + key;
+    const int chunk = head.head * chunks + i % chunks;
+    static_cast<uint4*>(p.dk)[of_batch * (p.dk_stride_s / 8) + chunk] = make_uint4(0, 0, 0, 0);
+    static_cast<uint4*>(p.dv)[of_batch * (p.dv_stride_s / 8) + chunk] = make_uint4(0, 0, 0, 0);
   }
 }
 

@@ -187,9 +187,9 @@ __device__ __forceinline__ void store_queries(const VlmkAttentionBwdParams& p, c
     const int of_group = row / p.num_queries, query = row - of_group * p.num_queries;
     uint4 x;
     load_shared(base + (chunk / 8 * C::kRows + row) * kRowBytes + ((chunk % 8 ^ row % 8) << 4), x);
-    const int64_t at = (int64_t{head.batch} * p.num_queries + query) * p.num_heads +
-                       head.head * head.heads + of_group;
-    static_cast<uint4*>(p.dq)[at * chunks + chunk] = x;
+    const int64_t of_batch = int64_t{head.batch} * p.num_queries + query;
+    const int own = head.head * head.heads + of_group;
+    static_cast<uint4*>(p.dq)[of_batch * (p.dq_stride_s / 8) + own * chunks + chunk] = x;
   }
   if (ranks > 1) cluster_sync();  // others may still read this block's shares
 }

@@ -65,7 +65,7 @@ class ModelCase(Case):
         return tuple(dataclasses.replace(found, bound=self._bound) for found in super().check(result))
 
 
-def build(model: Model, batch: int = 0, clock: str = "device", training: bool = False) -> Callable[[torch.device], Case]:
+def build(model: Model, batch: int = 0, clock: str = "queue", training: bool = False) -> Callable[[torch.device], Case]:
     """A builder for ``model`` before and after ``accelerate``; the first and the last entry of the batch are checked.
 
     With ``training`` the work is a forward pass and the gradients of all parameters; that of the patch embedding's weight, which

@@ -275,7 +275,7 @@ def _times(rows: list[Row], calls: dict[str, Callable[[], Any]], device: torch.d
     if clock == "import":
         return {name: summary([float(call()[-1]) for _ in range(IMPORTS)]) for name, call in calls.items()}
     if clock not in ("graph", "replay"):
-        return device_times(calls, device, options.budget_ms)
+        return device_times(calls, device, options.budget_ms, cold=clock != "queue")
     for row in rows:
         if row.provider in calls:
             try:

@@ -6,7 +6,8 @@ is read: this evicts what the previous call left (reading leaves no dirty lines 
 keeps the GPU busy while the host queues the call, so that launch overhead is not in the figure. It has a suite of its own,
 ``overhead``. The buffer is read as often as the host needs for that, a backward pass twice or so. Between calls the GPU rests, so
 that its clocks stay where they are. A step of autograd is captured in a CUDA graph and replayed. Latency is that of calls back to
-back in one graph, as a model's layers run in it, with warm caches.
+back in one graph, as a model's layers run in it, with warm caches. A whole model, which the host may take as long to queue as the
+GPU to run, is queued behind a call of itself, as in a loop over batches: it takes the longer of the two.
 """
 
 import time

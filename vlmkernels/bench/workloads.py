@@ -27,9 +27,9 @@ class Case:
         flops: multiplications and additions that the formula needs, a mask's hidden pairs left out.
         bytes: each input and output once.
         clock: ``"device"``; ``"replay"``: the same, of the call captured in a CUDA graph, for steps that the host can't queue as
-            fast as they run; ``"graph"``: the time of a call among others in one CUDA graph; ``"host"``: the time that the host
-            is busy; ``"import"``: what the call returns last, milliseconds in a process of its own. A CPU takes ``"device"`` for
-            the two with graphs.
+            fast as they run; ``"queue"``: behind another such call, as in a loop; ``"graph"``: the time of a call among others in
+            one CUDA graph; ``"host"``: the time that the host is busy; ``"import"``: what the call returns last, milliseconds in a
+            process of its own. A CPU takes ``"device"`` for those of a GPU.
     """
 
     ours: Provider

@@ -34,6 +34,19 @@ def adjacent(parts: Tensors) -> bool:
     return address <= storage.data_ptr() + storage.nbytes()
 
 
+def side_by_side(parts: Tensors) -> torch.Tensor | None:
+    """The contiguous ``[..., N_1 + N_2 + ...]`` that these tensors ``[..., N_i]`` are columns of; None where they are not."""
+    first, address, width = parts[0], parts[0].data_ptr(), sum(part.shape[-1] for part in parts)
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        same = part.shape[:-1] == first.shape[:-1] and part.stride() == first.stride() and part.dtype == first.dtype
+        if not same or part.data_ptr() != address or part.untyped_storage().data_ptr() != storage:
+            return None
+        address += part.shape[-1] * part.element_size()
+    whole = first.as_strided((*first.shape[:-1], width), first.stride())
+    return whole if whole.is_contiguous() and whole.numel() else None
+
+
 def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
     """Move the values of these parameters into one storage, one behind the other; the parameters stay the same objects.
 
@@ -204,21 +217,23 @@ class _PackedLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         count, sizes = len(weights), [weight.shape[0] for weight in weights]
         needs_x, _, *needs = ctx.needs_input_grad
-        parts: Sequence[torch.Tensor] = [grad.flatten(0, -2) for grad in grads]
         rows, dx = x.flatten(0, -2), None
         dweights: Sequence[torch.Tensor | None]
-        if needs_x:
-            # The sum over the parts then happens inside the product, in fp32.
-            dy = torch.cat(grads, -1)
-            dx, dy = _bwd(dy, weights), dy.flatten(0, -2)
-            parts = dy.split(sizes, -1)
-            dweights = (dy.t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
-        else:
+        # Gradients of attention may lie side by side as they come; what is traced has no addresses.
+        dy = None if torch.compiler.is_compiling() or type(x) is not torch.Tensor else side_by_side(grads)
+        if dy is None and needs_x:
+            dy = torch.cat(grads, -1)  # the sum over the parts then happens inside the product, in fp32
+        if dy is None:
+            parts: Sequence[torch.Tensor] = [grad.flatten(0, -2) for grad in grads]
             wanted = [part for part, need in zip(parts, needs, strict=False) if need]
             found = iter(_dweights(wanted, rows).split([part.shape[1] for part in wanted]) if wanted else ())
             dweights = [next(found) if need else None for need in needs[:count]]
+        else:
+            dx, dy = _bwd(dy, weights) if needs_x else None, dy.flatten(0, -2)
+            parts = dy.split(sizes, -1)
+            dweights = (dy.t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
         dbiases: Sequence[torch.Tensor | None] = ()
-        if ctx.biased and needs_x and all(needs):
+        if ctx.biased and dy is not None and all(needs):
             dbiases = dy.sum(0).split(sizes)
         elif ctx.biased:
             dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[count:], strict=True)]

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 import vlmkernels.ops.tile_bounds  # noqa: F401  registers the op that the kernels call
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import Op, bad_argument, forced_backend
+from vlmkernels.ops._packed_linear import side_by_side
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -136,10 +137,25 @@ class _Attention(torch.autograd.Function):
 def _gradients(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
-    """dQ, dK and dV; the last two lie one behind the other."""
-    dq, dkv = _bwd(dout, dlse, q, k, v, *arguments)
+    """dQ, dK and dV; the last two lie one behind the other, or all three beside each other where q, k and v do."""
+    *settings, backend = arguments
+    tensors = (dout, dlse, q, k, v, *settings)
+    if backend in ("", "cuda") and _one_row(q, k, v) and _bwd_together.why_not("cuda", q.device, *tensors) is None:
+        rows = _bwd_together(*tensors, "cuda")
+        parts = rows.split([x.shape[2] * x.shape[3] for x in (q, k, v)], 2)
+        dq, dk, dv = (part.unflatten(2, x.shape[2:]) for part, x in zip(parts, (q, k, v), strict=True))
+        return dq, dk, dv
+    dq, dkv = _bwd(*tensors, backend)
     dk, dv = dkv.split((k.numel(), v.numel()))
     return dq, dk.view(k.shape), dv.view(v.shape)
+
+
+def _one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether q, k and v of a token are neighbours in memory, as one product gives them. What is traced has no addresses."""
+    if not q.is_cuda or torch.compiler.is_compiling() or type(q) is not torch.Tensor:
+        return False
+    heads = all(x.stride()[2:] == (x.shape[3], 1) for x in (q, k, v))
+    return heads and side_by_side([x.flatten(2) for x in (q, k, v)]) is not None
 
 
 def _fwd_fake(
@@ -180,4 +196,20 @@ _bwd = Op(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_MASK_SCHEMA}, str backend) -> (Tensor, Tensor)",
     _bwd_fake,
+)
+
+
+def _together_fake(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    return q.new_empty(*q.shape[:2], sum(x.shape[2] * x.shape[3] for x in (q, k, v)))
+
+
+#: The same where there are as many queries as keys, with all three gradients of a token in one row: the projections behind read
+#: them as one matrix.
+_bwd_together = Op(
+    "attention",
+    "attention_bwd_together(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK_SCHEMA}, str backend) -> Tensor",
+    _together_fake,
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 15
+ABI_VERSION = 16
 FILE = "vlmkernels/lib/libvlmkernels.so"
 #: The types of elements, as the structures name them.
 TYPES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -90,6 +90,7 @@ class AttentionBwdParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("dout", "q", "k", "v", "out", "lse", "dlse", "start", "stop", "dq", "dk", "dv")),
         ("workspace", ctypes.c_void_p),
         *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("dout", "q", "k", "v") for axis in "bsh"),
+        *((f"{name}_stride_s", ctypes.c_int64) for name in ("dq", "dk", "dv")),
         *((name, ctypes.c_int64) for name in ("range_stride_b", "workspace_bytes")),
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
         *((name, ctypes.c_int32) for name in ("dim", "value_dim", "type", "causal", "deterministic")),

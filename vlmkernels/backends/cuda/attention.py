@@ -4,7 +4,8 @@
 
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,12 +168,18 @@ def _prepared_bwd(
     causal: bool,
     scale: float,
     softcap: float,
+    together: bool,
     deterministic: bool,
 ) -> AttentionBwdParams | str:
-    """All but the pointers, or why the kernel doesn't take them. ``strides``: of dout, q, k and v; ``ranges``: over the batch."""
+    """All but the pointers, or why the kernel doesn't take them.
+
+    ``strides``: of dout, q, k and v; ``ranges``: over the batch; ``together``: whether the gradients of a token are one row.
+    """
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
     params = AttentionBwdParams(deterministic=deterministic)
+    widths = q_shape[2] * q_shape[3], k_shape[2] * k_shape[3], k_shape[2] * value_dim
+    params.dq_stride_s, params.dk_stride_s, params.dv_stride_s = (sum(widths),) * 3 if together else widths
     named = dict(zip(("dout", "q", "k", "v"), strides, strict=True))
     _fill(params, q_shape, k_shape, value_dim, named, dtype, ranges, causal, scale, softcap)
     return _check_bwd.why_not(params) or params
@@ -187,11 +194,11 @@ def _addressable(x: Tensor) -> Tensor:
 
 
 def _prepare_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, scale: float, softcap: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, *settings: float, together: bool
 ) -> AttentionBwdParams | str:
     layout = q.shape, k.shape, v.shape[3], (dout.stride(), q.stride(), k.stride(), v.stride())
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _prepared_bwd(*layout, q.dtype, _range_stride(start), causal, scale, softcap, deterministic)
+    return _prepared_bwd(*layout, q.dtype, _range_stride(start), *settings, together, deterministic)
 
 
 def why_not_attention_bwd(
@@ -210,7 +217,7 @@ def why_not_attention_bwd(
 ) -> str | None:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return "q, k and v must begin at multiples of 16 bytes"
-    prepared = _prepare_bwd(out, q, k, v, start, causal, scale, softcap)
+    prepared = _prepare_bwd(out, q, k, v, start, causal, scale, softcap, together=False)
     return prepared if isinstance(prepared, str) else None
 
 
@@ -229,19 +236,55 @@ def attention_bwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     dq, dkv = q.new_empty(q.shape), k.new_empty(k.numel() + v.numel())
-    if 0 in q.shape or 0 in k.shape:
-        return dq.zero_(), dkv.zero_()
     dk, dv = dkv[: k.numel()], dkv[k.numel() :]
+    _backward((dq, dk, dv), dout, dlse, q, k, v, out, lse, start, stop, causal, scale, softcap, together=False)
+    return dq, dkv
+
+
+def why_not_attention_bwd_together(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, *rest: Any) -> str | None:
+    if q.shape[:2] != k.shape[:2]:
+        return "there must be as many queries as keys"
+    return why_not_attention_bwd(dout, dlse, q, k, *rest)
+
+
+def attention_bwd_together(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    widths = [x.shape[2] * x.shape[3] for x in (q, k, v)]
+    rows = q.new_empty(*q.shape[:2], sum(widths))
+    _backward(rows.split(widths, 2), dout, dlse, q, k, v, *rest, together=True)
+    return rows
+
+
+def _backward(
+    gradients: Sequence[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    *,
+    together: bool,
+) -> None:
+    """Fill the gradients, each by itself or all three of a token in one row."""
+    if 0 in q.shape or 0 in k.shape:
+        for gradient in gradients:
+            gradient.zero_()
+        return
     # Kept in names until the launch: a copy's memory must not be given away before.
     dout, out, lse = _addressable(dout), _addressable(out.contiguous()), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
-    params = _prepare_bwd(dout, q, k, v, start, causal, scale, softcap)
+    params = _prepare_bwd(dout, q, k, v, start, causal, scale, softcap, together=together)
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
     size = params.workspace_bytes  # none for few queries
     workspace = q.new_empty(size, dtype=torch.uint8) if size else None
-    tensors = (dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace)
+    tensors = (dout, q, k, v, out, lse, dlse, start, stop, *gradients, workspace)
     pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
     _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
-    return dq, dkv
