@@ -288,6 +288,24 @@ def test_attention_opcheck(backend, mask, device):
     torch.library.opcheck(torch.ops.vlmkernels.attention_bwd.default, args)
 
 
+@pytest.mark.backends("attention_bwd_together")
+@pytest.mark.parametrize("mask", ["dense", "random"])
+def test_gradients_of_one_row_opcheck(backend, mask, device):
+    """As those that come one by one, beside each other."""
+    shape, dtype = (2, 4, 2, 140, 140, 64, 64), torch.bfloat16 if backend == "cuda" else torch.float32
+    q, k, v = (x.detach() for x in make_qkv(shape, dtype, device))
+    ranges = make_ranges(mask, shape, device)
+    settings = (ranges and ranges.start, ranges and ranges.stop, False, 0.25, 0.0)
+    out, lse = torch.ops.vlmkernels.attention_fwd(q, k, v, *settings, True, backend)
+    args = (torch.randn_like(out), None, q, k, v, out, lse, *settings, backend)
+    op = torch.ops.vlmkernels.attention_bwd_together.default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    dq, dkv = torch.ops.vlmkernels.attention_bwd(*args)
+    one_by_one = [dq, *(x.view(k.shape) for x in dkv.split((k.numel(), v.numel())))]
+    for got, wanted in zip(op(*args).unflatten(2, (8, 64)).split((4, 2, 2), 2), one_by_one, strict=True):
+        assert compare(got, wanted.double(), "grad")
+
+
 @portable
 def test_attention_compiles(backend, device):
     shape = (1, 2, 1, 20, 30, 16, 8)

@@ -166,14 +166,6 @@ def test_gradients_of_one_row(shape, mask, device, monkeypatch):
     assert len(calls) == 1 and calls[0].shape == rows.shape and calls[0].is_contiguous()
 
 
-def test_opcheck_of_one_row(device):
-    q, k, v = (x.detach() for x in make_qkv((2, 4, 2, 130, 130, 64, 64), torch.bfloat16, device))
-    out, lse = attention(q, k, v, return_lse=True, backend="cuda")
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, None, None, False, 0.125, 0.0, "cuda")
-    utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.vlmkernels.attention_bwd_together.default, arguments, test_utils=utils)
-
-
 @pytest.mark.parametrize("view", QKV_VIEWS)
 def test_views(view, device):
     """As they come of fused projections; rows at odd addresses are refused, and go to another backend."""

@@ -92,7 +92,8 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, co
   const int chunk = static_cast<int>(threadIdx.x) % kLanes;
   const auto* dout =
       static_cast<const T*>(p.dout) + batch * p.dout_stride_b + head * p.dout_stride_h + 8 * chunk;
-  const auto* out = head_of<const T>(const_cast<void*>(p.out), batch, p.num_queries, p.num_heads,
+  const int64_t out_stride = int64_t{p.num_heads} * p.value_dim;
+  const auto* out = head_of<const T>(const_cast<void*>(p.out), batch, p.num_queries, out_stride,
                                      head, p.value_dim) +
                     8 * chunk;
   uint4 x[kSteps], y[kSteps];
@@ -101,7 +102,7 @@ __device__ __forceinline__ void prepare_sums(const VlmkAttentionBwdParams& p, co
     const int64_t query = tile * kQueries + step * kStep + static_cast<int>(threadIdx.x) / kLanes;
     const bool there = query < p.num_queries && 8 * chunk < p.value_dim;
     x[step] = load_global(dout + query * p.dout_stride_s, there);
-    y[step] = load_global(out + query * p.num_heads * p.value_dim, there);
+    y[step] = load_global(out + query * out_stride, there);
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_rows(void* tensor, int64_t stride, int fir
   }
 }
 
-// A gradient [batch, rows, heads, columns] with `stride` elements from one row to the next: where a
+// A tensor [batch, rows, heads, columns] with `stride` elements from one row to the next: where a
 // head begins.
 template <typename T>
 __device__ __forceinline__ T* head_of(void* tensor, int batch, int rows, int64_t stride, int head,

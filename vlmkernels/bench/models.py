@@ -28,6 +28,8 @@ from vlmkernels.testing.compare import FP32_BOUNDS
 
 #: Our error over that of the model before.
 MOST = 1.1
+#: The layers of a tower whose weights' gradients are compared.
+LEARNT = ("patch_embedding", "q_proj")
 #: What a model is called with.
 Inputs = dict[str, Any]
 Maker = Callable[[Any, torch.device, torch.dtype, int], Inputs]
@@ -56,20 +58,21 @@ class ModelCase(Case):
     """A case whose bound follows from the error of its first peer, the model before; in fp32 that of the rule stays."""
 
     @functools.cached_property
-    def _bound(self) -> float:
-        return MOST * super().check(self.peers[0].prepare()())[0].ratio
+    def _bounds(self) -> tuple[float, ...]:
+        return tuple(MOST * found.ratio for found in super().check(self.peers[0].prepare()()))
 
     def check(self, result: Any) -> tuple[Comparison, ...]:
         if self.dtype == torch.float32:  # the exact result is its own
             return super().check(result)
-        return tuple(dataclasses.replace(found, bound=self._bound) for found in super().check(result))
+        found = zip(super().check(result), self._bounds, strict=True)
+        return tuple(dataclasses.replace(one, bound=bound) for one, bound in found)
 
 
 def build(model: Model, batch: int = 0, clock: str = "queue", training: bool = False) -> Callable[[torch.device], Case]:
     """A builder for ``model`` before and after ``accelerate``; the first and the last entry of the batch are checked.
 
-    With ``training`` the work is a forward pass and the gradients of all parameters; that of the patch embedding's weight, which
-    all layers have a part in, is checked.
+    With ``training`` the work is a forward pass and the gradients of all parameters. Of these the patch embedding's weight, which
+    all layers have a part in, is checked, and the first layer's projection of queries, which only its scores do.
     """
 
     def make(device: torch.device) -> Case:
@@ -87,7 +90,7 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
     few = model.batch > 1 and not training  # entries that are checked
     ends = slice(0, model.batch, max(1, model.batch - 1))
 
-    def call(module: torch.nn.Module, compiled: bool) -> Callable[[], torch.Tensor]:
+    def call(module: torch.nn.Module, compiled: bool) -> Callable[[], Any]:
         run: Callable[..., Any] = torch.compile(module, dynamic=False) if compiled else module
         return _step(run, module, inputs) if training else lambda: run(**inputs).last_hidden_state
 
@@ -99,7 +102,8 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
 
     def exact() -> tuple[torch.Tensor, ...]:
         wide, wide_inputs = copy.deepcopy(before).float(), {name: of_ends(value) for name, value in inputs.items()}
-        return ((_step(wide, wide, wide_inputs)() if training else wide(**wide_inputs).last_hidden_state).double(),)
+        results = _step(wide, wide, wide_inputs)() if training else (wide(**wide_inputs).last_hidden_state,)
+        return tuple(result.double() for result in results)
 
     def compiled(name: str, module: torch.nn.Module) -> tuple[Provider, ...]:
         return (Provider(name, lambda: call(module, True), compiled=True),) if device.type == "cuda" else ()
@@ -108,7 +112,7 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
         ours=Provider(OURS, lambda: call(after, False)),
         also=compiled(f"{OURS} compiled", after),
         peers=(Provider("hf", lambda: call(before, False)), *compiled("hf compiled", before)),
-        outputs=("weight",) if training else ("out",),
+        outputs=LEARNT if training else ("out",),
         exact=exact,
         part=lambda i, x: x[ends] if few else x,
         rule="model",
@@ -119,22 +123,21 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
     )
 
 
-def _step(run: Callable[..., Any], module: torch.nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
+def _step(run: Callable[..., Any], module: torch.nn.Module, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
     """A step of training without its optimiser: the same incoming gradient for every module."""
     names, parameters = zip(*module.named_parameters(), strict=True)
-    checked = next(i for i, name in enumerate(names) if "patch_embedding" in name and name.endswith("weight"))
+    checked = [next(i for i, name in enumerate(names) if f"{part}.weight" in name) for part in LEARNT]
 
     @functools.cache
     def incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.sin(torch.arange(shape.numel(), device=device) % 1009).view(shape).to(dtype)
 
     @torch.enable_grad()
-    def step() -> torch.Tensor:
+    def step() -> tuple[torch.Tensor, ...]:
         out = run(**inputs).last_hidden_state
         # Of a pooling head there is none.
         gradients = torch.autograd.grad(out, parameters, incoming(out.shape, out.dtype, out.device), allow_unused=True)
-        weight: torch.Tensor = gradients[checked]
-        return weight
+        return tuple(gradients[i] for i in checked)
 
     return step
 

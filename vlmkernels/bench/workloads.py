@@ -28,8 +28,8 @@ class Case:
         bytes: each input and output once.
         clock: ``"device"``; ``"replay"``: the same, of the call captured in a CUDA graph, for steps that the host can't queue as
             fast as they run; ``"queue"``: behind another such call, as in a loop; ``"graph"``: the time of a call among others in
-            one CUDA graph; ``"host"``: the time that the host is busy; ``"import"``: what the call returns last, milliseconds in a
-            process of its own. A CPU takes ``"device"`` for those of a GPU.
+            one CUDA graph; ``"host"``: the time that the host is busy; ``"import"``: what the call returns last, milliseconds in
+            a process of its own. A CPU takes ``"device"`` for those of a GPU.
     """
 
     ours: Provider

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention means: the whole score matrix, in fp32 or fp64, with the backward pass written out."""
 
+from typing import Any
+
 import torch
 
 
@@ -94,3 +96,10 @@ def attention_bwd(
 
     dq, dk, dv = (x.transpose(1, 2).to(q.dtype) for x in (dq, sum_group(dk), sum_group(dv)))
     return dq.contiguous(), torch.cat([dk.flatten(), dv.flatten()])
+
+
+def attention_bwd_together(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    dq, dkv = attention_bwd(dout, dlse, q, k, v, *rest)
+    return torch.cat([dq.flatten(2), *(x.view(*q.shape[:2], -1) for x in dkv.split((k.numel(), v.numel())))], -1)
