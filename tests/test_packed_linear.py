@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmkernels.nn import CrossAttention, QFormer, SelfAttention
 from vlmkernels.nn._packed import project
 from vlmkernels.ops import _packed_linear
-from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear, side_by_side
+from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear, side_by_side, split_heads
 from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
@@ -152,6 +152,22 @@ def test_gradients_that_lie_side_by_side(needs_x: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "cat", None)
     for value, wanted in zip(torch.autograd.grad(packed_linear(x, weights, biases), needed, beside), exact, strict=True):
         assert compare(value, wanted.double(), "gemm")
+
+
+def test_heads_are_split_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forwards nor, where they come so, backwards; other gradients are put together."""
+    y, heads = torch.randn(2, 3, 8, 16, device=DEVICE, requires_grad=True), (4, 2, 2)
+    parts, rows = split_heads(y * 2, heads), torch.randn(2, 3, 8, 16, device=DEVICE)
+    assert [part.shape[-2] for part in parts] == list(heads) and side_by_side([part.flatten(-2) for part in parts]) is not None
+    for others in ([part.clone() for part in rows.split(heads, -2)], rows.mT.contiguous().mT.split(heads, -2)):
+        assert torch.equal(torch.autograd.grad(parts, y, others, retain_graph=True)[0], 2 * rows)
+    learnt = rows.clone().requires_grad_()
+    (dy,) = torch.autograd.grad(parts, y, learnt.split(heads, -2), create_graph=True)
+    assert torch.equal(torch.autograd.grad(dy, learnt, rows)[0], 2 * rows)
+    monkeypatch.setattr(torch, "cat", None)
+    assert torch.equal(torch.autograd.grad(parts, y, rows.split(heads, -2))[0], 2 * rows)
+    with torch.no_grad():
+        assert split_heads(y, heads)[0].data_ptr() == y.data_ptr()
 
 
 def test_what_lies_side_by_side() -> None:

@@ -47,6 +47,33 @@ def side_by_side(parts: Tensors) -> torch.Tensor | None:
     return whole if whole.is_contiguous() and whole.numel() else None
 
 
+def split_heads(y: torch.Tensor, heads: Sequence[int]) -> Tensors:
+    """``y.split(heads, -2)``, whose gradients are not copied where they lie side by side already."""
+    parts: Tensors
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and y.requires_grad):
+        parts = y.split(heads, -2)
+    else:
+        parts = _SplitHeads.apply(y, heads)
+    return parts
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, heads: Sequence[int]) -> Tensors:
+        parts: Tensors = y.split(heads, -2)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        together = None
+        plain = (
+            type(grads[0]) is torch.Tensor and not torch.is_grad_enabled()
+        )  # a view of the first has no gradient for the others
+        if plain and all(grad.stride()[-2:] == (grad.shape[-1], 1) for grad in grads):
+            together = side_by_side([grad.flatten(-2) for grad in grads])
+        return torch.cat(grads, -2) if together is None else together.unflatten(-1, (-1, grads[0].shape[-1])), None
+
+
 def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
     """Move the values of these parameters into one storage, one behind the other; the parameters stay the same objects.
 
