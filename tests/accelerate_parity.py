@@ -78,8 +78,8 @@ def check(got: Results, wanted: tuple[Results, Results]) -> None:
         # The exact gradient of a bias of the keys is 0: a softmax does not see a shift of all logits of a row. What is there is
         # rounding, ours and the original's each up to 5 times the other's by chance (36 of a Q-Former with random weights).
         no_gradient = re.search(r"(k_proj|key|k_layer_norm|k_norm)\.bias$", name)
-        # What only reaches scores gets differences that nearly cancel: of 14 small models with norms of q and k or a learned query
-        # ours and the original's were up to 2.7 times the other's, either way.
+        # What only reaches scores gets differences that nearly cancel: of 14 small models with norms of q and k or a learned
+        # query ours and the original's were up to 2.7 times the other's, either way.
         scores = re.search(r"([qk]_norm\.|attn_pool\.(latent$|q\.))", name)
         factor = 16 if no_gradient else 4 if scores else 2
         terms = exact[name.replace("bias", "weight")].abs().max().item() if no_gradient else 0.0
