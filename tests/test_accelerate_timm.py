@@ -22,9 +22,10 @@ __all__ = ["quick_backend"]
 _hide_broken_torchvision()
 try:
     import timm
-    from timm.layers import Attention, AttentionPoolLatent, Mlp, PatchEmbed
+    from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, PatchEmbed
     from timm.models.eva import EvaAttention
     from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, NaFlexVitCfg
+    from timm.models.vision_transformer import Block
 except (ImportError, RuntimeError) as error:  # not installed, or beside a torchvision for another torch
     pytest.skip(f"timm does not import: {error}", allow_module_level=True)
 
@@ -66,7 +67,7 @@ def test_outputs_and_gradients(name: str) -> None:
     wanted = both(model, *given)
     report = accelerate(model)
     pooled = {"AttentionPoolLatent": 1} if name == "attention pool" else {}
-    assert Counter(row.layer for row in report.replaced) == {"Attention": 2, "PatchEmbed": 1, **pooled}
+    assert Counter(row.layer for row in report.replaced) == {"Attention": 2, "Mlp": 2, "Block": 2, "PatchEmbed": 1, **pooled}
     calls = count_calls(model)
     check(results(model, torch.float32, *given), wanted)
     assert len(calls) == len(report.replaced) == restore(model)
@@ -90,13 +91,14 @@ def test_eva(name: str) -> None:
     wanted = both(model, *given)
     report = accelerate(model)
     if EVAS[name].get("rope_rotate_half") and not _tables_of_halves():
-        assert "it turns halves" in str(report) and [row.layer for row in report.replaced] == ["PatchEmbed"]
+        assert "it turns halves" in str(report) and {row.layer for row in report.replaced} == {"PatchEmbed", "Mlp"}
         return
     layer = "AttentionRope" if "attn_type" in EVAS[name] else "EvaAttention"
-    assert Counter(row.layer for row in report.replaced) == {layer: 2, "PatchEmbed": 1}
+    feeds = {} if EVAS[name].get("swiglu_mlp") else {"Mlp": 2}
+    assert Counter(row.layer for row in report.replaced) == {layer: 2, "PatchEmbed": 1, **feeds}
     calls = count_calls(model)
     check(results(model, torch.float32, *given), wanted)
-    assert len(calls) == len(report.replaced) == 3
+    assert len(calls) == len(report.replaced)
     restore(model)
     check(results(model, torch.float32, *given), wanted)
 
@@ -126,10 +128,12 @@ def test_naflex(keys_alone: bool) -> None:
     given = patches((3, 4), (2, 5), (4, 3)), torch.randn(3, 10, device=DEVICE)
     wanted = both(model, *given)
     report = accelerate(model)
-    assert Counter(row.layer for row in report.replaced) == {"NaFlexEmbeds": 1, "Attention": 2, "AttentionPoolLatent": 1}
+    layers = {"Attention": 2, "Mlp": 2, "Block": 2}
+    assert Counter(row.layer for row in report.replaced) == {"NaFlexEmbeds": 1, "AttentionPoolLatent": 1, **layers}
     calls = count_calls(model)
     check(results(model, torch.float32, *given), wanted)
-    assert set(calls) == {"embeds", "blocks.0.attn", "blocks.1.attn"}, "the pooling head has a mask, which is the original's"
+    ours = {f"blocks.{i}{part}" for i in range(2) for part in ("", ".attn", ".mlp")}
+    assert set(calls) == {"embeds", *ours}, "the pooling head has a mask, which is the original's"
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     with torch.no_grad():
         got = model(x)
@@ -171,4 +175,52 @@ def test_what_is_left() -> None:
     assert reason == "it has a convolution, norms, or a class token"
     (reason,) = reasons(NaFlexEmbeds(8, proj_type="linear", class_token=False))
     assert reason == "its positions are learned, bicubic, of (14, 14): other than SigLIP2's"
-    assert not accelerate(Mlp(8, 16)).replaced
+    (reason,) = reasons(Block(64, 4, init_values=0.1))
+    assert reason == "it scales what its halves add"
+    for settings in ({"norm_layer": torch.nn.LayerNorm}, {"use_conv": True}):
+        (reason,) = reasons(Mlp(8, 16, **settings))
+        assert reason == "it has convolutions, or a norm between its layers"
+    (reason,) = reasons(Mlp(8, 16, act_layer=torch.nn.Tanh))
+    assert reason == "its activation is Tanh"
+    assert not accelerate(GluMlp(8, 16)).replaced
+
+
+class Fused(torch.nn.LayerNorm):
+    """A norm of which nothing is known."""
+
+
+def test_a_block_with_another_norm() -> None:
+    report = accelerate(Block(64, 4, norm_layer=Fused))
+    assert "its norms are Fused and Fused" in str(report) and {row.layer for row in report.replaced} == {"Attention", "Mlp"}
+
+
+@pytest.mark.parametrize("drop", [{"drop_path": 0.9}, {"proj_drop": 0.9}, {"attn_drop": 0.9}])
+def test_dropout_of_a_block_is_the_original(drop: dict[str, float]) -> None:
+    """In training, and by itself: the other parts stay ours."""
+    block, x = randomize(Block(64, 4, **drop)).to(DEVICE), torch.randn(4, 6, 64, device=DEVICE)
+    torch.manual_seed(3)
+    wanted = block.train()(x)
+    accelerate(block)
+    calls = count_calls(block)
+    torch.manual_seed(3)
+    assert compare(block(x), wanted.double(), "module") and "" not in calls
+    assert set(calls) == ({"mlp"} if "attn_drop" in drop else {"attn"} if "proj_drop" in drop else {"attn", "mlp"})
+    block.eval()(x)
+    assert calls[""] == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["ls1", "drop_path2", "norm1", "attn.proj_drop", "attn.proj", "mlp.act", "mlp.drop1", "mlp.fc2"]
+)
+def test_hooks_inside_a_block(where: str) -> None:
+    """Whoever waits for a call of a layer gets it, and may change what it returns."""
+    block, x = randomize(Block(64, 4)).to(DEVICE).eval(), torch.randn(2, 6, 64, device=DEVICE)
+    accelerate(block)
+    calls = count_calls(block)
+    with torch.no_grad():
+        plain = block(x)
+        block.get_submodule(where).register_forward_hook(lambda module, args, output: 3 * output)
+        got = block(x)
+        assert calls[""] == 1 and not compare(got, plain.double(), "module")
+        restore(block)
+        assert compare(got, block(x).double(), "module")

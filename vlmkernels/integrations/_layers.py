@@ -26,7 +26,8 @@ from vlmkernels.integrations._attention_layers import (
     masked,
     rate,
 )
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, unhooked
+from vlmkernels.integrations._feed_forward_layers import Activated, Decoder, Gated, Plain
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast
 from vlmkernels.integrations._tower_layers import PackedTower, TowerLayer
 from vlmkernels.integrations.ranges_mask import fitting
 from vlmkernels.masks import KeyRanges
@@ -39,7 +40,6 @@ from vlmkernels.nn import (
     PerceiverResampler,
     QFormer,
 )
-from vlmkernels.nn._feed_forward import ActivatedLinear, DecoderFeedForward, FeedForward, GatedFeedForward
 from vlmkernels.nn._names import get
 from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
@@ -187,69 +187,6 @@ class Norm(Swapped):
     def forward(self, hidden_states: Tensor) -> Any:
         same = hidden_states.dtype == self.weight.dtype
         return self.fast(hidden_states) if same else super().forward(hidden_states)
-
-
-class Gated(Swapped):
-    """A gated feed-forward of a width whose rows are not aligned."""
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        if _activation(layer.act_fn) != "silu":
-            raise Unfit(f"its activation is {type(layer.act_fn).__name__}")
-        gate = layer.gate_proj
-        return GatedFeedForward(gate.in_features, gate.out_features, bias=gate.bias is not None, device="meta")
-
-    def forward(self, hidden_state: Tensor) -> Any:
-        return super().forward(hidden_state) if autocast(hidden_state) or not unhooked(self.act_fn) else self.fast(hidden_state)
-
-
-def _activation(layer: nn.Module) -> str:
-    """What the op ``activated_linear`` calls the activation of this class."""
-    kind, approximate = type(layer).__name__, getattr(layer, "approximate", "none")
-    known = {"QuickGELUActivation": "quick_gelu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
-    known |= {"SiLU": "silu", "SiLUActivation": "silu"}
-    if kind == "GELU":
-        return "gelu_tanh" if approximate == "tanh" else "gelu"
-    if kind not in known:
-        raise Unfit(f"its activation is {kind}")
-    return known[kind]
-
-
-class Activated(Swapped):
-    """A layer and the activation behind it: BERT's and GIT's first half of a feed-forward."""
-
-    activation = "intermediate_act_fn"
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        dense = layer.dense
-        return ActivatedLinear(dense.in_features, dense.out_features, _activation(layer.intermediate_act_fn), device="meta")
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        return self.fast(hidden_states) if unhooked(getattr(self, self.activation)) else super().forward(hidden_states)
-
-
-class Plain(Activated):
-    """A feed-forward of two layers, the first with its activation in one go."""
-
-    names = ("fc1", "fc2")
-    activation = "activation_fn"
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        first, activation = getattr(layer, cls.names[0]), _activation(getattr(layer, cls.activation))
-        return FeedForward(first.in_features, first.out_features, activation, names=cls.names, device="meta")
-
-
-class Decoder(Activated):
-    """The gated feed-forward of a text decoder."""
-
-    activation = "act_fn"
-
-    @classmethod
-    def build(cls, layer: Any) -> nn.Module:
-        gate, activation = layer.gate_proj, _activation(layer.act_fn)
-        return DecoderFeedForward(gate.in_features, gate.out_features, activation, bias=gate.bias is not None, device="meta")
 
 
 class Perceiver(Swapped):

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlmkernels.integrations._feed_forward_layers import Plain
 from vlmkernels.integrations._once import once
 from vlmkernels.integrations._read_masks import ranges_of
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit, unhooked
+from vlmkernels.integrations._tower_layers import TowerLayer
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import AttentionPool, NaFlexPatchEmbed, PatchEmbed, SelfAttention
 from vlmkernels.nn._attention import QK_NORMS, AttentionLayout
@@ -106,12 +108,58 @@ class Attention(Swapped):
             device="meta",
         )
 
-    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
+    def arguments(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> tuple[KeyRanges | None] | None:
+        """What the module gets beside the tokens, or None where the original answers."""
         drops = self.training and self.attn_drop.p > 0
         ranges = "other" if drops or x.dim() != 3 else _ranges(attn_mask, is_causal, x)
-        if isinstance(ranges, str):
+        return None if isinstance(ranges, str) else (ranges,)
+
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
+        given = self.arguments(x, attn_mask, is_causal)
+        if given is None:
             return super().forward(x, attn_mask, **({"is_causal": True} if is_causal else {}))
-        return self.proj_drop(self.fast(x, ranges))
+        return self.proj_drop(self.fast(x, *given))
+
+
+class Mlp(Plain):
+    """The feed-forward of a VisionTransformer, with its activation in one go."""
+
+    activation = "act"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if type(layer.fc1) is not nn.Linear or type(layer.norm) is not nn.Identity:
+            raise Unfit("it has convolutions, or a norm between its layers")
+        return super().build(layer)
+
+    def serves(self) -> bool:
+        drops = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
+        return super().serves() and not drops and unhooked(self.drop1) and unhooked(self.norm) and unhooked(self.drop2)
+
+
+class Block(TowerLayer):
+    """A layer of a VisionTransformer."""
+
+    part = ("norm1", "norm2")
+    attends, last = "attn", "proj"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if type(layer.ls1) is not nn.Identity or type(layer.ls2) is not nn.Identity:
+            raise Unfit("it scales what its halves add")
+        return super().build(layer)
+
+    @staticmethod
+    def normalises(norm: Any) -> bool:
+        own = type(norm).__name__ == "LayerNorm" and type(norm).__module__ == "timm.layers.norm"
+        return TowerLayer.normalises(norm) or (own and not norm._fast_norm)
+
+    def drops(self) -> bool:
+        return self.attn.proj_drop.p > 0 or any(getattr(path, "drop_prob", 0) > 0 for path in (self.drop_path1, self.drop_path2))
+
+    def untouched(self) -> bool:
+        between = (self.attn.proj_drop, self.ls1, self.drop_path1, self.ls2, self.drop_path2)
+        return super().untouched() and all(unhooked(layer) for layer in between)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -227,6 +275,8 @@ class Pool(Swapped):
 REPLACEMENTS: dict[str, Replacement] = {
     "timm.layers.attention.Attention": (Attention, ()),
     "timm.models.vision_transformer.Attention": (Attention, ()),  # where it was before
+    "timm.layers.mlp.Mlp": (Mlp, ()),
+    "timm.models.vision_transformer.Block": (Block, ()),
     "timm.layers.attention.AttentionRope": (RotaryAttention, ()),
     "timm.models.eva.EvaAttention": (RotaryAttention, ()),
     "timm.layers.patch_embed.PatchEmbed": (Patches, ()),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmkernels.integrations._attention_layers import Attention, PackedAttention
+from vlmkernels.integrations._feed_forward_layers import Plain
 from vlmkernels.integrations._swap import Swapped, Unfit, autocast, unhooked
 from vlmkernels.nn._packed import plain
 from vlmkernels.nn._patch_positions import PatchPositions
@@ -28,9 +28,18 @@ class TowerLayer(Swapped):
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
         first, second = (getattr(layer, name) for name in cls.part)
-        if type(first) is not nn.LayerNorm or type(second) is not nn.LayerNorm:
+        if not cls.normalises(first) or not cls.normalises(second):
             raise Unfit(f"its norms are {type(first).__name__} and {type(second).__name__}")
         return PreNorm(first.normalized_shape[0], (first.eps, second.eps), cls.part, device="meta")
+
+    @staticmethod
+    def normalises(norm: nn.Module) -> bool:
+        """Whether this is a LayerNorm like torch's."""
+        return type(norm) is nn.LayerNorm
+
+    def drops(self) -> bool:
+        """Whether a half drops, in training, some of what it adds."""
+        return any(isinstance(child, nn.Dropout) and child.p > 0 for child in self.children())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         attention, feed = getattr(self, self.attends), self.mlp
@@ -48,16 +57,15 @@ class TowerLayer(Swapped):
         self, attention: Any, feed: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...] | None:
         """What attention gets beside its tokens, or None where the original answers."""
-        drops = self.training and any(isinstance(child, nn.Dropout) and child.p > 0 for child in self.children())
-        if drops or torch.compiler.is_compiling() or autocast(x):
+        if (self.training and self.drops()) or torch.compiler.is_compiling() or autocast(x):
             return None
-        swapped = isinstance(attention, (Attention, PackedAttention)) and isinstance(feed, Swapped)
+        swapped = isinstance(attention, Swapped) and hasattr(attention, "arguments") and isinstance(feed, Plain)
         if not swapped or not unhooked(attention) or not unhooked(feed) or not self.untouched():
             return None
         layers = getattr(attention, self.last), getattr(feed, feed.fast.second)
         if not all(plain(layer) and layer.bias is not None and layer.weight.dtype == x.dtype for layer in layers):
             return None
-        if not unhooked(getattr(feed, feed.activation)) or getattr(self, self.part[0]).weight.dtype != x.dtype:
+        if not feed.serves() or getattr(self, self.part[0]).weight.dtype != x.dtype:
             return None
         given: tuple[Any, ...] | None = attention.arguments(x, *args, **kwargs)
         return given
