@@ -50,14 +50,65 @@ def test_both_towers(open_clip: Any, norm: bool) -> None:
     wanted = results(copy.deepcopy(model).double(), torch.float64, *given), results(model, torch.float32, *given)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     report = accelerate(model, verify={"image": given[0], "text": given[1]})
-    assert Counter(row.layer for row in report.replaced) == {"MultiheadAttention": 4, "VisionTransformer": 1}
-    assert all(row.errors and row.errors.ours < 1e-5 for row in report.replaced if row.layer == "MultiheadAttention")
+    layers = {"MultiheadAttention": 4, "ResidualAttentionBlock": 4}
+    assert Counter(row.layer for row in report.replaced) == {"VisionTransformer": 1, **layers}
+    assert all(row.errors and row.errors.ours < 1e-5 for row in report.replaced if row.layer in layers)
     calls = count_calls(model)
     check(results(model, torch.float32, *given), wanted)
     assert all(calls[row.name] == 1 for row in report.replaced), "the causal mask of the text is ranges"
     assert model.state_dict().keys() == state.keys() and all(torch.equal(x, state[k]) for k, x in model.state_dict().items())
     assert restore(model) == len(report.replaced)
     check(results(model, torch.float32, *given), wanted)
+
+
+def test_what_is_left(open_clip: Any) -> None:
+    block = open_clip.transformer.ResidualAttentionBlock
+    for made, reason in (
+        (block(64, 4, ls_init_value=0.1), "it scales what its halves add, or reads other tokens"),
+        (block(64, 4, is_cross_attention=True), "it scales what its halves add, or reads other tokens"),
+        (block(64, 4, act_layer=nn.Tanh), "its activation is Tanh"),
+        (block(64, 4, norm_layer=open_clip.transformer.LayerNormFp32), "its norms are LayerNormFp32 and LayerNormFp32"),
+    ):
+        assert [row.reason for row in accelerate(made).left if row.layer == "ResidualAttentionBlock"] == [reason]
+
+
+def block_of(open_clip: Any) -> tuple[Any, Tensor]:
+    layer = randomize(open_clip.transformer.ResidualAttentionBlock(64, 4)).to(DEVICE).eval()
+    return layer, torch.randn(2, 6, 64, device=DEVICE)
+
+
+@pytest.mark.parametrize("where", ["ln_1", "attn", "ls_1", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj", "ls_2"])
+def test_hooks_inside_a_block(open_clip: Any, where: str) -> None:
+    """Whoever waits for a call of a layer gets it, and may change what it returns."""
+    block, x = block_of(open_clip)
+    accelerate(block)
+    calls = count_calls(block)
+
+    def thrice(module: Any, args: Any, output: Any) -> Any:
+        return (3 * output[0], None) if isinstance(output, tuple) else 3 * output
+
+    with torch.no_grad():
+        plain = block(x)
+        block.get_submodule(where).register_forward_hook(thrice)
+        got = block(x)
+        assert calls[""] == 1 + (where == "mlp.c_fc"), "the first layer of the feed-forward is called by ours"
+        assert not compare(got, plain.double(), "module")
+        restore(block)
+        assert compare(got, block(x).double(), "module")
+
+
+def test_calls_of_a_block(open_clip: Any) -> None:
+    """Other keys, another feed-forward in its place, and a mask."""
+    block, x = block_of(open_clip)
+    mask, other = torch.full((6, 6), -torch.inf, device=DEVICE).triu(1), torch.randn(2, 6, 64, device=DEVICE)
+    with torch.no_grad():
+        wanted = block(x, attn_mask=mask), block(x, other, other), block(x)
+        accelerate(block)
+        calls = count_calls(block)
+        got = block(x, attn_mask=mask), block(x, other, other), block(x)
+        assert calls[""] == 2 and all(compare(a, b.double(), "module") for a, b in zip(got, wanted, strict=True))
+        block.mlp = nn.Identity()
+        assert not compare(block(x), wanted[2].double(), "module") and calls[""] == 2
 
 
 def test_losses(open_clip: Any) -> None:

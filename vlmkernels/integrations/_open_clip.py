@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlmkernels.integrations._feed_forward_layers import activation_of
 from vlmkernels.integrations._read_masks import ranges_of
-from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit
+from vlmkernels.integrations._swap import Replacement, Swapped, Unfit, autocast, images_fit, unhooked
+from vlmkernels.integrations._tower_layers import TowerLayer
+from vlmkernels.masks import KeyRanges
 from vlmkernels.nn import PatchEmbed, SelfAttention
 from vlmkernels.nn._attention import AttentionLayout
+from vlmkernels.nn._feed_forward import FeedForward
 from vlmkernels.nn.contrastive import ClipLoss, SigLipLoss
 
 Tensor = torch.Tensor
@@ -64,19 +68,50 @@ class Attention(Swapped):
             raise Unfit("its keys have other sizes or additions, or its batch comes second")
         return InProjectedAttention(layer)
 
+    def arguments(self, x: Tensor, attn_mask: Any = None) -> tuple[KeyRanges | None] | None:
+        """What the module gets beside the tokens, or None where the original answers."""
+        own = "in_proj_weight" in self._parameters  # peft puts a sum with its adapter there for a call, which is no parameter
+        if not own or autocast(x) or (self.training and self.dropout > 0):
+            return None
+        ranges = None if attn_mask is None else ranges_of(attn_mask, x.shape[1], x.shape[1], of_torch=True)
+        return None if isinstance(ranges, str) else (ranges,)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(("key_padding_mask", "need_weights", "attn_mask"), args, strict=False)) | kwargs
         mask, weights, padding = given.get("attn_mask"), given.get("need_weights", True), given.get("key_padding_mask")
-        drops = self.training and self.dropout > 0
         alone = query is key is value and query.dim() == 3 and len(args) <= 3 and not weights and padding is None
         causal = given.get("is_causal") and mask is None  # which is refused
-        own = "in_proj_weight" in self._parameters  # peft puts a sum with its adapter there for a call, which is no parameter
-        ours = alone and own and not drops and not causal and not autocast(query)
-        count = query.shape[1]
-        ranges = "other" if not ours else None if mask is None else ranges_of(mask, count, count, of_torch=True)
-        if isinstance(ranges, str):
-            return super().forward(query, key, value, *args, **kwargs)
-        return self.fast(query, ranges), None
+        ours = self.arguments(query, mask) if alone and not causal else None
+        return super().forward(query, key, value, *args, **kwargs) if ours is None else (self.fast(query, *ours), None)
+
+
+class Block(TowerLayer):
+    """A layer of either tower, whose feed-forward has no class of its own."""
+
+    part = ("ln_1", "ln_2")
+    attends = "attn"
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if type(layer.ls_1) is not nn.Identity or type(layer.ls_2) is not nn.Identity or hasattr(layer, "ln_1_kv"):
+            raise Unfit("it scales what its halves add, or reads other tokens")
+        if tuple(layer.mlp._modules) != ("c_fc", "gelu", "c_proj"):
+            raise Unfit(f"its feed-forward has the layers {', '.join(layer.mlp._modules)}")
+        first, found = layer.mlp.c_fc, super().build(layer)
+        sizes = first.in_features, first.out_features, activation_of(layer.mlp.gelu)
+        found.mlp = FeedForward(*sizes, names=("c_fc", "c_proj"), device="meta")
+        return found
+
+    def feed_forward(self) -> FeedForward | None:
+        feed: FeedForward = self.fast.mlp
+        if self.mlp._modules is not feed._modules:
+            return None
+        return feed if all(unhooked(layer) for layer in (self.mlp, self.mlp.gelu, self.ls_1, self.ls_2)) else None
+
+    def forward(self, q_x: Tensor, k_x: Any = None, v_x: Any = None, attn_mask: Any = None) -> Any:
+        if k_x is not None or v_x is not None:
+            return self.original.forward(self, q_x, k_x, v_x, attn_mask)
+        return super().forward(q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
 
 
 class Loss(Swapped):
@@ -101,6 +136,7 @@ class Loss(Swapped):
 
 REPLACEMENTS: dict[str, Replacement] = {
     "open_clip.transformer.VisionTransformer": (Embeddings, ()),
+    "open_clip.transformer.ResidualAttentionBlock": (Block, ()),
     "torch.nn.modules.activation.MultiheadAttention": (Attention, ()),
     "open_clip.loss.ClipLoss": (Loss, (("losses", ClipLoss), ("biased", False))),
     "open_clip.loss.SigLipLoss": (Loss, (("losses", SigLipLoss), ("biased", True))),

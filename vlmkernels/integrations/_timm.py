@@ -149,11 +149,6 @@ class Block(TowerLayer):
             raise Unfit("it scales what its halves add")
         return super().build(layer)
 
-    @staticmethod
-    def normalises(norm: Any) -> bool:
-        own = type(norm).__name__ == "LayerNorm" and type(norm).__module__ == "timm.layers.norm"
-        return TowerLayer.normalises(norm) or (own and not norm._fast_norm)
-
     def drops(self) -> bool:
         return self.attn.proj_drop.p > 0 or any(getattr(path, "drop_prob", 0) > 0 for path in (self.drop_path1, self.drop_path2))
 
