@@ -254,24 +254,9 @@ def attention_bwd_together(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tens
     return rows
 
 
-def _backward(
-    gradients: Sequence[Tensor],
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    stop: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    *,
-    together: bool,
-) -> None:
-    """Fill the gradients, each by itself or all three of a token in one row."""
+def _backward(gradients: Sequence[Tensor], *arguments: Any, together: bool) -> None:
+    """Fill the gradients, each by itself or all three of a token in one row; the arguments are those of ``attention_bwd``."""
+    dout, dlse, q, k, v, out, lse, start, stop, *settings = arguments
     if 0 in q.shape or 0 in k.shape:
         for gradient in gradients:
             gradient.zero_()
@@ -281,7 +266,7 @@ def _backward(
     dlse = None if dlse is None else dlse.contiguous()
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
-    params = _prepare_bwd(dout, q, k, v, start, causal, scale, softcap, together=together)
+    params = _prepare_bwd(dout, q, k, v, start, *settings, together=together)
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
     size = params.workspace_bytes  # none for few queries
     workspace = q.new_empty(size, dtype=torch.uint8) if size else None
