@@ -23,7 +23,7 @@ _hide_broken_torchvision()
 try:
     import timm
     from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, PatchEmbed
-    from timm.models.eva import EvaAttention
+    from timm.models.eva import EvaAttention, EvaBlock
     from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, NaFlexVitCfg
     from timm.models.vision_transformer import Block
 except (ImportError, RuntimeError) as error:  # not installed, or beside a torchvision for another torch
@@ -91,10 +91,12 @@ def test_eva(name: str) -> None:
     wanted = both(model, *given)
     report = accelerate(model)
     if EVAS[name].get("rope_rotate_half") and not _tables_of_halves():
-        assert "it turns halves" in str(report) and {row.layer for row in report.replaced} == {"PatchEmbed", "Mlp"}
+        assert "it turns halves" in str(report) and {row.layer for row in report.replaced} == {"PatchEmbed", "Mlp", "EvaBlock"}
         return
     layer = "AttentionRope" if "attn_type" in EVAS[name] else "EvaAttention"
     feeds = {} if EVAS[name].get("swiglu_mlp") else {"Mlp": 2}
+    if feeds and not EVAS[name].get("scale_attn_inner"):
+        feeds["EvaBlock"] = 2
     assert Counter(row.layer for row in report.replaced) == {layer: 2, "PatchEmbed": 1, **feeds}
     calls = count_calls(model)
     check(results(model, torch.float32, *given), wanted)
@@ -171,6 +173,14 @@ def test_what_is_left() -> None:
     assert reason == "its result has a norm or another form, or its images no size"
     (reason,) = reasons(EvaAttention(64, 4, gated=True, scale_norm=False))
     assert reason == "it has a gate, or adds a bias by itself"
+    (reason,) = reasons(EvaBlock(64, 4, init_values=0.1))
+    assert reason == "it scales what its halves add"
+    for settings, feed in (
+        ({"swiglu_mlp": True}, "GluMlp"),
+        ({"scale_attn_inner": True, "norm_layer": torch.nn.LayerNorm}, "Mlp"),
+    ):
+        (reason,) = reasons(EvaBlock(64, 4, **settings))
+        assert reason == f"its feed-forward is {feed}, or its attention has a norm before its last layer"
     (reason,) = reasons(NaFlexEmbeds(8, proj_type="linear"))
     assert reason == "it has a convolution, norms, or a class token"
     (reason,) = reasons(NaFlexEmbeds(8, proj_type="linear", class_token=False))

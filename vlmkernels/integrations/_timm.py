@@ -142,6 +142,8 @@ class Block(TowerLayer):
 
     part = ("norm1", "norm2")
     attends, last = "attn", "proj"
+    #: Layers between those that the module calls, which do nothing.
+    between: tuple[str, ...] = ("ls1", "drop_path1", "ls2", "drop_path2")
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
@@ -153,7 +155,7 @@ class Block(TowerLayer):
         return self.attn.proj_drop.p > 0 or any(getattr(path, "drop_prob", 0) > 0 for path in (self.drop_path1, self.drop_path2))
 
     def untouched(self) -> bool:
-        between = (self.attn.proj_drop, self.ls1, self.drop_path1, self.ls2, self.drop_path2)
+        between = (self.attn.proj_drop, *(getattr(self, name) for name in self.between))
         return super().untouched() and all(unhooked(layer) for layer in between)
 
 
@@ -214,14 +216,21 @@ class RotaryAttention(Swapped):
             raise Unfit("it turns halves, and this version of timm may give it tables for neighbours (1.0.31 does not)")
         return RotarySelfAttention(layer)
 
-    def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Any:
+    def arguments(
+        self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False
+    ) -> tuple[KeyRanges | None, Any] | None:
+        """What the module gets beside the tokens, or None where the original answers."""
         drops = self.training and self.attn_drop.p > 0
         turns = rope is None or (rope.dim() == 2 and not rope.requires_grad)  # others are a head's own, or an image's
         stays = drops or not turns or x.dim() != 3 or autocast(x) or not self.untouched()
         ranges = "other" if stays else _ranges(attn_mask, is_causal, x)
-        if isinstance(ranges, str):
+        return None if isinstance(ranges, str) else (ranges, None if rope is None else self._tables(rope))
+
+    def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Any:
+        given = self.arguments(x, rope, attn_mask, is_causal)
+        if given is None:
             return super().forward(x, rope, attn_mask, **({"is_causal": True} if is_causal else {}))
-        return self.proj_drop(self.fast(x, ranges, None if rope is None else self._tables(rope)))
+        return self.proj_drop(self.fast(x, *given))
 
     def _tables(self, rope: Tensor) -> Any:
         """Cosines and sines of pairs, from sines and cosines of channels; class and register tokens are not turned."""
@@ -232,6 +241,20 @@ class RotaryAttention(Swapped):
 
         prefix, interleaved = self.num_prefix_tokens, self.fast.interleaved
         return once(rope, (prefix, interleaved), make)
+
+
+class RotaryBlock(Block):
+    """A layer of EVA, or of another tower with rope."""
+
+    between = ("drop_path1", "drop_path2")
+
+    @classmethod
+    def build(cls, layer: Any) -> nn.Module:
+        if layer.gamma_1 is not None or layer.gamma_2 is not None:
+            raise Unfit("it scales what its halves add")
+        if type(layer.attn.norm) is not nn.Identity or type(layer.mlp).__name__ != "Mlp":
+            raise Unfit(f"its feed-forward is {type(layer.mlp).__name__}, or its attention has a norm before its last layer")
+        return super(Block, cls).build(layer)
 
 
 class Pool(Swapped):
@@ -274,6 +297,7 @@ REPLACEMENTS: dict[str, Replacement] = {
     "timm.models.vision_transformer.Block": (Block, ()),
     "timm.layers.attention.AttentionRope": (RotaryAttention, ()),
     "timm.models.eva.EvaAttention": (RotaryAttention, ()),
+    "timm.models.eva.EvaBlock": (RotaryBlock, ()),
     "timm.layers.patch_embed.PatchEmbed": (Patches, ()),
     "timm.models.naflexvit.NaFlexEmbeds": (NaFlexPatches, ()),
     "timm.layers.attention_pool.AttentionPoolLatent": (Pool, ()),
