@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of transformers of the published widths with random weights and fewer layers, as they are and after ``accelerate``.
+"""Models of transformers, and one of timm, of the published widths with random weights and fewer layers, before and after
+``accelerate``.
 
 Ours is the accelerated model, as it is and compiled, of which the faster counts; its peers are the same model before, as it is
 and compiled. How many floors a model of so many layers is off says little about a kernel: here ours is right where its error
@@ -40,8 +41,8 @@ class Model:
     """A published model, or a part of one.
 
     Args:
-        model: the module in ``transformers.models`` and the name of the model class.
-        config: the name of the configuration class and what differs from its defaults.
+        model: the module in ``transformers.models`` (or ``"timm"``) and the name of the model class.
+        config: the name of the configuration class and what differs from its defaults; of timm what the class is called with.
         inputs: makes what it is called with of its configuration, the device, the dtype and the batch.
         batch: entries of the batch; 1 for what is packed.
     """
@@ -87,6 +88,7 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
     after = copy.deepcopy(before)
     accelerate(after)
     inputs = model.inputs(before.config, device, dtype, model.batch)
+    library = "timm" if model.model[0] == "timm" else "hf"
     few = model.batch > 1 and not training  # entries that are checked
     ends = slice(0, model.batch, max(1, model.batch - 1))
 
@@ -111,7 +113,7 @@ def _case(model: Model, device: torch.device, clock: str, training: bool) -> Cas
     return ModelCase(
         ours=Provider(OURS, lambda: call(after, False)),
         also=compiled(f"{OURS} compiled", after),
-        peers=(Provider("hf", lambda: call(before, False)), *compiled("hf compiled", before)),
+        peers=(Provider(library, lambda: call(before, False)), *compiled(f"{library} compiled", before)),
         outputs=LEARNT if training else ("out",),
         exact=exact,
         part=lambda i, x: x[ends] if few else x,
@@ -297,8 +299,10 @@ TOWERS = (
     ),
 )  # fmt: skip
 TRAINED = TOWERS[1:3]
+TIMM_VIT_L = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 8, "num_heads": 16}
 MODELS = (
     *TOWERS,
+    Model("ViT-L/16@224 of timm, 8 layers, B128", ("timm", "VisionTransformer"), ("", TIMM_VIT_L), HALF, 128),
     Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),
     Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", QWEN2_5_CONFIG), PHOTOS),
     Model(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,15 +126,43 @@ def build(
     dtype: torch.dtype,
     attention: str | None = "eager",
 ) -> torch.nn.Module:
-    """A model of transformers with seeded random weights, in evaluation mode; ``attention`` None is transformers' default."""
+    """A model of transformers with seeded random weights, in evaluation mode; ``attention`` None is transformers' default.
+
+    With ``("timm", class)`` it is one of timm's VisionTransformers, whose features are returned as transformers returns them.
+    """
     _hide_broken_torchvision()
     need("transformers")
+    if model[0] == "timm":
+        return _features(model[1], config[1], device, dtype)
     modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
     configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(SEED)
         settings = getattr(configuration, config[0])(**config[1], attn_implementation=attention)
         module: torch.nn.Module = getattr(modeling, model[1])(settings)
+    return module.to(device=device, dtype=dtype).eval()
+
+
+def _features(name: str, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    try:
+        vision_transformer = importlib.import_module("timm.models.vision_transformer")
+    except (ImportError, RuntimeError) as error:  # not installed, or beside a torchvision for another torch
+        raise Unavailable(f"timm does not import: {error}") from error
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(image_size=sizes["img_size"])
+            self.tower = getattr(vision_transformer, name)(num_classes=0, **sizes)
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            return BaseModelOutput(last_hidden_state=self.tower.forward_features(pixel_values))
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(SEED)
+        module = Features()
     return module.to(device=device, dtype=dtype).eval()
 
 
