@@ -174,7 +174,7 @@ def qwen3_vl() -> Case:
     config = hf.Qwen3VLConfig(vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]})
     tower = Qwen3VLVisionModel(config.vision_config)
     case = _qwen(tower, 3 * 2 * 16, "Qwen3VLVisionPatchEmbed", "Qwen3VLVisionAttention")
-    case.replaced["Qwen3VLVisionMLP"] = 2
+    case.replaced |= {"Qwen3VLVisionBlock": 2, "Qwen3VLVisionMLP": 2}
     return case
 
 

@@ -34,6 +34,11 @@ SMALL: dict[str, tuple[dict[str, Any], models.Maker | None]] = {
         {**QWEN, "hidden_size": 64, "out_hidden_size": 48, "intermediate_size": 96, "window_size": 16},
         models._patches((1, 4, 4), (1, 2, 2)),
     ),
+    "Qwen3VLVisionModel": (
+        {**QWEN, "hidden_size": 64, "out_hidden_size": 48, "intermediate_size": 96, "num_position_embeddings": 16}
+        | {"deepstack_visual_indexes": [0]},
+        models._patches((1, 4, 4), (1, 2, 2)),
+    ),
     "Gemma3Model": ({"text_config": {**TEXT, "sliding_window": 8}, "vision_config": IMAGE}, models._images_in_text(64, 2, 8)),
     "LlamaModel": (TEXT, models._text(12)),
     "MllamaTextModel": (

@@ -285,6 +285,7 @@ MLLAMA = {
 HALF, CLIP = _images(photos.HALF), _images(photos.CLIP)
 VIT_L, SO400M = _vision(1024, 4096, 224, 16), _vision(1152, 4304, 384, 14)
 QWEN2_5_CONFIG = {"depth": 8, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+QWEN3 = {"depth": 8, "deepstack_visual_indexes": [2, 4, 6]}
 QWEN2, QWEN2_5 = "Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"
 TOWERS = (
     Model("ViT-L/16@224, 8 layers, B128", ("vit", "ViTModel"), ("ViTConfig", VIT_L), HALF, 128),
@@ -305,6 +306,7 @@ MODELS = (
     Model("ViT-L/16@224 of timm, 8 layers, B128", ("timm", "VisionTransformer"), ("", TIMM_VIT_L), HALF, 128),
     Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),
     Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", QWEN2_5_CONFIG), PHOTOS),
+    Model("Qwen3-VL tower, 8 layers", ("qwen3_vl", "Qwen3VLVisionModel"), ("Qwen3VLVisionConfig", QWEN3), PHOTOS),
     Model(
         "Gemma-3 4B, 6 layers, 4096 tokens, 8 images", ("gemma3", "Gemma3Model"),
         ("Gemma3Config", {"text_config": GEMMA3, "vision_config": _vision(1152, 4304, 896, 14, 1)}),

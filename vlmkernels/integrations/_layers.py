@@ -330,6 +330,7 @@ REPLACEMENTS: dict[str, Replacement] = {
     **_rows(
         TowerLayer,
         "qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock",
+        "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock",
         part=("norm1", "norm2"),
         attends="attn",
         last="proj",
