@@ -130,7 +130,7 @@ def _layer_norm_case(name: str, rows: int, dim: int) -> Case:
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
         return layer_norm(t["x"], t["weight"], t["bias"], t["shift"], 1e-6, backend=backend)
 
-    return Case("layer_norm", name, "norm", inputs, run)
+    return Case("layer_norm", name, "norm", inputs, run, ("x", "weight", "bias", "shift"))
 
 
 def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
@@ -144,6 +144,7 @@ def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
         ):
             every = dim == 64 or case.name.endswith("MQA")
             yield case if every else replace(case, dtypes=(torch.bfloat16,))
+    yield _attention_case("D64 causal GQA2, q, k and v beside each other", 64, (2, 4, 2, keys, keys), causal=True, beside=True)
     yield _attention_case("D64 few queries GQA2", 64, (3, 4, 2, 32, keys))
     yield _attention_case("D64 value 96 short queries", 64, (3, 4, 4, 8, keys), value_dim=96)
 
@@ -156,7 +157,9 @@ def _attention_case(
     ranged: bool = False,
     softcap: float = 0.0,
     value_dim: int = 0,
+    beside: bool = False,
 ) -> Case:
+    """``beside``: q, k and v of a token are neighbours in memory, as one product gives them."""
     batch, heads, kv_heads, queries, keys = shape
 
     def inputs() -> Inputs:
@@ -171,7 +174,11 @@ def _attention_case(
 
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
         ranges = KeyRanges(t["start"], t["stop"]) if ranged else None
-        return (attention(t["q"], t["k"], t["v"], ranges, causal=causal, softcap=softcap, backend=backend),)  # type: ignore[return-value]
+        q, k, v = t["q"], t["k"], t["v"]
+        if beside:
+            rows = torch.cat([x.flatten(2) for x in (q, k, v)], 2).split([x.shape[2] * x.shape[3] for x in (q, k, v)], 2)
+            q, k, v = (row.unflatten(2, x.shape[2:]) for row, x in zip(rows, (q, k, v), strict=True))
+        return (attention(q, k, v, ranges, causal=causal, softcap=softcap, backend=backend),)  # type: ignore[return-value]
 
     return Case("attention", name, "gemm", inputs, run, ("q", "k", "v"))
 
