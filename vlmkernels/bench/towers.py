@@ -132,18 +132,22 @@ def build(
     """
     _hide_broken_torchvision()
     need("transformers")
-    if model[0] == "timm":
-        return _features(model[1], config[1], device, dtype)
-    modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
-    configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
+    make = _of_timm(model[1], config[1]) if model[0] == "timm" else _of_transformers(model, config, attention)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(SEED)
-        settings = getattr(configuration, config[0])(**config[1], attn_implementation=attention)
-        module: torch.nn.Module = getattr(modeling, model[1])(settings)
+        module = make()
     return module.to(device=device, dtype=dtype).eval()
 
 
-def _features(name: str, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _of_transformers(
+    model: tuple[str, str], config: tuple[str, dict[str, Any]], attention: str | None
+) -> Callable[[], torch.nn.Module]:
+    modeling = importlib.import_module(f"transformers.models.{model[0]}.modeling_{model[0]}")
+    configuration = importlib.import_module(f"transformers.models.{model[0]}.configuration_{model[0]}")
+    return lambda: getattr(modeling, model[1])(getattr(configuration, config[0])(**config[1], attn_implementation=attention))
+
+
+def _of_timm(name: str, sizes: dict[str, Any]) -> Callable[[], torch.nn.Module]:
     from transformers.modeling_outputs import BaseModelOutput
 
     try:
@@ -160,10 +164,7 @@ def _features(name: str, sizes: dict[str, Any], device: torch.device, dtype: tor
         def forward(self, pixel_values: torch.Tensor) -> Any:
             return BaseModelOutput(last_hidden_state=self.tower.forward_features(pixel_values))
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(SEED)
-        module = Features()
-    return module.to(device=device, dtype=dtype).eval()
+    return Features
 
 
 def _hide_broken_torchvision() -> None:

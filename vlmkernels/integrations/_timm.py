@@ -134,7 +134,7 @@ class Mlp(Plain):
 
     def serves(self) -> bool:
         drops = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
-        return super().serves() and not drops and unhooked(self.drop1) and unhooked(self.norm) and unhooked(self.drop2)
+        return super().serves() and not drops and all(unhooked(layer) for layer in (self.drop1, self.norm, self.drop2))
 
 
 class Block(TowerLayer):
@@ -147,9 +147,13 @@ class Block(TowerLayer):
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        if type(layer.ls1) is not nn.Identity or type(layer.ls2) is not nn.Identity:
+        if cls.scales(layer):
             raise Unfit("it scales what its halves add")
         return super().build(layer)
+
+    @staticmethod
+    def scales(layer: Any) -> bool:
+        return type(layer.ls1) is not nn.Identity or type(layer.ls2) is not nn.Identity
 
     def drops(self) -> bool:
         return self.attn.proj_drop.p > 0 or any(getattr(path, "drop_prob", 0) > 0 for path in (self.drop_path1, self.drop_path2))
@@ -250,11 +254,13 @@ class RotaryBlock(Block):
 
     @classmethod
     def build(cls, layer: Any) -> nn.Module:
-        if layer.gamma_1 is not None or layer.gamma_2 is not None:
-            raise Unfit("it scales what its halves add")
         if type(layer.attn.norm) is not nn.Identity or type(layer.mlp).__name__ != "Mlp":
             raise Unfit(f"its feed-forward is {type(layer.mlp).__name__}, or its attention has a norm before its last layer")
-        return super(Block, cls).build(layer)
+        return super().build(layer)
+
+    @staticmethod
+    def scales(layer: Any) -> bool:
+        return layer.gamma_1 is not None or layer.gamma_2 is not None
 
 
 class Pool(Swapped):

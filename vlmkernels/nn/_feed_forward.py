@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forwards whose products cuBLAS can do better than layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -143,18 +143,20 @@ class FeedForward(ActivatedLinear):
 
     def _learns_in_one(self, x: torch.Tensor, first: Any, second: Any) -> bool:
         """Whether something learns here, and nobody watches it between the two layers."""
-        if self.activation not in LEARNING or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if not plain(first) or not plain(second):
+        if self.activation not in LEARNING or not learning(x, first, second) or not bare(x, first) or not bare(x, second):
             return False
         parameters = first.weight, first.bias, second.weight, second.bias
-        learns = x.requires_grad or any([p is not None and p.requires_grad for p in parameters])
-        return learns and all([type(p) is nn.Parameter and p.dtype == x.dtype for p in parameters]) and pays(x, first.weight)
+        return all(type(p) is nn.Parameter for p in parameters) and pays(x, first.weight)
+
+
+def _parameters(layer: nn.Module) -> Iterable[nn.Parameter]:
+    """Those of a layer; of one without others inside in an eighth of the time that ``parameters()`` takes."""
+    return layer.parameters() if layer._modules else [p for p in layer._parameters.values() if p is not None]
 
 
 def learning(x: torch.Tensor, *layers: nn.Module) -> bool:
     """Whether one of these learns."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(p for layer in layers for p in layer.parameters())))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(p for layer in layers for p in _parameters(layer))))
 
 
 def bare(x: torch.Tensor, *layers: nn.Module) -> bool:
@@ -162,7 +164,7 @@ def bare(x: torch.Tensor, *layers: nn.Module) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return False
     kinds = zip(layers, (nn.Linear, nn.LayerNorm), strict=False)
-    same = all(parameter.dtype == x.dtype for layer in layers for parameter in layer.parameters())
+    same = all(parameter.dtype == x.dtype for layer in layers for parameter in _parameters(layer))
     return same and all(plain(layer, kind) for layer, kind in kinds)
 
 

@@ -35,9 +35,14 @@ def adjacent(parts: Tensors) -> bool:
 
 
 def side_by_side(parts: Tensors) -> torch.Tensor | None:
-    """The contiguous ``[..., N_1 + N_2 + ...]`` that these tensors ``[..., N_i]`` are columns of; None where they are not."""
-    first, address, width = parts[0], parts[0].data_ptr(), sum(part.shape[-1] for part in parts)
-    storage = first.untyped_storage().data_ptr()
+    """The contiguous ``[..., N_1 + N_2 + ...]`` that these tensors ``[..., N_i]`` are columns of; None where they are not.
+
+    What is traced has no addresses, and is not. The result has no gradient but that of the first.
+    """
+    first = parts[0]
+    if torch.compiler.is_compiling() or type(first) is not torch.Tensor:
+        return None
+    address, width, storage = first.data_ptr(), sum(part.shape[-1] for part in parts), first.untyped_storage().data_ptr()
     for part in parts:
         same = part.shape[:-1] == first.shape[:-1] and part.stride() == first.stride() and part.dtype == first.dtype
         if not same or part.data_ptr() != address or part.untyped_storage().data_ptr() != storage:
@@ -45,6 +50,12 @@ def side_by_side(parts: Tensors) -> torch.Tensor | None:
         address += part.shape[-1] * part.element_size()
     whole = first.as_strided((*first.shape[:-1], width), first.stride())
     return whole if whole.is_contiguous() and whole.numel() else None
+
+
+def heads_side_by_side(parts: Tensors) -> torch.Tensor | None:
+    """The same of ``[..., H_i, D_i]``: the contiguous ``[..., H_1 D_1 + H_2 D_2 + ...]``."""
+    whole = not torch.compiler.is_compiling() and all(part.stride()[-2:] == (part.shape[-1], 1) for part in parts)
+    return side_by_side([part.flatten(-2) for part in parts]) if whole else None
 
 
 def split_heads(y: torch.Tensor, heads: Sequence[int]) -> Tensors:
@@ -65,12 +76,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        together = None
-        plain = (
-            type(grads[0]) is torch.Tensor and not torch.is_grad_enabled()
-        )  # a view of the first has no gradient for the others
-        if plain and all(grad.stride()[-2:] == (grad.shape[-1], 1) for grad in grads):
-            together = side_by_side([grad.flatten(-2) for grad in grads])
+        together = None if torch.is_grad_enabled() else heads_side_by_side(grads)
         return torch.cat(grads, -2) if together is None else together.unflatten(-1, (-1, grads[0].shape[-1])), None
 
 
@@ -246,8 +252,7 @@ class _PackedLinear(torch.autograd.Function):
         needs_x, _, *needs = ctx.needs_input_grad
         rows, dx = x.flatten(0, -2), None
         dweights: Sequence[torch.Tensor | None]
-        # Gradients of attention may lie side by side as they come; what is traced has no addresses.
-        dy = None if torch.compiler.is_compiling() or type(x) is not torch.Tensor else side_by_side(grads)
+        dy = side_by_side(grads)  # as those of attention may come
         if dy is None and needs_x:
             dy = torch.cat(grads, -1)  # the sum over the parts then happens inside the product, in fp32
         if dy is None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 import vlmkernels.ops.tile_bounds  # noqa: F401  registers the op that the kernels call
 from vlmkernels.masks import KeyRanges
 from vlmkernels.ops._op import Op, bad_argument, forced_backend
-from vlmkernels.ops._packed_linear import side_by_side
+from vlmkernels.ops._packed_linear import heads_side_by_side
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -140,7 +140,8 @@ def _gradients(
     """dQ, dK and dV; the last two lie one behind the other, or all three beside each other where q, k and v do."""
     *settings, backend = arguments
     tensors = (dout, dlse, q, k, v, *settings)
-    if backend in ("", "cuda") and _one_row(q, k, v) and _bwd_together.why_not("cuda", q.device, *tensors) is None:
+    beside = q.is_cuda and backend in ("", "cuda") and heads_side_by_side((q, k, v)) is not None
+    if beside and _bwd_together.why_not("cuda", q.device, *tensors) is None:
         rows = _bwd_together(*tensors, "cuda")
         parts = rows.split([x.shape[2] * x.shape[3] for x in (q, k, v)], 2)
         dq, dk, dv = (part.unflatten(2, x.shape[2:]) for part, x in zip(parts, (q, k, v), strict=True))
@@ -148,14 +149,6 @@ def _gradients(
     dq, dkv = _bwd(*tensors, backend)
     dk, dv = dkv.split((k.numel(), v.numel()))
     return dq, dk.view(k.shape), dv.view(v.shape)
-
-
-def _one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether q, k and v of a token are neighbours in memory, as one product gives them. What is traced has no addresses."""
-    if not q.is_cuda or torch.compiler.is_compiling() or type(q) is not torch.Tensor:
-        return False
-    heads = all(x.stride()[2:] == (x.shape[3], 1) for x in (q, k, v))
-    return heads and side_by_side([x.flatten(2) for x in (q, k, v)]) is not None
 
 
 def _fwd_fake(
