@@ -20,11 +20,12 @@ namespace activated_linear {
 using namespace pairs;
 
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-// A named barrier, for the second warpgroup to wait for the first.
-constexpr int kAheadBarrier = 1;
+// Named barriers: for the second warpgroup to wait for the first, and for the warps of each.
+constexpr int kAheadBarrier = 1, kGroupBarrier = 2;
+constexpr int kBeforeColumns = 32, kBeforeRowBytes = kBeforeColumns * 2;
 
 struct Maps {
-  CUtensorMap rows, weight, up;
+  CUtensorMap rows, weight, up, before;
 };
 
 // Cluster i takes the tiles i, i + clusters, ..., in bands of 8 tiles of rows, down the columns of
@@ -68,7 +69,12 @@ struct Config {
   static constexpr bool kBiased = !kGated && kPass != Pass::kBackward;
   static constexpr int kBiasBytes = kBiased ? kColumns * 2 : 0;
 
-  static constexpr int kStageBytes = kLeftBytes + kColumns * kRowBytes;
+  // A stage has factors of products, and backwards, of the tile that waits, 32 columns of what
+  // stood before the activation: these were loaded a stage ahead, and CLIP-L's pass took 327 us
+  // (H200).
+  static constexpr int kFactorBytes = kLeftBytes + kColumns * kRowBytes;
+  static constexpr int kBeforeBytes = kPass == Pass::kBackward ? kRows * kBeforeRowBytes : 0;
+  static constexpr int kStageBytes = kFactorBytes + kBeforeBytes;
   static constexpr int kStages = (kSharedLimit - 2 * kBiasBytes - 256) / kStageBytes;
   static constexpr int kBias = kStages * kStageBytes;  // of two tiles in turn
   static constexpr int kBarriers = kBias + 2 * kBiasBytes;

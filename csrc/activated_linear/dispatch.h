@@ -52,6 +52,13 @@ int run(const typename C::Params& p, const Plan& plan, void* stream) {
   };
   code = weights(maps.weight, p.weight);
   if constexpr (C::kGated) code = code ? code : weights(maps.up, p.up);
+  if constexpr (C::kBeforeBytes > 0) {
+    const cuuint64_t row = size(2 * p.dim);
+    code = code ? code
+                : encode_tiles(maps.before, p.before, half, {size(p.dim), size(p.rows), 1, 1},
+                               {row, row, row}, {kBeforeColumns, kRows, 1, 1},
+                               CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+  }
   if (code) return code;
   const Schedule s{ceil_div(p.rows, kTile), ceil_div(p.dim, C::kOut), ceil_div(p.depth, kDepth)};
   return launch_clusters("activated_linear_fwd_kernel", activated_linear_fwd_kernel<C>,

@@ -26,6 +26,11 @@ __device__ __forceinline__ void copy_tiles(const typename C::Params& p, const Sc
   const int rank = block_in_cluster();
   const CUtensorMap& weight = C::kGated && rank == 1 ? maps.up : maps.weight;
   int bias_slot = 0;
+  int2 waits = make_int2(-1, 0);  // the tile before: its first row here, and its first column
+  const auto copy_before = [&](int step) {
+    copy_tile(ring.stage() + C::kFactorBytes, maps.before, waits.y + step * kBeforeColumns, waits.x,
+              0, 0, ring.full());
+  };
 #pragma unroll 1
   for (int tile = cluster_index(); tile < s.tiles(); tile += clusters(), bias_slot ^= 1) {
     const int2 place = s.place(tile);
@@ -34,7 +39,10 @@ __device__ __forceinline__ void copy_tiles(const typename C::Params& p, const Sc
 #pragma unroll 1
     for (int step = 0; step < s.steps; ++step) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
-      barrier_expect(ring.full(), C::kStageBytes + (step == 0 ? bias_bytes : 0));
+      const bool with_before = C::kBeforeBytes && step < C::kEights && waits.x >= 0;
+      barrier_expect(ring.full(), C::kFactorBytes + (step == 0 ? bias_bytes : 0) +
+                                      (with_before ? C::kBeforeBytes : 0));
+      if (with_before) copy_before(step);
       if (C::kBiased && step == 0) {
         copy_from_global(shared + C::kBias + bias_slot * C::kBiasBytes,
                          static_cast<const typename C::Token*>(p.bias) + column, bias_bytes,
@@ -45,6 +53,11 @@ __device__ __forceinline__ void copy_tiles(const typename C::Params& p, const Sc
                           step * kDepth, 0, column / 8, C::kGated ? 0 : 2 * rank, ring.full(), 3);
       ring.advance();
     }
+    waits = make_int2(row, column);
+  }
+  if constexpr (C::kBeforeBytes > 0) {
+    copy_stages<C::kBeforeBytes>(ring, C::kEights,
+                                 [&](uint32_t, uint32_t, int step) { copy_before(step); });
   }
 }
 
@@ -58,10 +71,20 @@ __device__ __forceinline__ void multiply_tiles(const typename C::Params& p, cons
   const int own_row =
       static_cast<int>(cluster_rank()) * kRows + group * 64 + thread / 32 * 16 + lane / 4;
   const uint32_t bias = shared + C::kBias + lane % 4 * 16;
+  const uint32_t before =
+      C::kFactorBytes + (group * 64 + thread / 32 * 16) * kBeforeRowBytes + lane * 16;
   int bias_slot = 0;
   bool ahead = false;  // whether the distance between the warpgroups is there
   float sum[C::kSums];
   std::conditional_t<C::kPass == Pass::kBackward, WaitingGradient<C>, Waiting<C>> waiting;
+  const auto finish = [&](int step) {
+    if constexpr (C::kPass == Pass::kBackward) {
+      waiting.finish(p, step, ring.stage() + before);
+      named_wait<128>(kGroupBarrier + group);  // all warps have read it when one lets go
+    } else {
+      waiting.finish(p, step);
+    }
+  };
   // The products of a stage, and `meanwhile`.
   const auto multiply = [&](bool first, auto meanwhile) {
     barrier_wait(ring.full(), ring.parity);
@@ -89,14 +112,13 @@ __device__ __forceinline__ void multiply_tiles(const typename C::Params& p, cons
     for (int step = 0; step < C::kEights; ++step) {
       multiply(step == 0, [&] {
         stay_behind(p.rows < 0);  // ptxas would have the products wait for activations
-        waiting.finish(p, step);
+        finish(step);
       });
       if (step == kAhead - 1 && !ahead && group == 0) named_arrive<256>(kAheadBarrier);
     }
     ahead = true;
 #pragma unroll 1
     for (int step = C::kEights; step < s.steps; ++step) multiply(false, [] {});
-    if constexpr (C::kPass == Pass::kBackward) waiting.load(p, rows, column, 0);
     mma_wait<0>();
     release_before(ring);
     keep(sum);
@@ -107,7 +129,14 @@ __device__ __forceinline__ void multiply_tiles(const typename C::Params& p, cons
     bias_slot ^= 1;
   }
 #pragma unroll
-  for (int g = 0; g < C::kEights; ++g) waiting.finish(p, g);
+  for (int step = 0; step < C::kEights; ++step) {
+    if constexpr (C::kPass == Pass::kBackward) barrier_wait(ring.full(), ring.parity);
+    finish(step);
+    if constexpr (C::kPass == Pass::kBackward) {
+      ring.advance();
+      release_before(ring);
+    }
+  }
 }
 
 template <typename C>

@@ -79,27 +79,18 @@ struct WaitingGradient : Waiting<C> {
   using Params = typename C::Params;
   static_assert(VLMK_FEED_FORWARD_SUM_ROWS == 16);  // a warp's, in wgmma's sums
 
-  uint4 before[2];  // of the next eight
-  int slot = -1;    // of this warp's sums
+  int slot = -1;  // of this warp's sums
 
-  __device__ __forceinline__ void load(const Params& p, const int (&row)[2], int column, int g) {
-    column += 32 * g;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      before[h] =
-          load_global(static_cast<const Token*>(p.before) + int64_t{row[h]} * p.dim + column,
-                      row[h] >= 0 && column < p.dim);
-    }
-  }
-
-  __device__ __forceinline__ void finish(const Params& p, int g) {
+  // `before`: the address of this thread's first eight of what stood before the activation.
+  __device__ __forceinline__ void finish(const Params& p, int g, uint32_t before) const {
     float sum[8] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      uint4 x = this->eights[0][g][h];
+      uint4 x = this->eights[0][g][h], stood;
+      load_shared(before + 8 * h * kBeforeRowBytes, stood);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = to_floats<Token>((&x.x)[i]), at = to_floats<Token>((&before[h].x)[i]);
+        const float2 pair = to_floats<Token>((&x.x)[i]), at = to_floats<Token>((&stood.x)[i]);
         const float first = pair.x * slope<C::kActivation>(at.x);
         const float second = pair.y * slope<C::kActivation>(at.y);
         sum[2 * i] += first, sum[2 * i + 1] += second;
@@ -109,7 +100,6 @@ struct WaitingGradient : Waiting<C> {
         store_global(static_cast<Token*>(p.out) + this->place(p, h, g), x);
       }
     }
-    if (g + 1 < C::kEights) load(p, this->row, this->column, g + 1);
     add_up(sum);
     if (slot >= 0 && this->column + 32 * g < p.dim) {
       p.sums[int64_t{slot} * p.dim + this->column + 32 * g + lane_index() / 4] = sum[0];
