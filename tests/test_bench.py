@@ -257,6 +257,17 @@ def test_time_limit_and_gpu_only_are_left_out() -> None:
     assert rows == [] and any("time limit" in line for line in left_out) and any("too big" in line for line in left_out)
 
 
+def test_what_was_measured_before_an_interrupt_is_kept() -> None:
+    def interrupted(device: torch.device) -> Case:
+        raise KeyboardInterrupt
+
+    builds = {"first": lambda device: _case(()), "second": interrupted, "third": lambda device: _case(())}
+    work = [Workload("s", "o", name, "fwd", build) for name, build in builds.items()]
+    rows, left_out = runner.run(work, CPU, CEILINGS, Options(budget_ms=0.0))
+    assert [row.workload for row in rows] == ["first"]
+    assert [line for line in left_out if "interrupted" in line] == [f"{w.id}: interrupted" for w in work[1:]]
+
+
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
 TOWERS = [
     towers.Tower(

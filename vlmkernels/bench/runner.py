@@ -135,7 +135,7 @@ def run(
     options: Options,
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[list[Row], list[str]]:
-    """Run workloads one after the other.
+    """Run workloads one after the other. Ctrl-C leaves out the one that runs and those behind it: the rows before it are kept.
 
     Args:
         progress: called with the name of what starts.
@@ -144,15 +144,21 @@ def run(
         the rows, ours first in each workload, and a line for everything that was left out.
     """
     rows, left_out = [], []
-    started = time.perf_counter()
+    started, interrupted = time.perf_counter(), False
     for workload in work:
         if workload.gpu_only and device.type != "cuda":
             left_out.append(f"{workload.id}: {workload.gpu_only}")
+        elif interrupted:
+            left_out.append(f"{workload.id}: interrupted")
         elif time.perf_counter() - started > options.time_limit:
             left_out.append(f"{workload.id}: the time limit of {options.time_limit:g} s was reached")
         else:
             progress(workload.id)
-            rows += run_workload(workload, device, ceilings, options, progress)
+            try:
+                rows += run_workload(workload, device, ceilings, options, progress)
+            except KeyboardInterrupt:
+                interrupted = True
+                left_out.append(f"{workload.id}: interrupted")
             _free(device)
     if device.type != "cuda" and any(not workload.gpu_only for workload in work):
         left_out.append("on a CPU: torch.compile, FlexAttention, FlashAttention and cuDNN peers; large batches; bf16")
