@@ -10,6 +10,7 @@ import torch
 from conftest import ON_GPU, capture
 
 from vlmkernels import BackendError, KeyRanges, attention
+from vlmkernels.ops.attention import attention_qkvpacked
 from vlmkernels.testing import compare
 
 #: Not on the CUDA kernels, whose backward takes few queries: they have files of their own.
@@ -286,6 +287,39 @@ def test_attention_opcheck(backend, mask, device):
     out, lse = torch.ops.vlmkernels.attention_fwd(q, k, v, *settings, True, backend)
     args = (torch.randn_like(out), None, q, k, v, out, lse, *settings, backend)
     torch.library.opcheck(torch.ops.vlmkernels.attention_bwd.default, args)
+
+
+@portable
+@pytest.mark.parametrize("tokens", [(2, 20), (33,), (0, 5), (2, 0)], ids=str)
+@pytest.mark.parametrize("mask", ["dense", "causal", "random", "random causal"])
+def test_attention_qkvpacked(backend, mask, tokens, device):
+    """As of heads one by one, with gradients of q, k and v that are one matrix; also from rows of others' columns."""
+    heads, kv_heads, dim = 4, 2, 16
+    wide = torch.randn(*tokens, 8 * dim + 3, device=device, requires_grad=True)
+    rows = (1, *tokens) if len(tokens) == 1 else tokens
+    ranges = make_ranges("random", (rows[0], heads, kv_heads, rows[1], rows[1], dim, dim), device) if "random" in mask else None
+    options = {"causal": "causal" in mask, "scale": 0.3, "backend": "" if backend == "torch" and 0 in tokens else backend}
+    got = attention_qkvpacked(wide[..., :-3], heads, kv_heads, ranges, **options)
+    parts = wide[..., :-3].unflatten(-1, (8, dim)).split((4, 2, 2), -2)
+    wanted = attention(*parts, ranges, **options).flatten(-2)
+    assert got.is_contiguous() and compare(got, wanted.double(), "gemm")
+    with torch.no_grad():
+        assert compare(attention_qkvpacked(wide[..., :-3], heads, kv_heads, ranges, **options), wanted.double(), "gemm")
+    for dout in (torch.randn_like(got), torch.ones(1, 1, device=device).expand(got.shape)):  # the second as of a sum
+        (exact,), (dqkv,) = (torch.autograd.grad(y, wide, dout, retain_graph=True) for y in (wanted, got))
+        assert compare(dqkv, exact.double(), "grad")
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(got.square().sum(), wide, create_graph=True)[0].sum().backward()
+
+
+def test_attention_qkvpacked_refuses(device):
+    for qkv, heads in (((2, 3, 30), (4, 2)), ((3, 2, 3, 64), (4, 2)), ((2, 3, 64), (0, 2))):
+        with pytest.raises(ValueError, match="qkv: got shape"):
+            attention_qkvpacked(torch.zeros(qkv, device=device), *heads)
+    for qkv, ranges in (((2, 3, 64), KeyRanges.causal(4, 4, device=device)), ((5, 64), KeyRanges.causal(3, 3, device=device))):
+        for learns in (False, True):
+            with pytest.raises(ValueError, match="ranges: got shape"):
+                attention_qkvpacked(torch.zeros(qkv, device=device, requires_grad=learns), 4, 2, ranges)
 
 
 @pytest.mark.backends("attention_bwd_together")

@@ -17,10 +17,10 @@ from nn_parity import quick_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmkernels.nn import CrossAttention, QFormer, SelfAttention
+from vlmkernels.nn import CrossAttention, QFormer, SelfAttention, _packed
 from vlmkernels.nn._packed import project
 from vlmkernels.ops import _packed_linear
-from vlmkernels.ops._packed_linear import adjacent, lay_side_by_side, packed_linear, side_by_side, split_heads
+from vlmkernels.ops._packed_linear import adjacent, joined_linear, lay_side_by_side, packed_linear
 from vlmkernels.testing import compare
 
 __all__ = ["quick_backend"]
@@ -37,7 +37,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         found.append(sum(len(weight) for weight in weights))
         return run(x, weights, biases)
 
+    def counted_whole(*arguments: Any) -> Tensor | None:
+        y = joined_linear(*arguments)
+        found.extend([] if y is None else [y.shape[-1]])
+        return y
+
     monkeypatch.setattr(_packed_linear, "_run_fwd", counted)
+    monkeypatch.setattr(_packed, "joined_linear", counted_whole)
     yield found
 
 
@@ -140,45 +146,38 @@ def test_gradients(needs: tuple[bool, bool, bool], bias: bool, compiled: bool) -
         assert result, result
 
 
-@pytest.mark.parametrize("needs_x", [True, False])
-def test_gradients_that_lie_side_by_side(needs_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read as one matrix, where they are; others with the same numbers give the same."""
-    made, x = linears(True), torch.randn(2, 3, K, device=DEVICE, requires_grad=needs_x)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_joined(needs: tuple[bool, bool, bool], bias: bool) -> None:
+    """One tensor and its gradients: those of the parts put together."""
+    made, x = linears(bias), torch.randn(2, 3, K, device=DEVICE, requires_grad=needs[0])
+    made[0].requires_grad_(needs[1])
+    for other in made[1:]:
+        other.requires_grad_(needs[2])
     weights, biases = leaves(made)
     needed = [t for t in (x, *weights, *biases) if t.requires_grad]
-    rows = torch.randn(2, 3, sum(SIZES), device=DEVICE)
-    beside = rows.split(SIZES, -1)
-    exact = torch.autograd.grad(packed_linear(x, weights, biases), needed, [part.clone() for part in beside])
-    monkeypatch.setattr(torch, "cat", None)
-    for value, wanted in zip(torch.autograd.grad(packed_linear(x, weights, biases), needed, beside), exact, strict=True):
-        assert compare(value, wanted.double(), "gemm")
+    y, parts, dy = (
+        joined_linear(x, weights, biases),
+        packed_linear(x, weights, biases),
+        torch.randn(2, 3, sum(SIZES), device=DEVICE),
+    )
+    assert y is not None and torch.equal(y, torch.cat(parts, -1)) and y.requires_grad == bool(needed)
+    if needed:
+        exact = torch.autograd.grad(parts, needed, dy.split(SIZES, -1))
+        for value, wanted in zip(torch.autograd.grad(y, needed, dy), exact, strict=True):
+            assert compare(value, wanted.double(), "gemm")
 
 
-def test_heads_are_split_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither forwards nor, where they come so, backwards; other gradients are put together."""
-    y, heads = torch.randn(2, 3, 8, 16, device=DEVICE, requires_grad=True), (4, 2, 2)
-    parts, rows = split_heads(y * 2, heads), torch.randn(2, 3, 8, 16, device=DEVICE)
-    assert [part.shape[-2] for part in parts] == list(heads) and side_by_side([part.flatten(-2) for part in parts]) is not None
-    for others in ([part.clone() for part in rows.split(heads, -2)], rows.mT.contiguous().mT.split(heads, -2)):
-        assert torch.equal(torch.autograd.grad(parts, y, others, retain_graph=True)[0], 2 * rows)
-    learnt = rows.clone().requires_grad_()
-    (dy,) = torch.autograd.grad(parts, y, learnt.split(heads, -2), create_graph=True)
-    assert torch.equal(torch.autograd.grad(dy, learnt, rows)[0], 2 * rows)
-    monkeypatch.setattr(torch, "cat", None)
-    assert torch.equal(torch.autograd.grad(parts, y, rows.split(heads, -2))[0], 2 * rows)
-    with torch.no_grad():
-        assert split_heads(y, heads)[0].data_ptr() == y.data_ptr()
-
-
-def test_what_lies_side_by_side() -> None:
-    rows = torch.randn(2, 3, sum(SIZES))
-    parts = rows.split(SIZES, -1)
-    whole = side_by_side(parts)
-    assert whole is not None and whole.data_ptr() == rows.data_ptr() and torch.equal(whole, rows)
-    wide = torch.randn(2, 3, sum(SIZES) + 1).split([*SIZES, 1], -1)
-    for others in (parts[::-1], [part.clone() for part in parts], parts[:-1], wide[:-1], [parts[0], *wide[1:-1]]):
-        assert side_by_side(others) is None
-    assert side_by_side([part[:, :0] for part in parts]) is None
+def test_what_is_not_joined() -> None:
+    """Weights or biases that are no neighbours, fake tensors, and what autocast is to cast."""
+    made, x = linears(), torch.randn(2, K, device=DEVICE)
+    weights, biases = leaves(made)
+    assert joined_linear(x, weights, biases) is not None and joined_linear(x, weights) is not None
+    assert joined_linear(x, weights[::-1]) is None and joined_linear(x, weights, biases[::-1]) is None
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert joined_linear(x, weights) is None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert joined_linear(mode.from_tensor(x), weights) is None
 
 
 def test_gradients_of_weights_from_neighbours() -> None:

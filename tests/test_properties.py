@@ -207,8 +207,8 @@ TOKENS = st.integers(1, 700) if ON_GPU else st.integers(1, 70)
 def test_attention(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
     """Every mask is ranges in no order, some of them empty, or causal; heads are grouped; queries and keys of any number."""
     kv_heads, group = draw(of(1, 2)), draw(of(1, 2, 3))
-    tokens, beside = (draw(TOKENS), draw(TOKENS)), draw(of(False, False, True))
-    tokens = (tokens[0], tokens[0]) if beside else tokens
+    tokens, packed = (draw(TOKENS), draw(TOKENS)), draw(of(False, False, True))
+    tokens = (tokens[0], tokens[0]) if packed else tokens
     # Statistics of a few elements say nothing: at least 32 rows of queries, of which some may see a key or two.
     batch = max(draw(of(1, 2)), -(-32 // (tokens[0] * kv_heads * group)))
     dim = draw(of(*HEAD_DIMS.get(backend, HEAD_DIMS[""])))
@@ -216,8 +216,8 @@ def test_attention(backend: str, dtype: torch.dtype, draw: Draw) -> Case:
         "causal": draw(st.booleans()),
         "ranged": draw(st.booleans()),
         "softcap": draw(of(0.0, 0.0, 0.0, 20.0)),
-        "value_dim": draw(of(0, 0, 0, 64 if ON_GPU else 24)),
-        "beside": beside,
+        "value_dim": 0 if packed else draw(of(0, 0, 0, 64 if ON_GPU else 24)),
+        "packed": packed,
     }
     case = verify._attention_case("generated", dim, (batch, kv_heads * group, kv_heads, *tokens), **options)
     larger = draw(of(1.0, 0.1, 4.0))

@@ -11,7 +11,7 @@ import torch
 from vlmkernels import BackendError, KeyRanges
 from vlmkernels.ops._op import BACKENDS
 from vlmkernels.ops.activated_linear import ACTIVATIONS, activated_linear
-from vlmkernels.ops.attention import attention
+from vlmkernels.ops.attention import attention, attention_qkvpacked
 from vlmkernels.ops.contrastive import clip_loss, siglip_loss
 from vlmkernels.ops.feed_forward import ACTIVATIONS as LEARNING
 from vlmkernels.ops.feed_forward import feed_forward
@@ -144,7 +144,7 @@ def _attention_cases(dims: Sequence[int], small: bool) -> Iterator[Case]:
         ):
             every = dim == 64 or case.name.endswith("MQA")
             yield case if every else replace(case, dtypes=(torch.bfloat16,))
-    yield _attention_case("D64 causal GQA2, q, k and v beside each other", 64, (2, 4, 2, keys, keys), causal=True, beside=True)
+    yield _attention_case("D64 causal GQA2, q, k and v in one row", 64, (2, 4, 2, keys, keys), causal=True, packed=True)
     yield _attention_case("D64 few queries GQA2", 64, (3, 4, 2, 32, keys))
     yield _attention_case("D64 value 96 short queries", 64, (3, 4, 4, 8, keys), value_dim=96)
 
@@ -157,9 +157,9 @@ def _attention_case(
     ranged: bool = False,
     softcap: float = 0.0,
     value_dim: int = 0,
-    beside: bool = False,
+    packed: bool = False,
 ) -> Case:
-    """``beside``: q, k and v of a token are neighbours in memory, as one product gives them."""
+    """``packed``: q, k and v of a token are one row, as one product gives them."""
     batch, heads, kv_heads, queries, keys = shape
 
     def inputs() -> Inputs:
@@ -175,10 +175,10 @@ def _attention_case(
     def run(t: Inputs, backend: str) -> Sequence[torch.Tensor]:
         ranges = KeyRanges(t["start"], t["stop"]) if ranged else None
         q, k, v = t["q"], t["k"], t["v"]
-        if beside:
-            rows = torch.cat([x.flatten(2) for x in (q, k, v)], 2).split([x.shape[2] * x.shape[3] for x in (q, k, v)], 2)
-            q, k, v = (row.unflatten(2, x.shape[2:]) for row, x in zip(rows, (q, k, v), strict=True))
-        return (attention(q, k, v, ranges, causal=causal, softcap=softcap, backend=backend),)  # type: ignore[return-value]
+        options: dict[str, Any] = {"causal": causal, "softcap": softcap, "backend": backend}
+        if packed:
+            return (attention_qkvpacked(torch.cat((q, k, v), 2).flatten(2), heads, kv_heads, ranges, **options),)
+        return (attention(q, k, v, ranges, **options),)  # type: ignore[return-value]
 
     return Case("attention", name, "gemm", inputs, run, ("q", "k", "v"))
 

@@ -55,7 +55,10 @@ class InProjectedAttention(SelfAttention):
         return []
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        return self._heads(0, (F.linear(x, self.in_proj_weight, self.in_proj_bias),))
+        return self._heads(0, (self._project_qkv(x),))
+
+    def _project_qkv(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
 class Attention(Swapped):

@@ -192,10 +192,14 @@ class RotarySelfAttention(SelfAttention):
         self.norm = nn.Identity() if kind is None else QK_NORMS[kind](self.num_heads * self.head_dim, eps, device="meta")
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        if not self.apart:
-            return super()._project(x, context)
+        return self._heads(0, (self._project_apart(x),)) if self.apart else super()._project(x, context)
+
+    def _project_qkv(self, x: Tensor) -> Tensor | None:
+        return self._project_apart(x) if self.apart else super()._project_qkv(x)
+
+    def _project_apart(self, x: Tensor) -> Tensor:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        return self._heads(0, (F.linear(x, get(self, "qkv.weight"), bias),))
+        return F.linear(x, get(self, "qkv.weight"), bias)
 
     def _project_out(self, y: Tensor) -> Tensor:
         return super()._project_out(self.norm(y))

@@ -17,7 +17,6 @@ from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._norm import RMSNorm, rms_scale
 from vlmkernels.nn._packed import SideBySide, project
 from vlmkernels.ops._op import bad_argument
-from vlmkernels.ops._packed_linear import split_heads
 from vlmkernels.ops.attention import attention
 from vlmkernels.ops.rope import rope
 
@@ -152,7 +151,7 @@ class ProjectedAttention(SideBySide):
         parts: list[torch.Tensor] = []
         for y, (_, heads) in zip(outputs, self._plan[first:], strict=False):
             y = y.unflatten(-1, (sum(heads), self.head_dim))
-            parts += [y] if len(heads) == 1 else split_heads(y, heads)
+            parts += [y] if len(heads) == 1 else y.split(heads, -2)
         return tuple(parts)
 
     def _position(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmkernels.ops._packed_linear import forget, lay_side_by_side, packed_linear
+from vlmkernels.ops._packed_linear import forget, joined_linear, lay_side_by_side, packed_linear
 
 
 def project(x: torch.Tensor, linears: Sequence[nn.Module], constant: Sequence[bool] = ()) -> tuple[torch.Tensor, ...]:
@@ -23,6 +23,18 @@ def project(x: torch.Tensor, linears: Sequence[nn.Module], constant: Sequence[bo
         return tuple(F.linear(x, m.weight, m.bias.detach()) if fixed else m(x) for m, fixed in modules)
     weights: list[Any] = [m.weight for m, _ in modules]
     return packed_linear(x, weights, [] if biases[0] is None else biases)
+
+
+def project_whole(x: torch.Tensor, linears: Sequence[nn.Module]) -> torch.Tensor | None:
+    """What ``project`` gives as one tensor, for what gives back the gradient of all as one; None where it comes in parts."""
+    modules: list[Any] = list(linears)
+    if len(modules) == 1:
+        y: torch.Tensor = modules[0](x)
+        return y
+    if not all(map(plain, modules)):
+        return None
+    biases = [bias for bias in [m.bias for m in modules] if bias is not None]
+    return joined_linear(x, [m.weight for m in modules], biases) if len(biases) in (0, len(modules)) else None
 
 
 def plain(m: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -2,12 +2,15 @@
 """Self-attention of a vision tower or a decoder, with the state_dict of the layer it replaces."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from vlmkernels.masks import KeyRanges
 from vlmkernels.nn._attention import AttentionLayout, ProjectedAttention
+from vlmkernels.nn._packed import project_whole
 from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops.attention import attention_qkvpacked
 
 
 class SelfAttention(ProjectedAttention):
@@ -100,9 +103,21 @@ class SelfAttention(ProjectedAttention):
         if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
             raise bad_argument("x", f"shape {tuple(x.shape)}", f"[B, S, {self.embed_dim}] or [T, {self.embed_dim}]")
         self._check_dropout()
-        q, k, v = self._project(x, x)
-        q, k = self._position(q, k, rope)
-        if cached is not None:
-            k, v = cached(k, v)
-        y = self._attend(q, k, v, ranges)
+        # Where nothing stands between the product and attention, the gradients of q, k and v come back as one matrix.
+        direct = rope is None and cached is None and self.qk_norm is None
+        learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        qkv = self._project_qkv(x) if direct and learns else None
+        if qkv is not None:
+            masks: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "softcap": self.softcap}
+            y = attention_qkvpacked(qkv, self.num_heads, self.num_kv_heads, ranges, **masks)
+        else:
+            q, k, v = self._project(x, x)
+            q, k = self._position(q, k, rope)
+            if cached is not None:
+                k, v = cached(k, v)
+            y = self._attend(q, k, v, ranges)
         return self._project_out(y) if projected else y
+
+    def _project_qkv(self, x: torch.Tensor) -> torch.Tensor | None:
+        """q, k and v of each token as one row, or None where they come of several products."""
+        return project_whole(x, self.projections())

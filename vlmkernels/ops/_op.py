@@ -73,7 +73,7 @@ def _key(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[list[torc
     """The tensors that are there, and what plans are kept under."""
     missing = tuple([x is None for x in tensors])
     present = [x for x in tensors if x is not None]
-    return present, (settings, missing, _grad_enabled(), tensors[0].shape, tensors[1].shape)
+    return present, (settings, missing, _grad_enabled(), present[0].shape, present[1].shape)
 
 
 def _aligned(tensors: list[torch.Tensor]) -> bool:
@@ -223,6 +223,13 @@ class Op:
             return candidate
         return candidate.why_not(*args) if candidate.why_not is not None and args else None
 
+    def function(self, backend: str, device: torch.device, *args: Any) -> Callable[..., Any] | None:
+        """That of ``backend``, or None if it can't run this op on ``device`` with ``args``."""
+        candidate = self._candidate(backend, device)
+        if isinstance(candidate, str) or (candidate.why_not is not None and candidate.why_not(*args) is not None):
+            return None
+        return candidate.function
+
     def _choose(self, backend: str, *args: Any) -> Candidate:
         """What runs this op on ``args``: the forced backend's, else that of the first backend that can."""
         for tensor in args:
@@ -280,7 +287,7 @@ class Op:
 
         Args:
             settings: all else that decides about the call, the backend's name included. Equal settings must mean the same.
-            tensors: all of the call, at least two, the first two not None. None of them is to have a gradient.
+            tensors: all of the call, at least two that are not None. None of them is to have a gradient.
         """
         if _is_compiling() or not self._plans or _function_modes() or _profiler_enabled():
             return None

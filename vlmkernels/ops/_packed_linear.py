@@ -34,52 +34,6 @@ def adjacent(parts: Tensors) -> bool:
     return address <= storage.data_ptr() + storage.nbytes()
 
 
-def side_by_side(parts: Tensors) -> torch.Tensor | None:
-    """The contiguous ``[..., N_1 + N_2 + ...]`` that these tensors ``[..., N_i]`` are columns of; None where they are not.
-
-    What is traced has no addresses, and is not. The result has no gradient but that of the first.
-    """
-    first = parts[0]
-    if torch.compiler.is_compiling() or type(first) is not torch.Tensor:
-        return None
-    address, width, storage = first.data_ptr(), sum(part.shape[-1] for part in parts), first.untyped_storage().data_ptr()
-    for part in parts:
-        same = part.shape[:-1] == first.shape[:-1] and part.stride() == first.stride() and part.dtype == first.dtype
-        if not same or part.data_ptr() != address or part.untyped_storage().data_ptr() != storage:
-            return None
-        address += part.shape[-1] * part.element_size()
-    whole = first.as_strided((*first.shape[:-1], width), first.stride())
-    return whole if whole.is_contiguous() and whole.numel() else None
-
-
-def heads_side_by_side(parts: Tensors) -> torch.Tensor | None:
-    """The same of ``[..., H_i, D_i]``: the contiguous ``[..., H_1 D_1 + H_2 D_2 + ...]``."""
-    whole = not torch.compiler.is_compiling() and all(part.stride()[-2:] == (part.shape[-1], 1) for part in parts)
-    return side_by_side([part.flatten(-2) for part in parts]) if whole else None
-
-
-def split_heads(y: torch.Tensor, heads: Sequence[int]) -> Tensors:
-    """``y.split(heads, -2)``, whose gradients are not copied where they lie side by side already."""
-    parts: Tensors
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and y.requires_grad):
-        parts = y.split(heads, -2)
-    else:
-        parts = _SplitHeads.apply(y, heads)
-    return parts
-
-
-class _SplitHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, heads: Sequence[int]) -> Tensors:
-        parts: Tensors = y.split(heads, -2)
-        return parts
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        together = None if torch.is_grad_enabled() else heads_side_by_side(grads)
-        return torch.cat(grads, -2) if together is None else together.unflatten(-1, (-1, grads[0].shape[-1])), None
-
-
 def lay_side_by_side(parts: Sequence[torch.nn.Parameter]) -> None:
     """Move the values of these parameters into one storage, one behind the other; the parameters stay the same objects.
 
@@ -123,6 +77,20 @@ def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tu
         y = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases) if weight is None else F.linear(x, weight, bias)
         outputs = y.split_with_sizes([weight.shape[0] for weight in weights], -1)
     return tuple(outputs)
+
+
+def joined_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> torch.Tensor | None:
+    """What ``packed_linear`` gives as one tensor ``[..., N_1 + N_2 + ...]``, whose gradient is wanted whole too.
+
+    None where the weights are no neighbours, or where somebody watches.
+    """
+    if torch.is_autocast_enabled(x.device.type) or _traced(x, weights):
+        return None
+    weight, bias = _block(weights), _block(biases) if biases else None
+    if weight is None or (biases and bias is None):
+        return None
+    y: torch.Tensor = _JoinedLinear.apply(x, weight, bias, len(weights), *weights, *biases)
+    return y
 
 
 def _joined(parts: Tensors) -> torch.Tensor:
@@ -248,25 +216,43 @@ class _PackedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        count, sizes = len(weights), [weight.shape[0] for weight in weights]
         needs_x, _, *needs = ctx.needs_input_grad
-        rows, dx = x.flatten(0, -2), None
-        dweights: Sequence[torch.Tensor | None]
-        dy = side_by_side(grads)  # as those of attention may come
-        if dy is None and needs_x:
-            dy = torch.cat(grads, -1)  # the sum over the parts then happens inside the product, in fp32
-        if dy is None:
-            parts: Sequence[torch.Tensor] = [grad.flatten(0, -2) for grad in grads]
-            wanted = [part for part, need in zip(parts, needs, strict=False) if need]
-            found = iter(_dweights(wanted, rows).split([part.shape[1] for part in wanted]) if wanted else ())
-            dweights = [next(found) if need else None for need in needs[:count]]
-        else:
-            dx, dy = _bwd(dy, weights) if needs_x else None, dy.flatten(0, -2)
-            parts = dy.split(sizes, -1)
-            dweights = (dy.t() @ rows).split(sizes) if any(needs[:count]) else [None] * count
-        dbiases: Sequence[torch.Tensor | None] = ()
-        if ctx.biased and dy is not None and all(needs):
-            dbiases = dy.sum(0).split(sizes)
-        elif ctx.biased:
-            dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[count:], strict=True)]
-        return dx, None, *dweights, *dbiases
+        if needs_x:  # the sum over the parts then happens inside the product, in fp32
+            dx, *of_parameters = _gradients(torch.cat(grads, -1), x, weights, ctx.biased, True, needs)
+            return dx, None, *of_parameters
+        parts = [grad.flatten(0, -2) for grad in grads]
+        wanted = [part for part, need in zip(parts, needs, strict=False) if need]
+        found = iter(_dweights(wanted, x.flatten(0, -2)).split([part.shape[1] for part in wanted]) if wanted else ())
+        dweights = [next(found) if need else None for need in needs[: len(weights)]]
+        dbiases = [part.sum(0) if need else None for part, need in zip(parts, needs[len(weights) :], strict=False)]
+        return None, None, *dweights, *dbiases
+
+
+class _JoinedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, count: int, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, *parameters[:count])
+        ctx.biased = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
+        dx, *of_parameters = _gradients(dy, x, weights, ctx.biased, needs_x, needs)
+        return dx, None, None, None, *of_parameters
+
+
+def _gradients(
+    dy: torch.Tensor, x: torch.Tensor, weights: Tensors, biased: bool, needs_x: bool, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of x, the weights and the biases, from the gradient of all parts as one matrix."""
+    count, sizes, rows = len(weights), [weight.shape[0] for weight in weights], dy.flatten(0, -2)
+    dx = _bwd(dy, weights) if needs_x else None
+    dweights = (rows.t() @ x.flatten(0, -2)).split_with_sizes(sizes) if any(needs[:count]) else ()
+    dbiases = rows.sum(0).split_with_sizes(sizes) if biased and any(needs[count:]) else ()
+    found = *(dweights or [None] * count), *(dbiases or [None] * (len(needs) - count))
+    return dx, *[gradient if need else None for gradient, need in zip(found, needs, strict=True)]

@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 
 import vlmkernels.ops.tile_bounds  # noqa: F401  registers the op that the kernels call
 from vlmkernels.masks import KeyRanges
-from vlmkernels.ops._op import Op, bad_argument, forced_backend
-from vlmkernels.ops._packed_linear import heads_side_by_side
+from vlmkernels.ops._op import Op, bad_argument, forced_backend, unwatched
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -66,23 +65,84 @@ def attention(
 def _unplanned(settings: tuple[Any, ...], tensors: tuple[Any, ...], ranges: KeyRanges | None) -> Any:
     """Check everything, run, and leave a plan for the next such call."""
     causal, scale, softcap, return_lse, name = settings
-    q, k, v, start, stop = tensors
+    q, k, v, *_ = tensors
     _check(q, k, v, ranges, softcap)
-    if q.dim() == 3:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    combined = causal and ranges is not None
-    if causal and ranges is not None:
-        ranges = ranges & KeyRanges.causal(q.shape[1], k.shape[1], device=q.device)
-        start, stop, causal = ranges.start, ranges.stop, False
-    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
-    arguments = (q, k, v, start, stop, causal, scale, softcap, return_lse, name)
+    arguments = *_arguments(q, k, v, ranges, causal, scale, softcap), return_lse, name
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         result = _Attention.apply(*arguments)
         return result if return_lse else (result, None)
     result = _fwd(*arguments)
-    if not combined:  # where they are, a plan would have to combine them anew
+    if not (causal and ranges is not None):  # a plan would have to combine them anew
         _fwd.plan(settings, tensors, arguments)
     return result
+
+
+def _arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: KeyRanges | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float,
+) -> tuple[Any, ...]:
+    """Those of the op, from ``q`` up to ``softcap``: four dimensions, one kind of mask, a scale."""
+    if q.dim() == 3:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if causal and ranges is not None:
+        ranges, causal = ranges & KeyRanges.causal(q.shape[1], k.shape[1], device=q.device), False
+    start, stop = (None, None) if ranges is None else (ranges.start, ranges.stop)
+    return q, k, v, start, stop, causal, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap
+
+
+def attention_qkvpacked(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    ranges: KeyRanges | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``attention`` of what one product gives: q, k and v of a token are one row, and so are their gradients.
+
+    Args:
+        qkv: ``[B, S, (H + 2 Hk) D]``, or packed ``[T, (H + 2 Hk) D]``: the heads of q, those of k, those of v; any strides with
+            a contiguous last dimension.
+        num_heads: ``H``.
+        num_kv_heads: ``Hk``, a divisor of ``H``.
+        ranges, causal, scale, softcap, backend: as for ``attention``.
+
+    Returns:
+        ``[B, S, H D]`` (packed ``[T, H D]``), contiguous, differentiable once.
+
+    Raises:
+        ValueError: as of ``attention``, or rows that are not of so many heads.
+        BackendError: the forced backend can't run these inputs.
+    """
+    rows = num_heads + 2 * num_kv_heads
+    if qkv.dim() not in (2, 3) or min(num_heads, num_kv_heads) < 1 or qkv.shape[-1] % rows:
+        raise bad_argument(
+            "qkv", f"shape {tuple(qkv.shape)}", f"[B, S, {rows} D] or [T, {rows} D], of {num_heads} and {num_kv_heads} heads"
+        )
+    settings = causal, scale if scale is None else float(scale), float(softcap)
+    heads = num_heads, num_kv_heads, num_kv_heads
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        out: torch.Tensor = _PackedAttention.apply(qkv, heads, ranges, *settings, forced_backend(backend))
+        return out
+    q, k, v = _heads(qkv, heads)
+    y = attention(q, k, v, ranges, causal=causal, scale=scale, softcap=softcap, backend=backend)
+    assert isinstance(y, torch.Tensor)
+    return y.flatten(-2)
+
+
+def _heads(qkv: torch.Tensor, heads: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v, views."""
+    rows = sum(heads)
+    q, k, v = qkv.unflatten(-1, (rows, qkv.shape[-1] // rows)).split_with_sizes(heads, -2)
+    return q, k, v
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges | None, softcap: float) -> None:
@@ -121,7 +181,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         q, k, v, start, stop, *settings, return_lse, backend = arguments
-        out, lse = _fwd(q, k, v, start, stop, *settings, True, backend)
+        out, lse = _fwd.call((*settings, True, backend), (q, k, v, start, stop), _fwd)
         ctx.save_for_backward(q, k, v, out, lse, start, stop)
         ctx.settings, ctx.backend = settings, backend
         return (out, lse) if return_lse else out
@@ -137,18 +197,48 @@ class _Attention(torch.autograd.Function):
 def _gradients(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
-    """dQ, dK and dV; the last two lie one behind the other, or all three beside each other where q, k and v do."""
-    *settings, backend = arguments
-    tensors = (dout, dlse, q, k, v, *settings)
-    beside = q.is_cuda and backend in ("", "cuda") and heads_side_by_side((q, k, v)) is not None
-    if beside and _bwd_together.why_not("cuda", q.device, *tensors) is None:
-        rows = _bwd_together(*tensors, "cuda")
-        parts = rows.split([x.shape[2] * x.shape[3] for x in (q, k, v)], 2)
-        dq, dk, dv = (part.unflatten(2, x.shape[2:]) for part, x in zip(parts, (q, k, v), strict=True))
-        return dq, dk, dv
-    dq, dkv = _bwd(*tensors, backend)
+    """dQ, dK and dV; the last two lie one behind the other."""
+    dq, dkv = _bwd(dout, dlse, q, k, v, *arguments)
     dk, dv = dkv.split((k.numel(), v.numel()))
     return dq, dk.view(k.shape), dv.view(v.shape)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: torch.Tensor,
+        heads: tuple[int, int, int],
+        ranges: KeyRanges | None,
+        causal: bool,
+        scale: float | None,
+        softcap: float,
+        backend: str,
+    ) -> torch.Tensor:
+        q, k, v = _heads(qkv, heads)
+        _check(q, k, v, ranges, softcap)
+        q, k, v, start, stop, *settings = _arguments(q, k, v, ranges, causal, scale, softcap)
+        out, lse = _fwd.call((*settings, True, backend), (q, k, v, start, stop), _fwd)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop)
+        ctx.settings, ctx.backend, ctx.shape = settings, backend, qkv.shape
+        y: torch.Tensor = out.view(*qkv.shape[:-1], out.shape[2] * out.shape[3])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, *tensors = ctx.saved_tensors
+        dout = dout.reshape(out.shape)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        arguments = (dout, None, q, k, v, out, *tensors, *ctx.settings)
+        together = None
+        if ctx.backend in ("", "cuda") and unwatched((dout, q)):
+            together = _bwd_together.function("cuda", q.device, *arguments)
+        if together is None:
+            rows = torch.cat([x.flatten(2) for x in _gradients(*arguments, ctx.backend)], 2)
+        else:
+            rows = together(*arguments)
+        return rows.view(ctx.shape), *([None] * 6)
 
 
 def _fwd_fake(

@@ -96,11 +96,11 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, _, _, eps, backend = arguments
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.backend = eps, backend
-        return _fwd(*arguments)
+        return _fwd.call(arguments[4:], arguments[:4], _fwd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx, dshift, dweight, dbias = layer_norm_bwd(dy, dtotal, x, weight, ctx.eps, ctx.backend)
+        dx, dshift, dweight, dbias = layer_norm_bwd.call((ctx.eps, ctx.backend), (dy, dtotal, x, weight), layer_norm_bwd)
         return dx, dweight, dbias, dshift, None, None

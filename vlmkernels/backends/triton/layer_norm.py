@@ -159,17 +159,33 @@ def why_not_layer_norm_bwd(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight:
     return None if x.dtype in _DTYPES else f"it takes fp32, bf16 and fp16, not {x.dtype}"
 
 
+def plan_layer_norm_bwd(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """The plan, or None where something must be copied first."""
+    if x.numel() == 0 or not all(each is None or each.is_contiguous() for each in (dy, dtotal, x, weight)):
+        return None
+    shape, dtype, dim = x.shape, x.dtype, x.shape[-1]
+    streams = dtotal is not None
+    launch, programs = _bwd_launch(x.device, dtype, x.numel() // dim, dim, eps, streams, multiprocessors(x.device))
+    fp32 = x.new_empty(0, dtype=torch.float32)
+
+    def plan(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        dx, sums = x.new_empty(shape), fp32.new_empty(programs, 3, dim)
+        launch(dy, dtotal, x, weight, dx, sums)
+        return dx, *add_shares(RowGradients(None, None, sums), dtype, 0, 0, (False, False, True, True, True))[2:]
+
+    return plan
+
+
 def layer_norm_bwd(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor | None, ...]:
-    dx = x.new_empty(x.shape)
     if x.numel() == 0:
-        return dx, *(weight.new_zeros(weight.shape) for _ in range(3))
-    dim = x.shape[-1]
-    rows, streams = x.numel() // dim, dtotal is not None
-    launch, programs = _bwd_launch(x.device, x.dtype, rows, dim, eps, streams, multiprocessors(x.device))
-    sums = x.new_empty(programs, 3, dim, dtype=torch.float32)
+        return x.new_empty(x.shape), *(weight.new_zeros(weight.shape) for _ in range(3))
     dtotal = None if dtotal is None else dtotal.contiguous()
-    launch(dy.contiguous(), dtotal, x.contiguous(), weight.contiguous(), dx, sums)
-    return dx, *add_shares(RowGradients(None, None, sums), x.dtype, 0, 0, (False, False, True, True, True))[2:]
+    tensors = dy.contiguous(), dtotal, x.contiguous(), weight.contiguous()
+    plan = plan_layer_norm_bwd(*tensors, eps)
+    assert plan is not None  # all that a plan would copy is copied
+    return plan(*tensors)
 
 
 def aot_cases() -> list[AotCase]:
