@@ -100,7 +100,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight1, bias1, weight2, bias2, total, activation, backend = arguments
         out: Tensor
-        hidden, before = _fwd(x, weight1, bias1, activation, backend)
+        hidden, before = _fwd.call((activation, backend), (x, weight1, bias1), _fwd)
         ctx.save_for_backward(x, weight1, weight2, hidden, before)
         ctx.activation, ctx.backend = activation, backend
         if total is None:
@@ -118,7 +118,7 @@ class _FeedForward(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx, dweight1, dbias1 = None, None, None
         if any(needs[:3]):
-            dbefore, dbias = _bwd(dout, weight2, before, needs[2], ctx.activation, ctx.backend)
+            dbefore, dbias = _bwd.call((needs[2], ctx.activation, ctx.backend), (dout, weight2, before), _bwd)
             dx = dbefore @ weight1 if needs[0] else None
             dweight1 = dbefore.flatten(0, -2).t() @ x.flatten(0, -2) if needs[1] else None
             dbias1 = dbias if needs[2] else None

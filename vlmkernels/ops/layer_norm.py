@@ -69,7 +69,6 @@ def layer_norm(
     settings = (float(eps), forced_backend(backend))
     out: tuple[torch.Tensor, torch.Tensor]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        _check(*tensors)
         out = _LayerNorm.apply(*tensors, *settings)
     else:
         out = _fwd.call(settings, tensors, _unplanned)
@@ -96,7 +95,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, _, _, eps, backend = arguments
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.backend = eps, backend
-        return _fwd.call(arguments[4:], arguments[:4], _fwd)
+        return _fwd.call(arguments[4:], arguments[:4], _unplanned)
 
     @staticmethod
     @once_differentiable

@@ -4,6 +4,8 @@ tile."""
 
 import functools
 import math
+import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from vlmkernels.backends.cuda.activated_linear import ACTIVATIONS, TILE, misplac
 _fwd = EntryPoint("vlmk_feed_forward_fwd")
 _bwd = EntryPoint("vlmk_feed_forward_bwd")
 _check = EntryPoint("vlmk_feed_forward_check")
+#: ``FeedForwardParams`` begins with pointers: x, weight, bias, before, turned, out, sums.
+_POINTERS = struct.Struct("7P")
 #: Rows whose sums the backward pass adds up.
 SUM_ROWS = 16
 
@@ -44,25 +48,50 @@ def why_not_feed_forward_bwd(dout: Tensor, weight: Tensor, before: Tensor, biase
     return _why_not(dout, before.shape[-1], activation, dout, weight, before)
 
 
-def _filled(rows: Tensor, dim: int, activation: str, **tensors: Tensor | None) -> bytes:
-    prepared = _prepared(rows.shape, dim, rows.dtype, activation)
-    assert not isinstance(prepared, str)  # why_not_... was asked
-    params = FeedForwardParams.from_buffer_copy(prepared)
-    for name, tensor in tensors.items():
-        setattr(params, name, None if tensor is None else tensor.data_ptr())
-    return bytes(params)
+def _launcher(entry: EntryPoint, rows: Tensor, dim: int, activation: str) -> Callable[..., None]:
+    """``entry`` for rows like these, given what the structure points to, in its order."""
+    params, device = _prepared(rows.shape, dim, rows.dtype, activation), rows.device
+    assert not isinstance(params, str)  # why_not_... was asked
+    behind = bytes(params)[_POINTERS.size :]
+
+    def launch(*tensors: Tensor | None) -> None:
+        entry(_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors]) + behind, device)
+
+    return launch
+
+
+def plan_feed_forward_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    launch, shape = _launcher(_fwd, x, weight.shape[0], activation), (*x.shape[:-1], weight.shape[0])
+
+    def plan(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, before = x.new_empty(shape), x.new_empty(shape)
+        launch(x, weight, bias, before, None, out, None)
+        return out, before
+
+    return plan
 
 
 def feed_forward_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    out, before = (x.new_empty(*x.shape[:-1], weight.shape[0]) for _ in range(2))
-    _fwd(_filled(x, weight.shape[0], activation, x=x, weight=weight, bias=bias, before=before, out=out), x.device)
-    return out, before
+    return plan_feed_forward_fwd(x, weight, bias, activation)(x, weight, bias)
+
+
+def plan_feed_forward_bwd(
+    dout: Tensor, weight: Tensor, before: Tensor, biased: bool, activation: str
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    shape, turned_shape, dim = before.shape, weight.shape[::-1], before.shape[-1]
+    launch, tiles = _launcher(_bwd, dout, dim, activation), -(-(before.numel() // dim) // TILE)
+    fp32 = before.new_empty(0, dtype=torch.float32)
+
+    def plan(dout: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        out, turned = before.new_empty(shape), weight.new_empty(turned_shape)
+        sums = fp32.new_empty(tiles * (TILE // SUM_ROWS), dim) if biased else None
+        launch(dout, weight, None, before, turned, out, sums)
+        return out, before.new_empty(0) if sums is None else sums.sum(0).to(before.dtype)
+
+    return plan
 
 
 def feed_forward_bwd(dout: Tensor, weight: Tensor, before: Tensor, biased: bool, activation: str) -> tuple[Tensor, Tensor]:
-    dim, tiles = before.shape[-1], -(-(before.numel() // before.shape[-1]) // TILE)
-    out = before.new_empty(before.shape)
-    sums = before.new_empty(tiles * (TILE // SUM_ROWS), dim, dtype=torch.float32) if biased else None
-    tensors = {"x": dout, "weight": weight, "before": before, "turned": weight.new_empty(weight.shape[::-1]), "out": out}
-    _bwd(_filled(dout, dim, activation, sums=sums, **tensors), dout.device)
-    return out, before.new_empty(0) if sums is None else sums.sum(0).to(before.dtype)
+    return plan_feed_forward_bwd(dout, weight, before, biased, activation)(dout, weight, before)
