@@ -2,39 +2,54 @@
 """Writes the tables and the plot of the README from a results file: ``python benchmarks/readme_tables.py``.
 
 A table stands between ``<!-- results: SUITE ... -->`` and ``<!-- end -->``; the words behind the suite choose directions and
-operators (``bwd``, ``attention``). It has our row of every workload, those that lose first, and the runs they are of.
+operators (``bwd``, ``attention``). It has our fastest form of every workload, those that lose first, and the runs they are of.
 """
 
 import re
 from pathlib import Path
 
-from vlmkernels.bench import need, plots, results
+from vlmkernels.bench import models, need, plots, results
 from vlmkernels.bench.results import Report
+from vlmkernels.bench.runner import OURS, Row
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200.jsonl"
 PLOT = ROOT / "docs" / "standings.png"
 HEADER = ("workload (bf16)", "vlmkernels", "best peer", "peer / ours", "of ceiling")
+#: The error of a model is that of the same model before, not compiled, in the same type.
+MODELS = ("model (bf16)", "vlmkernels", "best of before", "before / after", "of the matrix rate", "error / before's")
 
 
 def time(ms: float) -> str:
     return f"{ms * 1e3:.3g} µs" if ms < 1 else f"{ms:.3g} ms" if ms < 100 else f"{ms:.0f} ms"
 
 
+def shares(row: Row) -> list[str]:
+    """The share of a ceiling; of a model that of the matrix rate, and its error over the error before (``bench.models``)."""
+    share = f"{100 * row.ceiling_share:.0f} %" if row.ceiling_share else ""
+    if row.suite == "models":
+        return [share, f"{models.MOST * row.error_over_floor / row.bound:.2f}" if row.error_over_floor and row.bound else ""]
+    ceiling = {"gemm": "matrix rate", "copy": "copy"}.get(row.ceiling, "")
+    return [f"{share} of {ceiling}" if share and ceiling else ""]
+
+
 def table(report: Report, suite: str, *words: str) -> str:
     """A markdown table, and a line with the commits and ceilings of its runs."""
-    lines, used = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"], set()
-    for ours, *others in report.groups():
-        if ours.ms is None or ours.suite != suite or not set(words) <= {ours.op, ours.direction}:
+    header = MODELS if suite == "models" else HEADER
+    lines, used = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"], set()
+    for group in report.groups():
+        first = group[0]
+        if first.ms is None or first.suite != suite or not set(words) <= {first.op, first.direction}:
             continue
-        used.add(ours.run)
-        peer = next((row for row in others if row.provider == ours.best_peer), None)
-        direction = "" if ours.direction == "fwd" else f", {ours.direction}"
-        ceiling = {"gemm": "matrix rate", "copy": "copy"}.get(ours.ceiling, "")
-        share = f"{100 * ours.ceiling_share:.0f} % of {ceiling}" if ours.ceiling_share and ceiling else ""
+        used.add(first.run)
+        ours = min((row for row in group if row.provider.startswith(OURS) and row.ms), key=lambda row: row.ms)
+        peer = next((row for row in group if row.provider == first.best_peer), None)
+        direction = "" if first.direction == "fwd" else f", {first.direction}"
+        form = ours.provider.removeprefix(OURS)  # " compiled"
         rival = f"{peer.provider}, {time(peer.ms)}" if peer and peer.ms else ""
-        ratio = f"{ours.speedup:.2f}" if ours.speedup else ""
-        lines.append(f"| {ours.workload}{direction} | {time(ours.ms)} | {rival} | {ratio} | {share} |")
+        ratio = f"{first.speedup:.2f}" if first.speedup else ""
+        cells = [f"{first.workload}{direction}", f"{time(ours.ms)}{form}", rival, ratio, *shares(ours)]
+        lines.append("| " + " | ".join(cells) + " |")
     runs = sorted((run for run in report.runs if run.started in used), key=lambda run: run.started)
     names = [run.environment["commit"] for run in runs]
     commits = sorted({f"`{name}`" if name else "not recorded" for name in names})
