@@ -275,7 +275,7 @@ def row_gradients(
 
 
 @functools.lru_cache(maxsize=LAUNCHES)
-def _sums_launch(
+def sums_launch(
     device: torch.device, dtype: torch.dtype, table: torch.Size | None, sums: torch.Size | None, n_prefix: int, first_pos: int,
     wanted: tuple[bool, ...],
 ) -> Launch:  # fmt: skip
@@ -301,7 +301,7 @@ def add_shares(
     n_pos = 0 if table is None else table.shape[1] - first_pos
     shapes = ((n_prefix, dim), (n_pos, dim), (dim,), (dim,), (dim,))
     outs = [torch.empty(shape, dtype=dtype, device=device) if want else None for shape, want in zip(shapes, wanted, strict=True)]
-    launch = _sums_launch(
+    launch = sums_launch(
         device, dtype, None if table is None else table.shape, None if sums is None else sums.shape, n_prefix, first_pos, wanted
     )
     launch(table, sums, *outs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmkernels.backends.triton import cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
-from vlmkernels.backends.triton._patch_embed_bwd import RowGradients, add_shares, norm_gradients
+from vlmkernels.backends.triton._patch_embed_bwd import norm_gradients, sums_launch
 from vlmkernels.backends.triton._patch_embed_cut import multiprocessors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -161,7 +161,7 @@ def why_not_layer_norm_bwd(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight:
 
 def plan_layer_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> Callable[..., tuple[Tensor, ...]] | None:
     """The plan, or None where something must be copied first."""
     if x.numel() == 0 or not all(each is None or each.is_contiguous() for each in (dy, dtotal, x, weight)):
         return None
@@ -169,16 +169,19 @@ def plan_layer_norm_bwd(
     streams = dtotal is not None
     launch, programs = _bwd_launch(x.device, dtype, x.numel() // dim, dim, eps, streams, multiprocessors(x.device))
     fp32 = x.new_empty(0, dtype=torch.float32)
+    add_up = sums_launch(x.device, dtype, None, torch.Size((programs, 3, dim)), 0, 0, (False, False, True, True, True))
 
-    def plan(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    def plan(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         dx, sums = x.new_empty(shape), fp32.new_empty(programs, 3, dim)
         launch(dy, dtotal, x, weight, dx, sums)
-        return dx, *add_shares(RowGradients(None, None, sums), dtype, 0, 0, (False, False, True, True, True))[2:]
+        vectors = x.new_empty(dim), x.new_empty(dim), x.new_empty(dim)
+        add_up(None, sums, None, None, *vectors)
+        return dx, *vectors
 
     return plan
 
 
-def layer_norm_bwd(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+def layer_norm_bwd(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
     if x.numel() == 0:
         return x.new_empty(x.shape), *(weight.new_zeros(weight.shape) for _ in range(3))
     dtotal = None if dtotal is None else dtotal.contiguous()
