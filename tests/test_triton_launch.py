@@ -267,7 +267,7 @@ for weight in weights * 2:
     assert [value[0] for kind, value in got[-1][3] if "desc" in kind][1] == weight.data_ptr()
 assert not slow
 for function in (attention._fwd_launch, rope._fwd_launch, tile_bounds._launches, patch_embed._gemm_launch,
-                 patch_embed._norm_launch, _patch_embed_cut._cut, _patch_embed_bwd._rows_launch, _patch_embed_bwd._sums_launch,
+                 patch_embed._norm_launch, _patch_embed_cut._cut, _patch_embed_bwd._rows_launch, _patch_embed_bwd.sums_launch,
                  _patch_embed_bwd._weight_launch):
     assert function.cache_info().maxsize == LAUNCHES
 """
