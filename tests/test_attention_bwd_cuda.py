@@ -17,6 +17,7 @@ from test_attention_bwd_few_cuda import (
 
 from vlmkernels import BackendError, KeyRanges, attention
 from vlmkernels.ops._op import OPS
+from vlmkernels.ops.attention import attention_qkvpacked
 from vlmkernels.testing import compare
 from vlmkernels.testing.inputs import QKV_VIEWS
 
@@ -150,24 +151,32 @@ SAME_TOKENS = {
 }
 
 
+def in_one_row(dout, dlse, q, k, v, *rest):
+    """dQ, dK and dV as ``attention_bwd_together`` has them."""
+    rows, widths = OPS["attention_bwd_together"](dout, dlse, q, k, v, *rest), [x.shape[2] * x.shape[3] for x in (q, k, v)]
+    assert rows.shape == (*q.shape[:2], sum(widths)) and rows.is_contiguous()
+    return [part.unflatten(2, x.shape[2:]) for part, x in zip(rows.split(widths, 2), (q, k, v), strict=True)]
+
+
 @pytest.mark.parametrize("mask", ["dense", "causal", "random"])
 @pytest.mark.parametrize("shape", SAME_TOKENS.values(), ids=SAME_TOKENS.keys())
 def test_gradients_of_one_row(shape, mask, device):
-    """As those that come one by one."""
+    """Of q, k and v beside each other, as one product gives them."""
     batch, heads, kv_heads, tokens, _, dim, value_dim = shape
     sizes = [(heads, dim), (kv_heads, dim), (kv_heads, value_dim)]
     widths = [number * width for number, width in sizes]
     rows = torch.randn(batch, tokens, sum(widths), device=device).bfloat16()
-    q, k, v = (part.unflatten(2, size) for part, size in zip(rows.split(widths, 2), sizes, strict=True))
-    ranges = make_ranges(mask, shape, device)
-    settings = (ranges and ranges.start, ranges and ranges.stop, mask == "causal", 0.2, 0.0)
-    out, lse = OPS["attention_fwd"](q, k, v, *settings, True, "cuda")
-    tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *settings, "cuda")
-    dq, dkv = OPS["attention_bwd"](*tensors)
-    together = OPS["attention_bwd_together"](*tensors)
-    assert together.shape == rows.shape and together.is_contiguous()
-    for got, wanted in zip(together.split(widths, 2), (dq, *dkv.split((k.numel(), v.numel()))), strict=True):
-        assert compare(got, wanted.view(batch, tokens, -1).double(), "grad")
+    inputs = [part.unflatten(2, size) for part, size in zip(rows.split(widths, 2), sizes, strict=True)]
+    check(inputs, make_ranges(mask, shape, device), causal=mask == "causal", with_dlse=True, compute=in_one_row)
+
+
+def test_packed_attention_takes_gradients_of_one_row(device, monkeypatch):
+    found, op = [], OPS["attention_bwd_together"]
+    function = op.function
+    monkeypatch.setattr(op, "function", lambda *args: found.append(function(*args)) or found[-1])
+    qkv = torch.randn(2, 200, 8 * 64, device=device).bfloat16().requires_grad_()
+    attention_qkvpacked(qkv, 4, 2, backend="cuda").sum().backward()
+    assert len(found) == 1 and found[0] is not None
 
 
 @pytest.mark.parametrize("view", QKV_VIEWS)

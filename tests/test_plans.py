@@ -481,13 +481,12 @@ def test_what_cuda_plans_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The structures that the library gets, without the library: the addresses of this call, all else from the plan."""
     from vlmkernels.backends.cuda import patch_embed as cuda_patch_embed
     from vlmkernels.backends.cuda import tile_bounds as cuda_tile_bounds
-    from vlmkernels.backends.cuda._library import PatchEmbedParams, TileBoundsParams
+    from vlmkernels.backends.cuda._library import EntryPoint, PatchEmbedParams, TileBoundsParams
 
     sent: list[bytes] = []
     monkeypatch.setattr(cuda_patch_embed, "_check", types.SimpleNamespace(why_not=lambda params: None))
-    monkeypatch.setattr(cuda_patch_embed, "_patch_embed", lambda params, device: sent.append(params))
+    monkeypatch.setattr(EntryPoint, "__call__", lambda self, params, device: sent.append(params))
     monkeypatch.setattr(cuda_patch_embed, "_prepared", cuda_patch_embed._prepared.__wrapped__)
-    monkeypatch.setattr(cuda_tile_bounds, "_tile_bounds", lambda params, device: sent.append(params))
 
     def tensors() -> tuple[torch.Tensor | None, ...]:
         pixels = torch.zeros(2, 3, 4, 16, 2, 16, dtype=torch.uint8).permute(0, 2, 4, 1, 3, 5)[:, None, :, :, :, None]

@@ -35,7 +35,7 @@ class Ceilings:
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Time a copy of 2 GiB and an 8192-cubed product in ``dtype`` (on a CPU: 64 MiB and 1024).
 
-    On a CPU the product is also a convolution, and the faster one counts: MKL's takes twice as long as oneDNN's (AMD EPYC).
+    On a CPU the product is also a convolution, and the faster one counts: MKL's takes up to twice as long as oneDNN's (AMD EPYC).
     """
     cuda = device.type == "cuda"
     copied, size = (2 << 30, 8192) if cuda else (64 << 20, 1024)

@@ -143,14 +143,10 @@ class FeedForward(ActivatedLinear):
 
     def _learns_in_one(self, x: torch.Tensor, first: Any, second: Any) -> bool:
         """Whether something learns here, and nobody watches it between the two layers."""
-        if self.activation not in LEARNING or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if not plain(first) or not plain(second):
+        if self.activation not in LEARNING or not learning(x, first, second) or not bare(x, first) or not bare(x, second):
             return False
         parameters = first.weight, first.bias, second.weight, second.bias
-        if not all([type(p) is nn.Parameter and p.dtype == x.dtype for p in parameters]):
-            return False
-        return any([t.requires_grad for t in (x, *parameters)]) and pays(x, first.weight)
+        return all(type(p) is nn.Parameter for p in parameters) and pays(x, first.weight)
 
 
 def _parameters(layer: nn.Module) -> Iterable[nn.Parameter]:

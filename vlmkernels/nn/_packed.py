@@ -17,24 +17,27 @@ def project(x: torch.Tensor, linears: Sequence[nn.Module], constant: Sequence[bo
     ``constant``: for which, plain ones, the caller has another way to the gradient of the bias.
     """
     modules: list[tuple[Any, bool]] = list(zip(linears, constant or [False] * len(linears), strict=True))
-    all_plain = len(linears) > 1 and all(map(plain, linears))
-    biases: list[Any] = [m.bias.detach() if fixed else m.bias for m, fixed in modules] if all_plain else []
-    if not all_plain or len({bias is None for bias in biases}) > 1:
+    found = _weights_and_biases(modules) if len(modules) > 1 else None
+    if found is None:
         return tuple(F.linear(x, m.weight, m.bias.detach()) if fixed else m(x) for m, fixed in modules)
-    weights: list[Any] = [m.weight for m, _ in modules]
-    return packed_linear(x, weights, [] if biases[0] is None else biases)
+    return packed_linear(x, *found)
 
 
 def project_whole(x: torch.Tensor, linears: Sequence[nn.Module]) -> torch.Tensor | None:
     """What ``project`` gives as one tensor, for what gives back the gradient of all as one; None where it comes in parts."""
-    modules: list[Any] = list(linears)
-    if len(modules) == 1:
-        y: torch.Tensor = modules[0](x)
+    if len(linears) == 1:
+        y: torch.Tensor = linears[0](x)
         return y
-    if not all(map(plain, modules)):
+    found = _weights_and_biases([(m, False) for m in linears])
+    return None if found is None else joined_linear(x, *found)
+
+
+def _weights_and_biases(modules: Sequence[tuple[Any, bool]]) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Of plain layers, all of which have a bias, or none; it is detached where it is constant. Else None."""
+    if not all([plain(m) for m, _ in modules]):
         return None
-    biases = [bias for bias in [m.bias for m in modules] if bias is not None]
-    return joined_linear(x, [m.weight for m in modules], biases) if len(biases) in (0, len(modules)) else None
+    biases = [m.bias.detach() if fixed else m.bias for m, fixed in modules if m.bias is not None]
+    return ([m.weight for m, _ in modules], biases) if len(biases) in (0, len(modules)) else None
 
 
 def plain(m: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

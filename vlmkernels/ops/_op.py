@@ -68,6 +68,9 @@ class Candidate(NamedTuple):
     why_not: Callable[..., str | None] | None
     plan: Callable[..., Callable[..., Any] | None] | None
 
+    def takes(self, *args: Any) -> bool:
+        return self.why_not is None or self.why_not(*args) is None
+
 
 def _key(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
     """The tensors that are there, and what plans are kept under."""
@@ -226,9 +229,7 @@ class Op:
     def function(self, backend: str, device: torch.device, *args: Any) -> Callable[..., Any] | None:
         """That of ``backend``, or None if it can't run this op on ``device`` with ``args``."""
         candidate = self._candidate(backend, device)
-        if isinstance(candidate, str) or (candidate.why_not is not None and candidate.why_not(*args) is not None):
-            return None
-        return candidate.function
+        return candidate.function if isinstance(candidate, Candidate) and candidate.takes(*args) else None
 
     def _choose(self, backend: str, *args: Any) -> Candidate:
         """What runs this op on ``args``: the forced backend's, else that of the first backend that can."""
@@ -241,7 +242,7 @@ class Op:
             found = [self._candidate(name, device) for name in ([backend] if backend else ORDER)]
             choices = self._choices[backend, device] = [candidate for candidate in found if not isinstance(candidate, str)]
         for candidate in choices:
-            if candidate.why_not is None or candidate.why_not(*args) is None:
+            if candidate.takes(*args):
                 return candidate
         reasons = "; ".join(f"{name}: {self.why_not(name, device, *args)}" for name in ([backend] if backend else ORDER))
         raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {reasons}")

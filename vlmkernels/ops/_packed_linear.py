@@ -66,15 +66,14 @@ def packed_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> tu
     """
     # What is traced has no addresses to look at: there the op does when it runs. Autocast has no rule for the op.
     traced = _traced(x, weights)
-    weight, bias = (None, None) if traced else (_block(weights), _block(biases) if biases else None)
-    apart = not traced and (weight is None or (bool(biases) and bias is None))
+    blocks = None if traced else _blocks_of(weights, biases)
     outputs: Any
-    if torch.is_autocast_enabled(x.device.type) or apart:
+    if torch.is_autocast_enabled(x.device.type) or (blocks is None and not traced):
         outputs = [F.linear(x, weight, bias) for weight, bias in zip_longest(weights, biases)]
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
         outputs = _PackedLinear.apply(x, len(weights), *weights, *biases)
     else:
-        y = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases) if weight is None else F.linear(x, weight, bias)
+        y = torch.ops.vlmkernels.packed_linear_fwd(x, weights, biases) if blocks is None else F.linear(x, *blocks)
         outputs = y.split_with_sizes([weight.shape[0] for weight in weights], -1)
     return tuple(outputs)
 
@@ -84,13 +83,15 @@ def joined_linear(x: torch.Tensor, weights: Tensors, biases: Tensors = ()) -> to
 
     None where the weights are no neighbours, or where somebody watches.
     """
-    if torch.is_autocast_enabled(x.device.type) or _traced(x, weights):
-        return None
+    watched = torch.is_autocast_enabled(x.device.type) or _traced(x, weights)
+    blocks = None if watched else _blocks_of(weights, biases)
+    return None if blocks is None else _JoinedLinear.apply(x, *blocks, len(weights), *weights, *biases)
+
+
+def _blocks_of(weights: Tensors, biases: Tensors) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The matrix of weights that are neighbours and the vector of biases, None without any; None where either are not."""
     weight, bias = _block(weights), _block(biases) if biases else None
-    if weight is None or (biases and bias is None):
-        return None
-    y: torch.Tensor = _JoinedLinear.apply(x, weight, bias, len(weights), *weights, *biases)
-    return y
+    return None if weight is None or (len(biases) > 0 and bias is None) else (weight, bias)
 
 
 def _joined(parts: Tensors) -> torch.Tensor:

@@ -8,7 +8,8 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,13 @@ def _loaded() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def _pointers(structure: type[ctypes.Structure]) -> struct.Struct:
+    """Those that such a structure begins with."""
+    kinds = [field[1] for field in structure._fields_]
+    return struct.Struct(f"{next(i for i, kind in enumerate(kinds) if kind is not ctypes.c_void_p)}P")
+
+
 class EntryPoint:
     """A function ``int vlmk_<op>(const Params*, void* stream)`` of the library."""
 
@@ -200,6 +208,16 @@ class EntryPoint:
     def why_not(self, params: ctypes.Structure) -> str | None:
         """What the library says against these parameters; for an entry point ``vlmk_<op>_check(const Params*)``."""
         return _last_error(_loaded()) if self._function(ctypes.byref(params)) else None
+
+    def launcher(self, params: ctypes.Structure, device: torch.device) -> Callable[..., None]:
+        """A launch with these parameters. It is given what the structure begins with pointers to, in its order; None is NULL."""
+        pointers = _pointers(type(params))
+        behind = bytes(params)[pointers.size :]
+
+        def launch(*tensors: torch.Tensor | None) -> None:
+            self(pointers.pack(*[0 if x is None else x.data_ptr() for x in tensors]) + behind, device)
+
+        return launch
 
     def __call__(self, params: bytes, device: torch.device) -> None:
         """Launch on the current stream of ``device``, which must be current: every op makes it so before it calls a backend.

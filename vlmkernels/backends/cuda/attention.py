@@ -3,7 +3,6 @@
 ``csrc/attention_bwd``."""
 
 import functools
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,6 @@ import torch
 from torch import Tensor
 
 from vlmkernels.backends.cuda._library import TYPES, AttentionBwdParams, AttentionParams, EntryPoint
-
-#: ``AttentionParams`` begins with pointers: q, k, v, start, stop, out, lse, counter.
-_POINTERS = struct.Struct("8P")
-#: So does ``AttentionBwdParams``: dout, q, k, v, out, lse, dlse, start, stop, dq, dk, dv, workspace.
-_BWD_POINTERS = struct.Struct("13P")
 
 _attention = EntryPoint("vlmk_attention")
 _check = EntryPoint("vlmk_attention_check")
@@ -135,12 +129,12 @@ def plan_attention_fwd(
     if isinstance(params, str):
         return None
     batch, queries, heads, _ = q.shape
-    shape, lse_shape, device = (batch, queries, heads, v.shape[3]), (batch, heads, queries), q.device
+    shape, lse_shape = (batch, queries, heads, v.shape[3]), (batch, heads, queries)
     fp32 = q.new_empty(0, dtype=torch.float32)  # naming a dtype costs a microsecond
     # Blocks that are done take the next tile by counting.
     int32 = q.new_empty(0, dtype=torch.int32) if causal or start is not None or softcap > 0 else None
     empty, no_keys = 0 in shape, k.shape[1] == 0
-    behind = bytes(params)[_POINTERS.size :]
+    launch = _attention.launcher(params, q.device)
 
     def plan(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None) -> tuple[Tensor, Tensor]:
         out = q.new_empty(*shape)
@@ -149,9 +143,7 @@ def plan_attention_fwd(
             return out.zero_(), lse.fill_(-torch.inf)
         if not empty:
             counter = None if int32 is None else int32.new_empty(1)
-            tensors = (q, k, v, start, stop, out, lse if save_lse else None, counter)
-            pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
-            _attention(pointers + behind, device)
+            launch(q, k, v, start, stop, out, lse if save_lse else None, counter)
         return out, lse
 
     return plan
@@ -270,6 +262,4 @@ def _backward(gradients: Sequence[Tensor], *arguments: Any, together: bool) -> N
     assert not isinstance(params, str)  # why_not_attention_bwd was asked
     size = params.workspace_bytes  # none for few queries
     workspace = q.new_empty(size, dtype=torch.uint8) if size else None
-    tensors = (dout, q, k, v, out, lse, dlse, start, stop, *gradients, workspace)
-    pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
-    _attention_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], q.device)
+    _attention_bwd.launcher(params, q.device)(dout, q, k, v, out, lse, dlse, start, stop, *gradients, workspace)

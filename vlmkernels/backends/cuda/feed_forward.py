@@ -4,7 +4,6 @@ tile."""
 
 import functools
 import math
-import struct
 from collections.abc import Callable
 
 import torch
@@ -16,8 +15,6 @@ from vlmkernels.backends.cuda.activated_linear import ACTIVATIONS, TILE, misplac
 _fwd = EntryPoint("vlmk_feed_forward_fwd")
 _bwd = EntryPoint("vlmk_feed_forward_bwd")
 _check = EntryPoint("vlmk_feed_forward_check")
-#: ``FeedForwardParams`` begins with pointers: x, weight, bias, before, turned, out, sums.
-_POINTERS = struct.Struct("7P")
 #: Rows whose sums the backward pass adds up.
 SUM_ROWS = 16
 
@@ -49,15 +46,10 @@ def why_not_feed_forward_bwd(dout: Tensor, weight: Tensor, before: Tensor, biase
 
 
 def _launcher(entry: EntryPoint, rows: Tensor, dim: int, activation: str) -> Callable[..., None]:
-    """``entry`` for rows like these, given what the structure points to, in its order."""
-    params, device = _prepared(rows.shape, dim, rows.dtype, activation), rows.device
+    """``entry.launcher`` for rows like these: of x, weight, bias, before, turned, out and sums."""
+    params = _prepared(rows.shape, dim, rows.dtype, activation)
     assert not isinstance(params, str)  # why_not_... was asked
-    behind = bytes(params)[_POINTERS.size :]
-
-    def launch(*tensors: Tensor | None) -> None:
-        entry(_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors]) + behind, device)
-
-    return launch
+    return entry.launcher(params, rows.device)
 
 
 def plan_feed_forward_fwd(

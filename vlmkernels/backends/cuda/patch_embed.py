@@ -4,18 +4,12 @@ gradients of the parameters of 16-bit images in two."""
 
 import functools
 import math
-import struct
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vlmkernels.backends.cuda._library import TYPES, EntryPoint, PatchEmbedBwdParams, PatchEmbedParams
-
-#: ``PatchEmbedParams`` begins with pointers, in the order of the op's tensors and of its results.
-_POINTERS = struct.Struct("10P")
-#: So does ``PatchEmbedBwdParams``: grad, pixels, total, norm_weight, d_total, then the gradients, and the workspace.
-_BWD_POINTERS = struct.Struct("12P")
 
 _patch_embed = EntryPoint("vlmk_patch_embed")
 _check = EntryPoint("vlmk_patch_embed_check")
@@ -197,9 +191,9 @@ def plan_patch_embed_fwd(
     params = _prepare(patches, weight, prefix_tokens, pos_embed, norm_weight, eps, mean, std)
     if isinstance(params, str):
         return None
-    shape, device = (params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim), weight.device
+    shape = params.batch, params.num_prefix + params.grid_y * params.grid_x, params.dim
     apart, empty = keep_total and norm_weight is not None, 0 in shape
-    behind = bytes(params)[_POINTERS.size :]
+    launch = _patch_embed.launcher(params, weight.device)
     # The weight in rows that the copy engine can bring, where those of the pixels are not.
     columns = -(-params.depth // 64) * 64 if params.depth % 8 else 0
 
@@ -207,10 +201,8 @@ def plan_patch_embed_fwd(
         out = weight.new_empty(*shape)
         total = weight.new_empty(*shape) if apart else None
         scratch = weight.new_empty(shape[2], columns) if columns else None
-        tensors = (pixels, weight, *others, out, total, scratch)
-        pointers = _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
         if not empty:
-            _patch_embed(pointers + behind, device)
+            launch(pixels, weight, *others, out, total, scratch)
         return out, total
 
     return plan
@@ -318,8 +310,7 @@ def patch_embed_bwd(
     wanted = (norm and needs[5], norm and needs[6], True, needs[2], needs[3], needs[4] and not own_pos)
     outs = [x if want else None for x, want in zip((*grads[5:], *grads[1:5]), wanted, strict=True)]
     tensors = (grad, patches, total if norm else None, norm_weight, d_total if norm else None, *outs, workspace)
-    pointers = _BWD_POINTERS.pack(*[0 if x is None else x.data_ptr() for x in tensors])
-    _patch_embed_bwd(pointers + bytes(params)[_BWD_POINTERS.size :], weight.device)
+    _patch_embed_bwd.launcher(params, weight.device)(*tensors)
     if own_pos:  # every image has positions of its own: their gradient is that of the tokens
         grads[4].copy_(d_total[:, params.num_prefix - params.pos_prefix :])
     return tuple(grads)

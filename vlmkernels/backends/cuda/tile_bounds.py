@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile bounds on ``csrc/tile_bounds``: one call, two small launches."""
 
-import struct
 from collections.abc import Callable
 
 import torch
@@ -9,9 +8,6 @@ import torch
 from vlmkernels.backends.cuda._library import EntryPoint, TileBoundsParams
 
 TILE = 64
-
-#: ``TileBoundsParams`` begins with pointers.
-_POINTERS = struct.Struct("4P")
 
 _tile_bounds = EntryPoint("vlmk_tile_bounds")
 
@@ -23,15 +19,14 @@ def tile_bounds(start: torch.Tensor, stop: torch.Tensor, num_keys: int) -> tuple
 def plan_tile_bounds(
     start: torch.Tensor, stop: torch.Tensor, num_keys: int
 ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    (batch, num_queries), device = start.shape, start.device
+    batch, num_queries = start.shape
     q_shape, k_shape = (batch, -(-num_queries // TILE), 4), (batch, -(-num_keys // TILE), 4)
     params = TileBoundsParams(0, 0, 0, 0, *start.stride(), *stop.stride(), batch, num_queries, num_keys)
-    behind = bytes(params)[_POINTERS.size :]
+    launch = _tile_bounds.launcher(params, start.device)
 
     def plan(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q_bounds, k_bounds = start.new_empty(*q_shape), start.new_empty(*k_shape)
-        pointers = _POINTERS.pack(start.data_ptr(), stop.data_ptr(), q_bounds.data_ptr(), k_bounds.data_ptr())
-        _tile_bounds(pointers + behind, device)
+        launch(start, stop, q_bounds, k_bounds)
         return q_bounds, k_bounds
 
     return plan
