@@ -51,7 +51,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_suite() -> None:
     work = suites.workloads("contrastive")
-    assert {w.direction for w in work} == {"fwd+bwd"} and len(work) == 16
+    assert {w.direction for w in work} == {"fwd+bwd"} and len(work) == 22
     case = next(w for w in work if w.name == "SigLIP 32768 D768").build(CPU)
     assert case.flops == 8 * 40 * 40 * 768 and case.bytes == 2 * 2 * 40 * 768 * 4
     (one,) = [w for w in work if w.name == "CLIP 262144 D768"]

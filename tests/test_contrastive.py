@@ -12,6 +12,7 @@ from conftest import ON_GPU, runnable
 from torch.library import opcheck
 
 from vlmkernels import BackendError, KeyRanges, clip_loss, siglip_loss
+from vlmkernels.ops import _pairs
 from vlmkernels.testing import compare
 
 OPS = ("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd")
@@ -328,6 +329,31 @@ def test_compile(backend: str, device: torch.device) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
         assert compare(x, y, "gemm")
+
+
+def test_what_each_step_needs_is_made_once(device: torch.device) -> None:
+    """Also where the first step was one of inference; not by what is compiled."""
+    _pairs._kept.clear()
+    leaves = features(9, 9, 8, torch.float32, device)
+    with torch.inference_mode():
+        clip_loss(*leaves, 10.0)
+    kept = dict(_pairs._kept)
+    assert len(kept) == 2 and not any(x.is_inference() for vectors in kept.values() for x in vectors)
+    clip_loss(*leaves, 10.0).backward()
+    siglip_loss(*leaves, 10.0).backward()
+    assert list(_pairs._kept) == list(kept) and all(_pairs._kept[key] is vectors for key, vectors in kept.items())
+    torch.compile(lambda *x: clip_loss(*x, 10.0), backend="eager")(*features(7, 7, 8, torch.float32, device))
+    assert list(_pairs._kept) == list(kept)
+    for n in range(10, 10 + _pairs._MOST_KEPT):
+        clip_loss(*features(n, n, 8, torch.float32, device), 10.0)
+    assert len(_pairs._kept) == _pairs._MOST_KEPT and kept.keys() <= _pairs._kept.keys()  # a graph may read them
+
+
+def test_many_pairs_keep_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pairs._kept.clear()
+    monkeypatch.setattr(_pairs, "_MOST_ROWS", 8)
+    clip_loss(*features(9, 9, 8, torch.float32, device), 10.0)
+    assert not _pairs._kept
 
 
 def test_gradcache(device: torch.device) -> None:

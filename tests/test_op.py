@@ -24,7 +24,7 @@ from watchers import FunctionNames, Names
 
 from vlmkernels import BackendError, use_backend
 from vlmkernels.ops import _op
-from vlmkernels.ops._op import BACKENDS, ORDER, Op, bad_argument, forced_backend
+from vlmkernels.ops._op import BACKENDS, OPS, ORDER, Candidate, Op, bad_argument, forced_backend
 
 CALLS: list[tuple[str, str, int]] = []  # (op, backend, thread)
 
@@ -442,3 +442,15 @@ class Calls(torch.nn.Module):
 def test_bad_argument_names_all_three() -> None:
     error = bad_argument("k", "3 heads", "a divisor of 8")
     assert isinstance(error, ValueError) and str(error) == "k: got 3 heads, wanted a divisor of 8"
+
+
+def test_a_backend_yields_where_none_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the next that can take the inputs, if there is one."""
+    op, x = OPS["clip_loss_fwd"], torch.zeros(3)
+    yielding = Candidate(lambda *_: "first", None, None, lambda x, *_: len(x) > 2)
+    unfit, next_one = Candidate(lambda *_: "unfit", lambda *_: "no", None, None), Candidate(lambda *_: "next", None, None, None)
+    choices = {("", x.device): [yielding, unfit, next_one], ("cuda", x.device): [yielding]}
+    monkeypatch.setattr(op, "_choices", choices)
+    assert op.select("", x)() == "next" and op.select("", x[:2])() == "first" and op.select("cuda", x)() == "first"
+    choices["", x.device] = [yielding, unfit]
+    assert op.select("", x)() == "first"

@@ -171,14 +171,21 @@ def _cross_attention() -> list[Workload]:
 
 
 #: pairs, channels.
-BATCHES = ((10000, 512), *((pairs, dim) for pairs in (32768, 65536) for dim in (512, 768, 1152)))
+BATCHES = (
+    (512, 512),
+    (1024, 768),
+    (2048, 768),
+    (10000, 512),
+    *((pairs, dim) for pairs in (32768, 65536) for dim in (512, 768, 1152)),
+)
 
 
 LOSSES = (("clip", "CLIP"), ("siglip", "SigLIP"))
 
 
 def _memory(title: str, pairs: int, dim: int) -> tuple[Place, ...]:
-    return (Place("memory", f"{title}, {dim} channels", pairs),) if dim == 768 else ()
+    shown = dim == 768 and pairs >= 4096  # with fewer, memory is that of fixed sizes
+    return (Place("memory", f"{title}, {dim} channels", pairs),) if shown else ()
 
 
 def _contrastive() -> list[Workload]:

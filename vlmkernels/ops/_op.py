@@ -3,7 +3,8 @@
 
 A backend of the operator ``attention`` is the module ``vlmkernels/backends/<name>/attention.py``. It defines a function for
 each registered op that it can run (``attention_fwd``, ``attention_bwd``) with the arguments of the schema less ``backend``,
-and may define ``why_not_attention_fwd(...)`` with the same arguments, which returns None or why these inputs are not for it.
+and may define ``why_not_attention_fwd(...)`` with the same arguments, which returns None or why these inputs are not for it, and
+``yields_attention_fwd(...)``, whether a backend behind it is faster for them: asked where none is forced.
 The package ``vlmkernels/backends/<name>/__init__.py`` defines ``why_not(device)``: None, or why it can't run there at all.
 
 A model makes the same call again and again. So that only the first pays for checks, views and choices, a backend may define
@@ -62,11 +63,13 @@ def unwatched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 class Candidate(NamedTuple):
-    """What a backend has for an op: the function, and its check of the arguments and its maker of plans where there are any."""
+    """What a backend has for an op: the function, and where there are any its check of the arguments, its maker of plans, and
+    whether it yields to others."""
 
     function: Callable[..., Any]
     why_not: Callable[..., str | None] | None
     plan: Callable[..., Callable[..., Any] | None] | None
+    yields: Callable[..., bool] | None
 
     def takes(self, *args: Any) -> bool:
         return self.why_not is None or self.why_not(*args) is None
@@ -210,7 +213,8 @@ class Op:
         if device.type == "cuda" and torch.cuda.device_count() > 1:
             function = _on_its_device(function, device.index)
             plan = plan and _planned_on_its_device(plan, device.index)
-        return Candidate(function, getattr(module, f"why_not_{self.name}", None), plan)
+        why_not, yields = (getattr(module, f"{what}_{self.name}", None) for what in ("why_not", "yields"))
+        return Candidate(function, why_not, plan, yields)
 
     def _candidate(self, backend: str, device: torch.device) -> "Candidate | str":
         """The backend's function and its check of arguments, or why there is none on ``device``; looked for once."""
@@ -241,9 +245,11 @@ class Op:
         if choices is None:
             found = [self._candidate(name, device) for name in ([backend] if backend else ORDER)]
             choices = self._choices[backend, device] = [candidate for candidate in found if not isinstance(candidate, str)]
-        for candidate in choices:
-            if candidate.takes(*args):
-                return candidate
+        fit = (candidate for candidate in choices if candidate.takes(*args))
+        first = next(fit, None)
+        if first is not None:
+            yields = not backend and first.yields is not None and first.yields(*args)
+            return next(fit, first) if yields else first
         reasons = "; ".join(f"{name}: {self.why_not(name, device, *args)}" for name in ([backend] if backend else ORDER))
         raise BackendError(f"{self.name} can't run on {'the forced backend' if backend else 'any backend'}; {reasons}")
 

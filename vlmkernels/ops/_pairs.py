@@ -2,13 +2,14 @@
 """Which image belongs to which text, how much each counts, and how the pairs are shared out over the ranks of a group."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, unwatched
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: The smallest norm that ``normalize`` divides by, as in ``torch.nn.functional.normalize``.
@@ -150,10 +151,43 @@ def positives(p: Pairs, shared: Group | None) -> tuple[torch.Tensor, torch.Tenso
     """``start`` and ``stop`` int32 of each row of ``a``, counted over all rows of ``b``, those of other ranks included."""
     offset = 0 if shared is None else shared.rank * p.b.shape[0]
     if p.start is None or p.stop is None:
-        start = torch.arange(offset, offset + p.a.shape[0], dtype=torch.int32, device=p.a.device)
-        return start, start + 1
+        start, stop = _once(_diagonal, p.a.device, p.a.shape[0], offset)
+        return start, stop
     start, stop = _cut(p.start, p.stop, p.b.shape[0])
     return (start + offset, stop + offset) if offset else (start, stop)
+
+
+#: Vectors that each step of as many pairs needs, for whose launches few pairs have no time. None is given up, as a CUDA graph may
+#: read it: up to so many of so many rows.
+_kept: dict[tuple[Any, ...], tuple[torch.Tensor, ...]] = {}
+_MOST_KEPT, _MOST_ROWS = 64, 4096
+
+
+def _once(make: Callable[..., tuple[torch.Tensor, ...]], device: torch.device, rows: int, *rest: Any) -> tuple[torch.Tensor, ...]:
+    """``make(device, rows, *rest)``, made once for each stream, as another one might come before it is there. Nobody writes to it.
+
+    Not where somebody watches, and what is made while a CUDA graph is captured is the graph's.
+    """
+    if rows > _MOST_ROWS or not unwatched(()):
+        return make(device, rows, *rest)
+    cuda = device.type == "cuda"
+    key = (make, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0, rows, *rest)
+    found = _kept.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # what it makes can't be kept for a backward pass
+            found = make(device, rows, *rest)
+        if len(_kept) < _MOST_KEPT and not (cuda and torch.cuda.is_current_stream_capturing()):
+            _kept[key] = found
+    return found
+
+
+def _diagonal(device: torch.device, rows: int, first: int) -> tuple[torch.Tensor, ...]:
+    start = torch.arange(first, first + rows, dtype=torch.int32, device=device)
+    return start, start + 1
+
+
+def _alike(device: torch.device, rows: int, value: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (torch.full((rows,), value, dtype=dtype, device=device),)
 
 
 def _cut(start: torch.Tensor, stop: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +203,7 @@ def weights(p: Pairs, smoothing: float, shared: Group | None) -> Weights:
     smooth = smoothing / (columns * ranks), smoothing / (rows * ranks)
     start, stop = positives(p, shared)
     if p.start is None or p.stop is None:
-        row = torch.full((rows,), 0.5 / (rows * ranks), dtype=dtype, device=device)
+        (row,) = _once(_alike, device, rows, 0.5 / (rows * ranks), dtype)
         # There are as many columns as rows, and ranks times as many of all ranks.
         column = row if ranks == 1 else row.repeat(ranks)
         row_positive, column_positive = ((1 - smoothing) * x if smoothing else x for x in (row, column))

@@ -182,13 +182,11 @@ def _clip_fwd_kernel(
 
 
 @triton.jit
-def _merge_lse_kernel(
-    share_ptr, shift_ptr, lse_ptr, tiles, size, stride_tiles, stride_size, BLOCK: tl.constexpr,
+def merged_lse(
+    share_ptr, shift_ptr, lse_ptr, offs_s, mask_s, tiles, size, stride_tiles, stride_size, BLOCK: tl.constexpr,
     ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp over the first dimension of ``[tiles, size]``, to the base 2, to that of the logits; in a fixed order."""
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_s = offs_s < size
     top = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     if ADD:
@@ -204,7 +202,20 @@ def _merge_lse_kernel(
         new = tl.maximum(top, tl.max(share, 0))
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(share - new[None, :]), 0)
         top = new
-    tl.store(lse_ptr + offs_s, (top + tl.log2(total)) * LN2, mask=mask_s)
+    return (top + tl.log2(total)) * LN2
+
+
+@triton.jit
+def _merge_lse_kernel(
+    share_ptr, shift_ptr, lse_ptr, tiles, size, stride_tiles, stride_size, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < size
+    lse = merged_lse(
+        share_ptr, shift_ptr, lse_ptr, offs_s, mask_s, tiles, size, stride_tiles, stride_size, BLOCK, ADD, BLOCK_T, BLOCK_S
+    )  # fmt: skip
+    tl.store(lse_ptr + offs_s, lse, mask=mask_s)
 
 
 @triton.jit

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from vlmkernels.backends.triton import starts_early
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._product import FEW, generation, product_launch, takes
@@ -23,7 +25,9 @@ MANY = 1024
 
 
 @triton.jit
-def _activated_linear_kernel(y_ptr, up_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _activated_linear_kernel(y_ptr, up_ptr, size, EARLY: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(y_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
     if ACTIVATION == "gelu":
@@ -41,7 +45,8 @@ def _activated_linear_kernel(y_ptr, up_ptr, size, ACTIVATION: tl.constexpr, BLOC
 
 @functools.lru_cache(maxsize=LAUNCHES)
 def _launch(device: torch.device, dtype: torch.dtype, size: int, activation: str, gated: bool) -> Launch:
-    options = {"ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": _WARPS}
+    early = starts_early(device)
+    options = {"EARLY": early, "ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": _WARPS, "launch_pdl": early}
     return Launch(_activated_linear_kernel, (triton.cdiv(size, _BLOCK),), (size,), **options)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv
+from vlmkernels.backends.triton import INTERPRETED, _contrastive_few, cdiv
 from vlmkernels.backends.triton._aot import AotCase
+from vlmkernels.backends.triton._contrastive_few import few
 from vlmkernels.backends.triton._contrastive_tiles import (
     _add_narrow_kernel,
     _clip_bwd_kernel,
@@ -23,7 +24,7 @@ from vlmkernels.backends.triton._contrastive_tiles import (
     _merge_lse_kernel,
     _siglip_kernel,
 )
-from vlmkernels.backends.triton._product import Config
+from vlmkernels.backends.triton._product import Config, aligned
 
 #: The most rows and columns of a panel of gradients, 128 MiB in bf16.
 PANEL = 8192
@@ -58,7 +59,7 @@ class _Tiles:
     """Two matrices as the kernels take them, and the launches that go over tiles of their products."""
 
     def __init__(self, a: Tensor, b: Tensor, inverse_a: Tensor | None, inverse_b: Tensor | None) -> None:
-        self.a, self.b = (_aligned(x) for x in (a, b))
+        self.a, self.b = aligned(a), aligned(b)
         self.inverse = inverse_a, inverse_b
         self.size = (len(a), len(b))
         self.config, tma = _config(a.device, a.dtype)
@@ -90,14 +91,6 @@ class _Tiles:
         tiles = cdiv(rows, self.config.block_m) * cdiv(columns, self.config.block_n)
         numbers = (*place, *self.size, self.a.stride(0), self.b.stride(0), *rest)
         kernel[(tiles,)](*self.sources, *self.inverse, *tensors, *numbers, **self.options, **options)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy where it is no matrix of dense rows that begin at multiples of 16 bytes."""
-    step = 16 // x.element_size()
-    if x.stride(1) == 1 and x.stride(0) % step == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
-        return x
-    return x.new_empty(x.shape[0], cdiv(x.shape[1], step) * step)[:, : x.shape[1]].copy_(x)
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -231,6 +224,9 @@ def clip_loss_fwd(
     smooth_row: float,
     smooth_column: float,
 ) -> tuple[Tensor, ...]:
+    if few(a, b):
+        vectors = (start, stop, row, row_positive, column, column_positive, inverse_a, inverse_b)
+        return _contrastive_few.clip_loss_fwd(a, b, scale, *vectors, smooth_row, smooth_column)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
     m, n = tiles.size
     tiles_n, strip = cdiv(n, tiles.config.block_n), min(m, STRIP)
@@ -289,6 +285,9 @@ def clip_loss_bwd(
     smooth_column: float,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if few(a, b):
+        vectors = (start, stop, row, row_positive, column, column_positive, inverse_a, inverse_b)
+        return _contrastive_few.clip_loss_bwd(dloss, a, b, scale, *vectors, lse_a, lse_b, smooth_row, smooth_column, dtype_b)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
     # The gradient of a logit is at most 2 in a panel: fp16 would not hold that of a mean.
     gain = torch.maximum(row.max(), column.max()).clamp_min(1e-30).reciprocal()
@@ -318,6 +317,9 @@ def siglip_loss_fwd(
     dtype_a: torch.dtype,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grads and few(a, b):
+        rest = (start, stop, inverse_a, inverse_b, weight, grads, dtype_a, dtype_b)
+        return _contrastive_few.siglip_loss_fwd(a, b, scale, bias, *rest)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
     out = _Gradients(tiles, (dtype_a, dtype_b), weight * scale.float(), grads)
     # Of the loss, of the scale's gradient and of the bias's.
@@ -352,6 +354,11 @@ def aot_cases() -> list[AotCase]:
         (12288, 4096, 768, torch.bfloat16, False, 0.0, whole),
         (1000, 3000, 520, torch.bfloat16, True, 0.1, wide),
         (1000, 1000, 72, torch.float32, True, 0.1, small),
+        # Few pairs, in each of their tiles.
+        (512, 512, 512, torch.bfloat16, False, 0.0, ()),
+        (1000, 700, 520, torch.bfloat16, False, 0.0, ()),
+        (2048, 1500, 768, torch.float16, False, 0.1, ()),
+        (1000, 1000, 768, torch.bfloat16, True, 0.1, ()),
     ):
         name = f"{rows}x{columns} D{dim} {str(dtype)[6:]} norms={norms} smoothing={smooth}"
         cases.append(AotCase(name, functools.partial(call, rows, columns, dim, dtype, norms, smooth), *allowed))
