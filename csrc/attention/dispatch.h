@@ -80,8 +80,8 @@ int run(const VlmkAttentionParams& p, void* stream) {
   VlmkAttentionParams counted = p;
   if (s.dynamic) code = find_counter(p, stream, counted.counter);
   if (code) return code;
-  const LaunchConfig config(dim3(blocks), dim3(C::kThreads), 1, C::kSharedBytes, stream, true);
-  return launch("attention_kernel", attention_kernel<C>, config, counted, maps, s);
+  return launch("attention_kernel", attention_kernel<C>, dim3(blocks), dim3(C::kThreads),
+                C::kSharedBytes, stream, counted, maps, s);
 }
 
 // Heads of a width in one tile, with a mask and without.

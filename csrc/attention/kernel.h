@@ -36,7 +36,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     fence_barrier_init();
   }
   __syncthreads();
-  wait_for_previous_grids();
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp >= 4 * C::kGroups) {
     shrink_registers<C::kProducerRegisters>();

@@ -26,11 +26,6 @@ def why_not(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel's programs may start while the one before it ends (programmatic dependent launch), and wait."""
-    return not INTERPRETED and device.type != "cpu" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 # triton.cdiv and triton.next_power_of_2 serve kernels too, and cost a launcher 2 microseconds a call.
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

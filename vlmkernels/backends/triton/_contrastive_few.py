@@ -25,34 +25,42 @@ FEW = 2048
 
 @triton.jit
 def _weighted_lse(
-    share_ptr, shift_ptr, lse_ptr, weight_ptr, tiles, size, stride_tiles, stride_size,
+    share_ptr, shift_ptr, lse_ptr, weight_ptr, block, tiles, size, stride_tiles, stride_size,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exps, written, and their weighted sum."""
-    total = tl.zeros([BLOCK_S], tl.float32)
-    for first in range(0, size, BLOCK_S):
-        offs_s = first + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < size
-        lse = merged_lse(
-            share_ptr, shift_ptr, lse_ptr, offs_s, mask_s, tiles, size, stride_tiles, stride_size, BLOCK, False, BLOCK_T, BLOCK_S
-        )  # fmt: skip
-        tl.store(lse_ptr + offs_s, lse, mask=mask_s)
-        weight = tl.load(weight_ptr + offs_s, mask=mask_s, other=0.0)
-        total += tl.where(mask_s, weight * lse, 0.0)
-    return tl.sum(total)
+    """A block of the log-sum-exps, written, and its weighted sum."""
+    offs_s = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < size
+    lse = merged_lse(
+        share_ptr, shift_ptr, lse_ptr, offs_s, mask_s, tiles, size, stride_tiles, stride_size, BLOCK, False, BLOCK_T, BLOCK_S
+    )  # fmt: skip
+    tl.store(lse_ptr + offs_s, lse, mask=mask_s)
+    return tl.sum(tl.where(mask_s, tl.load(weight_ptr + offs_s, mask=mask_s, other=0.0) * lse, 0.0))
 
 
 @triton.jit
 def _few_merge_kernel(
-    share_a_ptr, share_b_ptr, shift_ptr, picked_ptr, row_ptr, column_ptr, lse_a_ptr, lse_b_ptr, of_rows_ptr, loss_ptr,
-    M, N, tiles_m, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    share_a_ptr, share_b_ptr, shift_ptr, picked_ptr, row_ptr, column_ptr, lse_a_ptr, lse_b_ptr, partial_ptr, count_ptr,
+    of_rows_ptr, loss_ptr, M, N, tiles_m, tiles_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """All log-sum-exps and the loss, by one program."""
-    of_rows = _weighted_lse(share_a_ptr, shift_ptr, lse_a_ptr, row_ptr, tiles_n, M, 1, tiles_n, BLOCK_M, BLOCK_T, BLOCK_S)
-    of_columns = _weighted_lse(share_b_ptr, shift_ptr, lse_b_ptr, column_ptr, tiles_m, N, tiles_n, 1, BLOCK_N, BLOCK_T, BLOCK_S)
-    of_rows -= _sum(picked_ptr, tiles_m * tiles_n, BLOCK_S)
-    tl.store(of_rows_ptr, of_rows)
-    tl.store(loss_ptr, of_rows + of_columns)
+    """The log-sum-exps, of rows first, a block by each program; the last to end adds up the loss."""
+    pid = tl.program_id(0)
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_S), tl.cdiv(N, BLOCK_S)
+    if pid < blocks_m:
+        part = _weighted_lse(
+            share_a_ptr, shift_ptr, lse_a_ptr, row_ptr, pid, tiles_n, M, 1, tiles_n, BLOCK_M, BLOCK_T, BLOCK_S
+        )  # fmt: skip
+    else:
+        part = _weighted_lse(
+            share_b_ptr, shift_ptr, lse_b_ptr, column_ptr, pid - blocks_m, tiles_m, N, tiles_n, 1, BLOCK_N, BLOCK_T, BLOCK_S
+        )  # fmt: skip
+    tl.store(partial_ptr + pid, part)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1) == blocks_m + blocks_n - 1:
+        of_rows = _sum(partial_ptr, blocks_m, BLOCK_P) - _sum(picked_ptr, tiles_m * tiles_n, BLOCK_P)
+        tl.store(of_rows_ptr, of_rows)
+        tl.store(loss_ptr, of_rows + _sum(partial_ptr + blocks_m, blocks_n, BLOCK_P))
 
 
 @triton.jit
@@ -100,15 +108,18 @@ def _few_prepare_kernel(
 
 @triton.jit
 def _times(
-    g_ptr, x_ptr, offs_r, offs_d, rows, depth, stride_r, stride_k, stride_x, EXACT: tl.constexpr,
+    g_ptr, x_ptr, offs_r, offs_d, end_r, end_k, depth, stride_r, stride_k, stride_x, EXACT: tl.constexpr,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``g @ x``; with EXACT of ``g`` in fp32, as the sum of two numbers of the type of ``x``."""
+    """A tile of ``g @ x``; with EXACT of ``g`` in fp32, as the sum of two numbers of the type of ``x``.
+
+    The panel may end behind the rows and the depth, with zeros.
+    """
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first in range(0, depth, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         places = offs_r[:, None] * stride_r + offs_k[None, :] * stride_k
-        g = tl.load(g_ptr + places, mask=(offs_r < rows)[:, None] & (offs_k < depth)[None, :], other=0.0)
+        g = tl.load(g_ptr + places, mask=(offs_r < end_r)[:, None] & (offs_k < end_k)[None, :], other=0.0)
         mask = (offs_k < depth)[:, None] & (offs_d < D)[None, :]
         x = tl.load(x_ptr + offs_k[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0)
         high = g.to(x.dtype)
@@ -134,12 +145,16 @@ def _few_gradients_kernel(
     factor = 1.0 if EXACT else tl.load(factor_ptr).to(tl.float32) * weight
     if pid < tiles_a:
         offs_r = pid // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
-        acc = _times(g_ptr, b_ptr, offs_r, offs_d, M, N, stride_g, 1, stride_b, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K)
+        acc = _times(
+            g_ptr, b_ptr, offs_r, offs_d, M, stride_g, N, stride_g, 1, stride_b, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K
+        )  # fmt: skip
         mask = (offs_r < M)[:, None] & (offs_d < D)[None, :]
         tl.store(da_ptr + offs_r[:, None] * D + offs_d[None, :], (acc * factor).to(da_ptr.dtype.element_ty), mask=mask)
     else:
         offs_r = (pid - tiles_a) // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
-        acc = _times(g_ptr, a_ptr, offs_r, offs_d, N, M, 1, stride_g, stride_a, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K)
+        acc = _times(
+            g_ptr, a_ptr, offs_r, offs_d, stride_g, M, M, 1, stride_g, stride_a, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K
+        )  # fmt: skip
         mask = (offs_r < N)[:, None] & (offs_d < D)[None, :]
         tl.store(db_ptr + offs_r[:, None] * D + offs_d[None, :], (acc * factor).to(db_ptr.dtype.element_ty), mask=mask)
     if pid == 0:
@@ -197,7 +212,7 @@ def _config(pairs: int) -> Config:
     return Config(64, 128, 64, 8, 4) if pairs <= 1024 else Config(128, 128, 64, 8, 3)
 
 
-MERGE = (8, 512, 16)
+MERGE = (16, 64, 4)
 
 
 def _config_d(pairs):
@@ -274,17 +289,19 @@ def _clip_fwd(
     s = _Pairs(device, *sizes)
     c, (tiles_m, tiles_n) = s.config, s.tiles
     logits = s.launch(_clip_fwd_kernel, (0, s.m), smooth, SMOOTH=smooth[0] != 0)
+    blocks = cdiv(s.m, MERGE[1]) + cdiv(s.n, MERGE[1])
     merge = Launch(
-        _few_merge_kernel, (1,), (s.m, s.n, tiles_m, tiles_n),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_T=MERGE[0], BLOCK_S=64 if INTERPRETED else MERGE[1], num_warps=MERGE[2],
+        _few_merge_kernel, (blocks,), (s.m, s.n, tiles_m, tiles_n),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_T=MERGE[0], BLOCK_S=MERGE[1], BLOCK_P=256, num_warps=MERGE[2],
     )  # fmt: skip
 
     def run(a: Tensor, b: Tensor, inverse: tuple[Tensor | None, ...], *vectors: Tensor) -> tuple[Tensor, ...]:
         row, column = vectors[3], vectors[5]
         share_a, share_b, shift = row.new_empty(tiles_n * s.m), row.new_empty(tiles_m * s.n), row.new_empty(2, s.room)
+        partial, count = row.new_empty(blocks), row.new_empty(1, dtype=torch.int32)
         lse_a, lse_b, of_rows, loss = row.new_empty(s.m), row.new_empty(s.n), row.new_empty(()), row.new_empty(())
-        logits(a, b, *inverse, *vectors, share_a, share_b, shift[0], shift[1])
-        merge(share_a, share_b, shift[0], shift[1], row, column, lse_a, lse_b, of_rows, loss)
+        logits(a, b, *inverse, *vectors, share_a, share_b, shift[0], shift[1], count)
+        merge(share_a, share_b, shift[0], shift[1], row, column, lse_a, lse_b, partial, count, of_rows, loss)
         return lse_a, lse_b, of_rows, loss
 
     return run

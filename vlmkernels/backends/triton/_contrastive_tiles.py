@@ -112,7 +112,7 @@ def _pick(
 @triton.jit(do_not_specialize=["first_row", "rows", "M", "N"])
 def _clip_fwd_kernel(
     a_src, b_src, inverse_a_ptr, inverse_b_ptr, scale_ptr, start_ptr, stop_ptr,
-    row_ptr, row_positive_ptr, column_ptr, column_positive_ptr, lse_a_ptr, lse_b_ptr, shift_ptr, picked_ptr,
+    row_ptr, row_positive_ptr, column_ptr, column_positive_ptr, lse_a_ptr, lse_b_ptr, shift_ptr, picked_ptr, count_ptr,
     first_row, rows, M, N, stride_am, stride_bn, smooth_row, smooth_column,
     D: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -120,6 +120,7 @@ def _clip_fwd_kernel(
     """Shares of the log-sum-exps, of rows ``[tiles_n, rows]`` and of columns ``[tiles_m, N]``, and of what the loss picks.
 
     A share is the sum of ``exp2(s - shift)`` with the tile's ``shift`` ``[tiles_m, tiles_n]``, or itself where that is infinite.
+    A count for the kernel behind this one begins with 0.
     """
     tile_m, tile_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first_m, first_n = first_row + tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -144,6 +145,9 @@ def _clip_fwd_kernel(
             smooth_row, smooth_column, SMOOTH, PART,
         )  # fmt: skip
     tl.store(picked_ptr + tl.program_id(0), picked * LN2)
+    if count_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(count_ptr, 0)
     # One exponential serves both directions, and its sums go out as they are: their logarithms are taken where they are merged.
     lse_a_ptr += tile_n.to(tl.int64) * rows + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     lse_b_ptr += tile_m.to(tl.int64) * N + first_n
@@ -278,7 +282,8 @@ def _store_gradient(
     if EVEN:
         tl.store(ptrs, g)
     else:
-        tl.store(ptrs, g, mask=mask_m[:, None] & mask_n[None, :])
+        # Zeros up to the end of the panel's rows: 16 bytes are stored together where all or none of them are.
+        tl.store(ptrs, g, mask=mask_m[:, None] & (local_n < stride_gm)[None, :])
 
 
 @triton.jit(do_not_specialize=PLACE)

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from vlmkernels.backends.triton import starts_early
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._product import FEW, generation, product_launch, takes
@@ -25,9 +23,7 @@ MANY = 1024
 
 
 @triton.jit
-def _activated_linear_kernel(y_ptr, up_ptr, size, EARLY: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    if EARLY:
-        gdc_wait()
+def _activated_linear_kernel(y_ptr, up_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(y_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
     if ACTIVATION == "gelu":
@@ -45,8 +41,7 @@ def _activated_linear_kernel(y_ptr, up_ptr, size, EARLY: tl.constexpr, ACTIVATIO
 
 @functools.lru_cache(maxsize=LAUNCHES)
 def _launch(device: torch.device, dtype: torch.dtype, size: int, activation: str, gated: bool) -> Launch:
-    early = starts_early(device)
-    options = {"EARLY": early, "ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": _WARPS, "launch_pdl": early}
+    options = {"ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": _WARPS}
     return Launch(_activated_linear_kernel, (triton.cdiv(size, _BLOCK),), (size,), **options)
 
 

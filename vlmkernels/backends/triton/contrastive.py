@@ -240,7 +240,7 @@ def clip_loss_fwd(
         size = rows.stop - rows.start
         place, rest = (rows.start, size), (smooth_row, smooth_column)
         tiles.launch(
-            _clip_fwd_kernel, size, n, (*vectors, share_a, share_b, shift, picked[i]), place, rest, SMOOTH=smooth_row != 0
+            _clip_fwd_kernel, size, n, (*vectors, share_a, share_b, shift, picked[i], None), place, rest, SMOOTH=smooth_row != 0
         )
         blocks = tiles.config.block_m, tiles.config.block_n
         _merge(share_a, shift, lse_a[rows], tiles_n, (1, tiles_n, blocks[0]), False)

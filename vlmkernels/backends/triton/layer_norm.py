@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from vlmkernels.backends.triton import cdiv, next_power_of_2, starts_early
+from vlmkernels.backends.triton import cdiv, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._patch_embed_bwd import norm_gradients, sums_launch
@@ -27,11 +26,7 @@ _MOST, _MOST_BWD = 8192, 4096
 
 
 @triton.jit
-def _layer_norm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, total_ptr, dim, eps, EARLY: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    if EARLY:
-        gdc_wait()
+def _layer_norm_fwd_kernel(x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, total_ptr, dim, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * dim
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
@@ -49,13 +44,7 @@ def _layer_norm_fwd_kernel(
 @functools.lru_cache(maxsize=LAUNCHES)
 def _launch(device: torch.device, dtype: torch.dtype, rows: int, dim: int, eps: float) -> Launch:
     block = next_power_of_2(dim)
-    options = {
-        "EARLY": (early := starts_early(device)),
-        "BLOCK_D": block,
-        "num_warps": max(1, block // 1024),
-        "launch_pdl": early,
-    }
-    return Launch(_layer_norm_fwd_kernel, (rows,), (dim, eps), **options)
+    return Launch(_layer_norm_fwd_kernel, (rows,), (dim, eps), BLOCK_D=block, num_warps=max(1, block // 1024))
 
 
 def why_not_layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float) -> str | None:
