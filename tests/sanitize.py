@@ -35,8 +35,8 @@ FILES = [
         *("linear_add_norm", "activated_linear", "feed_forward", "layer_norm"),
     )
 ]
-#: A CUDA graph can't be captured without torch's cache of memory, compilers start processes, tensors past 2 GiB take minutes, what
-#: memory is in use says nothing here, and two backends have no kernels of ours.
+#: A CUDA graph needs torch's cache of memory, compilers start processes, tensors past 2 GiB take minutes, what memory
+#: is in use says nothing here, and two backends have no kernels of ours.
 LEFT_OUT = "not graph and not compile and not opcheck and not memory and not past and not leak and not torch and not reference"
 #: So that each tensor is an allocation of its own, whose end the tool knows and whose contents are not an earlier tensor's.
 NO_CACHE = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "initcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}

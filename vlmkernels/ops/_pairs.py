@@ -164,7 +164,7 @@ _MOST_KEPT, _MOST_ROWS = 64, 4096
 
 
 def _once(make: Callable[..., tuple[torch.Tensor, ...]], device: torch.device, rows: int, *rest: Any) -> tuple[torch.Tensor, ...]:
-    """``make(device, rows, *rest)``, made once for each stream, as another one might come before it is there. Nobody writes to it.
+    """``make(device, rows, *rest)``, made once for each stream, as another might come before it is there. Nobody writes to it.
 
     Not where somebody watches, and what is made while a CUDA graph is captured is the graph's.
     """

@@ -18,7 +18,7 @@ PANELS = (12, 12, 3), (8, 12, 3), (8, 8, 3), (7, 7, 3)
 #: The same below 640 channels, where tiles of logits take little time beside those of the products that their panels wait for.
 PANELS_OF_FEW_CHANNELS = (12, 12, 3), (8, 8, 4), (8, 7, 4), (7, 7, 3)
 #: Up to how many rows of either side Triton's kernels, of fewer launches, are faster.
-FEW = 1024
+FEW = 2048
 #: What panels and the low bits of the sums may always take together.
 LEAST_ROOM = 33 << 20
 #: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are

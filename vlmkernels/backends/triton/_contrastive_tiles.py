@@ -146,8 +146,7 @@ def _clip_fwd_kernel(
         )  # fmt: skip
     tl.store(picked_ptr + tl.program_id(0), picked * LN2)
     if count_ptr is not None:
-        if tl.program_id(0) == 0:
-            tl.store(count_ptr, 0)
+        tl.store(count_ptr, 0, mask=tl.program_id(0) == 0)
     # One exponential serves both directions, and its sums go out as they are: their logarithms are taken where they are merged.
     lse_a_ptr += tile_n.to(tl.int64) * rows + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     lse_b_ptr += tile_m.to(tl.int64) * N + first_n

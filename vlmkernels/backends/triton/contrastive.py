@@ -359,6 +359,7 @@ def aot_cases() -> list[AotCase]:
         (1000, 700, 520, torch.bfloat16, False, 0.0, ()),
         (2048, 1500, 768, torch.float16, False, 0.1, ()),
         (1000, 1000, 768, torch.bfloat16, True, 0.1, ()),
+        (2000, 2000, 768, torch.bfloat16, True, 0.0, ()),
     ):
         name = f"{rows}x{columns} D{dim} {str(dtype)[6:]} norms={norms} smoothing={smooth}"
         cases.append(AotCase(name, functools.partial(call, rows, columns, dim, dtype, norms, smooth), *allowed))
