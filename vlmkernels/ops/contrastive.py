@@ -264,21 +264,9 @@ class _SigLipLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             features = [(x * factor).to(dtype) for x in (da, db)]
         else:
-            features = _multiplied([da, db], factor, dtype)
+            places = [x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype) for x in (da, db)]
+            features = [torch.mul(x, factor, out=place) for x, place in zip((da, db), places, strict=True)]
         return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
-
-
-def _multiplied(gradients: list[torch.Tensor], factor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Each times a number of ``[1, 1]``, where they are if they are of ``dtype`` already.
-
-    ``mul`` takes a launch for each tensor, which for two dtypes is slow; what a loss scaler undoes itself with takes one for all,
-    computes in fp32 and tells, which nobody asks here, whether something is not finite.
-    """
-    if factor.is_cuda and all(x.dtype == dtype != factor.dtype == torch.float32 for x in gradients):
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.empty_like(factor), factor)
-        return gradients
-    places = [x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype) for x in gradients]
-    return [torch.mul(x, factor, out=place) for x, place in zip(gradients, places, strict=True)]
 
 
 def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
