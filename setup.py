@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MIN_CUDA = (12, 4)
+MIN_CUDA = (12, 5)  # cudaGetDriverEntryPointByVersion
 
 
 def say(text: str) -> None:

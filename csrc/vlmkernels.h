@@ -64,8 +64,8 @@ VLMK_API int vlmk_tile_bounds(const VlmkTileBoundsParams* params, void* stream);
 #define VLMK_FLOAT16 1
 #define VLMK_BFLOAT16 2
 
-/* Images of 3 channels in patches of 14 x 14 or 16 x 16 pixels, or rows of pixels that are patches
- * already. Token n of image b, behind the image's num_prefix prefix tokens:
+/* Images of 3 channels in patches of 14 x 14, 16 x 16 or (of 16 bits) 32 x 32 pixels, or rows of
+ * pixels that are patches already. Token n of image b, behind the image's num_prefix prefix tokens:
  *   total = sum_k pixel[k] weight[k] + bias + pos
  *   out = norm_weight ? LayerNorm(total) : total
  * The pointers pixels, weight, prefix, pos, out and total and the strides of pixels are multiples
@@ -91,7 +91,7 @@ typedef struct {
   int32_t batch;
   int32_t grid_y;
   int32_t grid_x;
-  int32_t patch;  /* 14 or 16; 0 for rows: grid_y of them, pixel_stride_gy apart, grid_x being 1 */
+  int32_t patch;  /* 14, 16, 32; 0: rows, grid_y of them, pixel_stride_gy apart, grid_x being 1 */
   int32_t depth;  /* pixels of a row, in the order of the weight's columns; of rows only */
   int32_t frames; /* of the weight, depth columns for each; they are added up */
   int32_t frame_run; /* so many columns of one frame are followed by those of the next */

@@ -159,7 +159,7 @@ def setup_name(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "choice, code, text",
     [
-        ("auto", 0, "the CUDA library is left out ({nvcc} is of CUDA 11.8, wanted 12.4 or newer)"),
+        ("auto", 0, "the CUDA library is left out ({nvcc} is of CUDA 11.8, wanted 12.5 or newer)"),
         ("0", 0, "VLMKERNELS_CUDA=0: the CUDA library is left out"),
         ("1", 1, "VLMKERNELS_CUDA=1, but the CUDA library can't be built: {nvcc} is of CUDA 11.8"),
         ("yes", 1, "VLMKERNELS_CUDA: got 'yes', wanted auto, 0 or 1"),

@@ -386,7 +386,9 @@ def test_refusals(device: torch.device) -> None:
         "text: got 7 channels, wanted the 8 of image": [((image, text[:, :7], 1.0), {})],
         "text: got torch.float64": [((image, text.double(), 1.0), {})],
         "text: got 5 rows for 6 images, wanted targets": [((image, text[:5], 1.0), {})],
-        "targets: got": [((image, text, 1.0), {"targets": t}) for t in (index[:5], index.float(), index[None], short, 3)],
+        "targets: got": [
+            ((image, text, 1.0), {"targets": t}) for t in (index[:5], index.float(), index + 0j, index[None], short, 3)
+        ],
         "logit_scale: got torch.float32 \\(2,\\)": [((image, text, torch.ones(2, device=device)), {})],
         "logit_scale: got torch.int64": [((image, text, torch.tensor(1, device=device)), {})],
         "backend: got": [((image, text, 1.0), {"backend": "tritium"})],

@@ -58,6 +58,22 @@ def test_two_runs_give_the_same_bits(loss: Loss, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_few_rows_past_2_31(loss: Loss, normalize: bool, device: torch.device) -> None:
+    """Features of a tensor whose rows lie so far apart that offsets take 64 bits."""
+    image, text = features(3, 3, 16, torch.bfloat16, device)
+    apart = torch.empty((2 << 30) + 16, dtype=torch.bfloat16, device=device).as_strided((3, 16), (1 << 30, 1))
+    apart.copy_(image.detach())
+    results = []
+    for x in (image.detach(), apart):
+        leaves = [x.requires_grad_(), text, *numbers(loss, device)]
+        value = loss(*leaves, normalize=normalize, backend="triton")
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_memory(loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside inputs and results, less than 3 % of what the logits alone would take in bf16, at 4 GiB of those."""

@@ -118,6 +118,14 @@ def test_no_keys() -> None:
 
 
 @pytest.mark.parametrize("way", ["project", "absorb"])
+@pytest.mark.parametrize(("batches", "rows"), [((0, 0), Q), ((0, 1), Q), ((B, B), 0)], ids=str)
+def test_nothing_to_do(batches: tuple[int, int], rows: int, way: str) -> None:
+    x, context = randn(batches[0], rows, C), randn(batches[1], S, E)
+    out = cross_attention(x, context, num_heads=H, way=way, backend="reference", **parameters())
+    assert out.shape == (batches[0], rows, N)
+
+
+@pytest.mark.parametrize("way", ["project", "absorb"])
 def test_nan_stays_in_its_image(way: str) -> None:
     context = randn(B, S, E)
     context[1, 2, 3] = float("nan")
@@ -154,6 +162,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"w_o": (N, H * DV + 1)}, r"w_o: got shape \(20, 33\), wanted \[a multiple of 1, 32\]"),
     ({"b_v": (H,)}, r"b_v: got shape \(4,\), wanted \[32\]"),
     ({"w_o": None}, r"b_o: got shape \(20,\), wanted None"),
+    ({"way": "absorb", "backend": "tritium"}, "backend: got"),
     ({"way": "fold"}, "way: got 'fold', wanted one of project, absorb"),
     ({"way": "absorb", "softcap": 2.0}, "way: got 'absorb' with ranges, a softcap, grouped heads or no keys, wanted 'project'"),
 ]
@@ -176,7 +185,7 @@ def test_ranges_must_fit(batches: tuple[int, int], shape: tuple[int, int]) -> No
 
 
 def test_dtypes_must_agree() -> None:
-    for name in ("context", "w_q", "w_k", "w_v", "w_o"):
+    for name in ("context", "w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o"):
         arguments: dict[str, Any] = {"x": randn(B, Q, C), "context": randn(B, S, E), **parameters()}
         arguments[name] = arguments[name].double()
         with pytest.raises(ValueError, match=f"^{name}: got torch.float64 on"):

@@ -157,6 +157,13 @@ def test_refusals(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, wanted "):
             feed_forward(x, weight1, bias1, weight2, bias, "gelu", total=other)
+    leaf = torch.zeros_like(total, requires_grad=True)
+    for other in (leaf, leaf.view(total.shape)):
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+            feed_forward(x, weight1, bias1, weight2, None, "gelu", total=other)
+    assert not leaf.any()  # refused before it is written to
+    with torch.no_grad():
+        assert feed_forward(x, weight1, bias1, weight2, None, "gelu", total=leaf) is leaf
 
 
 @pytest.fixture

@@ -137,6 +137,9 @@ def test_compiled_and_in_a_graph(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
+        ("x", lambda t: t["x"].long()),
+        ("x", lambda t: t["x"][0, 0]),
+        ("weight", lambda t: t["weight"][0, 0]),
         ("weight", lambda t: t["weight"][:, 1:]),
         ("weight", lambda t: t["weight"].double()),
         ("bias", lambda t: t["bias"][1:]),

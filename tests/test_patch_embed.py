@@ -490,7 +490,7 @@ def test_triton_pads_with_zeros(device: torch.device) -> None:
 def test_triton_without_tma(name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmkernels.backends.triton import patch_embed as triton
 
-    monkeypatch.setattr(triton, "_has_tma", lambda device: False)
+    monkeypatch.setattr(triton, "generation", lambda device: 8)
     monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     flavour = FLAVOURS[name]
     tensors = flavour.inputs(torch.float16, device)
@@ -506,7 +506,7 @@ def test_triton_tiles(config: str, backend: str, device: torch.device, monkeypat
     flavour = Flavour((3, 3, 56, 64), (8, 8), 56, dim=264, prefix=1)
     tensors = flavour.inputs(torch.float16, device)
     exact = stock(flavour, double(tensors))
-    monkeypatch.setattr(triton, "_has_tma", lambda device: config == "TMA_CONFIGS")
+    monkeypatch.setattr(triton, "generation", lambda device: 9 if config == "TMA_CONFIGS" else 8)
     monkeypatch.setattr(triton, "_gemm_launch", triton._gemm_launch.__wrapped__)
     for tile in getattr(triton, config):
         monkeypatch.setattr(triton, config, (tile,))

@@ -117,6 +117,7 @@ WRITES = {
     "fill_": lambda m: m.fill_(True),
     "and": lambda m: m.logical_and_(torch.tensor(True)),
     "copy_": lambda m: m.copy_(m.dense()),
+    "out=": lambda m: torch.logical_not(torch.ones(()).bool(), out=m),
     "&=": lambda m: operator.iand(m, m.dense()),
 }
 

@@ -315,11 +315,14 @@ def test_refusals(device: torch.device) -> None:
         rope(q, k, cos, sin, k_weight=w.long())
     with pytest.raises(ValueError, match="backend: got"):
         rope(q, k, cos, sin, backend="tritium")
+    with pytest.raises(ValueError, match="q: got .*, wanted .B, S, H, D."):
+        rope(q[0, 0, 0, 0], k, cos, sin)
     qkv = torch.randn(2, 5, 80, device=device)
     for bad, heads, message in (
         (qkv[..., :79], (3, 1), "qkv: got"),
         (qkv[0, 0], (3, 1), "qkv: got"),
-        (qkv[:1].expand(2, 5, 80), (3, 1), "qkv: got an expanded tensor"),
+        (qkv[:1].expand(2, 5, 80), (3, 1), "qkv: got strides .* its elements share memory"),
+        (qkv.flatten().as_strided((2, 5, 80), (400, 70, 1)), (3, 1), "qkv: got strides .* its elements share memory"),
         (qkv, (0, 0), "num_heads, num_kv_heads: got"),
         (qkv, (-1, 3), "num_heads, num_kv_heads: got"),
     ):

@@ -14,7 +14,6 @@
 #include "attention_bwd_few/queries.h"
 #include "attention_bwd_few/tiles.h"
 #include "common/hopper.h"
-#include "common/tensor_map.h"
 #include "vlmkernels.h"
 
 namespace vlmk {

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "attention/rows.h"
 #include "attention_few/config.h"
 #include "attention_few/loader.h"
 #include "attention_few/store.h"

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "attention/ranges.h"
-#include "attention/rows.h"
 #include "attention/softmax.h"
 #include "attention_few/config.h"
 #include "attention_few/loader.h"

@@ -64,9 +64,7 @@ template <auto kKernel, typename Params, typename... Args>
 int launch_for_tiles(const char* name, const Params& p, int64_t tiles, void* stream,
                      const Args&... args) {
   int count = 0;
-  int code = multiprocessors<kKernel, Layout::kSharedBytes>(count);
-  if (code) return code;
-  code = active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
+  const int code = active_clusters<kKernel, kThreads, Layout::kSharedBytes>(kBlocks, count);
   if (code) return code;
   const int blocks = kBlocks * static_cast<int>(std::min<int64_t>(tiles, count));
   VLMK_CHECK(blocks > 0 && kGroups * blocks <= p.slots, "%d slots for %d blocks", p.slots, blocks);

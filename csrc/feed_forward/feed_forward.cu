@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "activated_linear/dispatch.h"
-#include "common/error.h"
 #include "common/hopper.h"
 #include "common/launch.h"
 #include "vlmkernels.h"

@@ -63,8 +63,6 @@ def support(device: torch.device) -> tuple[list[tuple[str, ...]], list[tuple[str
     table = []
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, op in sorted(OPS.items()):
-        if "::" in name:
-            continue
         answers = {backend: op.why_not(backend, device) for backend in BACKENDS}
         table.append((name, *("no" if answers[backend] else "yes" for backend in BACKENDS)))
         for backend, reason in answers.items():

@@ -326,7 +326,8 @@ def _half(table: Tensor) -> Tensor:
     """A table of transformers for rope, of a batch or of a pack, without its second half, which repeats the first."""
 
     def make() -> Tensor:
-        return (table if table.dim() == 3 else table[None])[..., : table.shape[-1] // 2].contiguous()
+        first = (table if table.dim() == 3 else table[None])[..., : table.shape[-1] // 2]
+        return first.clone(memory_format=torch.contiguous_format)
 
     half: Tensor = once(table, ("half",), make)
     return half

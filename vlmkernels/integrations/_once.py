@@ -12,9 +12,13 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def once(tensor: torch.Tensor, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then."""
-    # No version tells whether it has changed. What is traced is not asked whether it is an inference tensor: that breaks a graph.
-    if torch.compiler.is_compiling() or tensor.is_inference():
+    """``make()``, or what it gave for the same arguments before, as long as ``tensor`` is what it was then.
+
+    The result has no memory of ``tensor``'s, which as its view would keep it, and so itself, for ever.
+    """
+    # A captured graph has to make it anew in each replay. Of inference tensors no version tells whether they have changed; what
+    # is traced is not asked whether it is one: that breaks a graph.
+    if in_a_graph(tensor) or tensor.is_inference():
         return make()
     state = (tensor._version, arguments)
     known = _made.get(tensor)

@@ -91,7 +91,9 @@ class RangesMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        named = {argument.name: argument for argument in func._schema.arguments}
+        given = [*zip(func._schema.arguments, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
+        for argument, value in given:
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, RangesMask):
                 raise _not_writable(str(func))
         if func in _ADDS:

@@ -8,27 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.nn._attention import AttentionLayout
+from vlmkernels.nn._feed_forward import DecoderFeedForward
 from vlmkernels.nn._norm import RMSNorm
 from vlmkernels.nn.cross_attention import CrossAttention
 from vlmkernels.ops._op import bad_argument, check_sizes
 
-_ATTENTION = AttentionLayout(("q_proj", "k_proj", "v_proj"), "o_proj", ("q_layer_norm", "k_layer_norm"))
 _QK_NORMS = (None, "rms")
-
-
-class _FeedForward(nn.Module):
-    """``down_proj(silu(gate_proj(x)) * up_proj(x))``, without biases."""
-
-    def __init__(self, embed_dim: int, intermediate_dim: int, **made: Any) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, intermediate_dim, bias=False, **made)
-        self.down_proj = nn.Linear(intermediate_dim, embed_dim, bias=False, **made)
-        self.up_proj = nn.Linear(embed_dim, intermediate_dim, bias=False, **made)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
 
 
 class GatedCrossAttention(nn.Module):
@@ -84,8 +69,8 @@ class GatedCrossAttention(nn.Module):
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         heads: dict[str, Any] = {"qk_norm": qk_norm, "norm_eps": norm_eps, "attention_dropout": attention_dropout, **made}
-        self.cross_attn = CrossAttention(embed_dim, num_heads, context_dim=width, layout=_ATTENTION, bias=False, **heads)
-        self.mlp = _FeedForward(embed_dim, intermediate_dim, **made)
+        self.cross_attn = CrossAttention(embed_dim, num_heads, context_dim=width, layout="idefics", bias=False, **heads)
+        self.mlp = DecoderFeedForward(embed_dim, intermediate_dim, "silu", **made)
         self.input_layernorm = RMSNorm(embed_dim, norm_eps, **made)
         self.post_attention_layernorm = RMSNorm(embed_dim, norm_eps, **made)
         self.alpha_cross_attn = nn.Parameter(torch.zeros(gates[gate], **made))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from vlmkernels.ops._op import refuse_leaf
+
 
 def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``total += x weight^T``, differentiable once.
@@ -17,8 +19,12 @@ def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> t
 
     Returns:
         ``total``.
+
+    Raises:
+        RuntimeError: ``total`` is a leaf that requires grad, or a view of one.
     """
     if torch.is_grad_enabled() and (total.requires_grad or x.requires_grad or weight.requires_grad):
+        refuse_leaf(total)
         out: torch.Tensor = _AddProduct.apply(total, x, weight)
         return out
     add_in_place(total, x, weight)

@@ -339,6 +339,17 @@ def bad_argument(name: str, got: object, wanted: str) -> ValueError:
     return ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
+def refuse_leaf(x: torch.Tensor) -> None:
+    """As torch does in every in-place operation that is differentiable, but before anything is written."""
+    what = "in-place operation."
+    if x.is_leaf and x.requires_grad:
+        raise RuntimeError(f"a leaf Variable that requires grad is being used in an {what}")
+    if torch.compiler.is_compiling():
+        return
+    if x._base is not None and x._base.is_leaf and x._base.requires_grad:
+        raise RuntimeError(f"a view of a leaf Variable that requires grad is being used in an {what}")
+
+
 def check_sizes(**sizes: int) -> None:
     """Refuse the first that is below 1."""
     for name, size in sizes.items():

@@ -74,7 +74,8 @@ def pairs(image: torch.Tensor, text: torch.Tensor, targets: torch.Tensor | KeyRa
             raise bad_argument("targets", got, f"(1, {images}), a range of texts for each image, on {image.device}")
         return Pairs(image, text, targets.start[0], targets.stop[0], images)
     kind = torch.bool if not isinstance(targets, torch.Tensor) else targets.dtype
-    if kind == torch.bool or kind.is_floating_point or targets.shape != (texts,) or targets.device != image.device:
+    integers = kind != torch.bool and not kind.is_floating_point and not kind.is_complex
+    if not integers or targets.shape != (texts,) or targets.device != image.device:
         got = (
             f"{targets.dtype} {tuple(targets.shape)} on {targets.device}" if isinstance(targets, torch.Tensor) else repr(targets)
         )
@@ -144,6 +145,8 @@ def group_of(group: Any) -> Group | None:
     if not dist.is_available() or not dist.is_initialized():
         raise bad_argument("group", group, "a process group of an initialised torch.distributed, or None")
     shared = Group(group)
+    if shared.rank < 0:
+        raise bad_argument("group", group, "a group that this rank belongs to")
     return shared if shared.size > 1 else None
 
 
@@ -186,7 +189,7 @@ def _diagonal(device: torch.device, rows: int, first: int) -> tuple[torch.Tensor
     return start, start + 1
 
 
-def _alike(device: torch.device, rows: int, value: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _constant(device: torch.device, rows: int, value: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return (torch.full((rows,), value, dtype=dtype, device=device),)
 
 
@@ -203,7 +206,7 @@ def weights(p: Pairs, smoothing: float, shared: Group | None) -> Weights:
     smooth = smoothing / (columns * ranks), smoothing / (rows * ranks)
     start, stop = positives(p, shared)
     if p.start is None or p.stop is None:
-        (row,) = _once(_alike, device, rows, 0.5 / (rows * ranks), dtype)
+        (row,) = _once(_constant, device, rows, 0.5 / (rows * ranks), dtype)
         # There are as many columns as rows, and ranks times as many of all ranks.
         column = row if ranks == 1 else row.repeat(ranks)
         row_positive, column_positive = ((1 - smoothing) * x if smoothing else x for x in (row, column))

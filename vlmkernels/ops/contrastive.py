@@ -203,7 +203,7 @@ def _siglip_forward(
     b = p.b if shared is None else shared.gather(p.b)
     images = p.images if shared is None else p.images * shared.size
     norms = _norms(p.a, b, normalize)
-    dtypes = _kept(p.a), _kept(b) if shared is None else compute_dtype(b)
+    dtypes = _unscaled_dtype(p.a), _unscaled_dtype(b) if shared is None else compute_dtype(b)
     loss, da, db, dnumbers = _siglip_fwd(p.a, b, scale, bias, start, stop, *norms, 1.0 / images, grads, *dtypes, backend)
     if shared is not None:
         numbers = shared.sum(torch.cat((loss.reshape(1), dnumbers)))
@@ -278,7 +278,7 @@ def _clip_bwd_fake(dloss: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest:
     return a.new_empty(a.shape), b.new_empty(b.shape, dtype=rest[-2]), a.new_empty((), dtype=compute_dtype(a))
 
 
-def _kept(x: torch.Tensor) -> torch.dtype:
+def _unscaled_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a gradient that is yet to be multiplied: fp16 doesn't hold what a loss scaler has not multiplied."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 

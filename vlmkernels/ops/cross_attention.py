@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmkernels.masks import KeyRanges
-from vlmkernels.ops._op import bad_argument
+from vlmkernels.ops._op import bad_argument, forced_backend
 from vlmkernels.ops._packed_linear import packed_linear
 from vlmkernels.ops.attention import attention
 
@@ -70,6 +70,7 @@ def cross_attention(
         raise bad_argument("way", "'absorb' with ranges, a softcap, grouped heads or no keys", "'project'")
     q = F.linear(x, w_q, b_q).unflatten(-1, (num_heads, -1))
     if way == "absorb":
+        forced_backend(backend)  # refuses a name that is none
         y = absorbed_attention(q, context, w_k, w_v, b_v, scale=scale)
     else:
         if (b_k is None) == (b_v is None):
@@ -133,16 +134,17 @@ def absorbed_attention(
     key_heads, value_heads = (w.unflatten(0, (heads, -1)) for w in (w_k, w_v))
     # [H, B * Sq, D] @ [H, D, E], then the heads of an image in one product with its tokens.
     wide = torch.bmm(q.reshape(batch * rows, heads, dim).transpose(0, 1), key_heads)
-    wide = wide.view(heads, batch, rows, -1).transpose(0, 1).reshape(batch, heads * rows, -1)
+    columns = context.shape[2]
+    wide = wide.view(heads, batch, rows, columns).transpose(0, 1).reshape(batch, heads * rows, columns)
     if batch == 1:
         batch = context.shape[0]
         wide = wide.expand(batch, -1, -1)
     elif context.shape[0] == 1:
-        wide = wide.reshape(1, -1, wide.shape[-1])
+        wide = wide.reshape(1, batch * heads * rows, columns)
     logits = torch.baddbmm(wide.new_empty(()), wide, context.transpose(1, 2), beta=0, alpha=scale)
     read = torch.bmm(logits.softmax(-1), context)
-    read = read.view(batch, heads, rows, -1).transpose(0, 1).reshape(heads, batch * rows, -1)
-    y = torch.bmm(read, value_heads.transpose(1, 2)).view(heads, batch, rows, -1).permute(1, 2, 0, 3)
+    read = read.view(batch, heads, rows, columns).transpose(0, 1).reshape(heads, batch * rows, columns)
+    y = torch.bmm(read, value_heads.transpose(1, 2)).view(heads, batch, rows, value_heads.shape[1]).permute(1, 2, 0, 3)
     return y.contiguous() if b_v is None else y + b_v.unflatten(0, (heads, -1))
 
 
@@ -178,6 +180,7 @@ def _check(
                 raise bad_argument(name, f"shape {tuple(weight.shape)}", f"[{count}, {columns}]")
         if bias is not None and (weight is None or bias.shape != weight.shape[:1]):
             raise bad_argument(f"b{name[1:]}", f"shape {tuple(bias.shape)}", f"[{len(weight)}]" if weight is not None else "None")
-    for name, tensor in zip(("context", "w_q", "w_k", "w_v", "w_o"), (context, *weights), strict=True):
+    names = ("context", "w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
+    for name, tensor in zip(names, (context, *weights, *biases), strict=True):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise bad_argument(name, f"{tensor.dtype} on {tensor.device}", f"x's {x.dtype} on {x.device}")

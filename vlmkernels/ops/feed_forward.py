@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmkernels.ops._add_product import add_in_place
-from vlmkernels.ops._op import Op, bad_argument, forced_backend
+from vlmkernels.ops._op import Op, bad_argument, forced_backend, refuse_leaf
 from vlmkernels.ops.activated_linear import ACTIVATIONS as ALL_ACTIVATIONS
 
 #: GELU with erf, GELU with tanh, ``x sigmoid(1.702 x)``.
@@ -50,9 +50,12 @@ def feed_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, neither or both of ``bias2`` and ``total``, an unknown activation.
+        RuntimeError: ``total`` is a leaf that requires grad, or a view of one.
         BackendError: the forced backend can't run these inputs.
     """
     _check(x, weight1, bias1, weight2, bias2, total)
+    if total is not None and torch.is_grad_enabled():
+        refuse_leaf(total)
     if activation not in ACTIVATIONS:
         raise bad_argument("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
     out: Tensor = _FeedForward.apply(x, weight1, bias1, weight2, bias2, total, activation, forced_backend(backend))

@@ -41,6 +41,10 @@ def linear_add_norm(
         ValueError: shapes, dtypes or devices that don't fit.
         BackendError: the forced backend can't run these inputs.
     """
+    if x.dim() < 1 or not x.is_floating_point():
+        raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., K] of a floating dtype")
+    if weight.dim() != 2:
+        raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[N, {x.shape[-1]}]")
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise bad_argument("residual", f"shape {tuple(residual.shape)}", f"{(*x.shape[:-1], weight.shape[0])}")
     tensors = (_rows(x), weight, bias, _rows(residual), norm_weight, norm_bias)
@@ -63,7 +67,7 @@ def _unplanned(*arguments: Any) -> Any:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+    if weight.shape[1] != x.shape[1]:
         raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[N, {x.shape[1]}]")
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != weight.shape[:1]:

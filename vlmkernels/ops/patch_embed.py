@@ -114,7 +114,7 @@ class _Sizes(NamedTuple):
 def _patch_size(patch_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(patch_size, int) and patch_size > 0:
         return (patch_size, patch_size)
-    sizes = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
+    sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size,)
     if len(sizes) not in (2, 3) or not all(isinstance(p, int) and p > 0 for p in sizes):
         raise bad_argument("patch_size", patch_size, "a positive int, (height, width), or (frames, height, width)")
     return sizes
@@ -201,7 +201,7 @@ def _check_affine(name: str, values: Sequence[float] | None, pixels: Tensor, cha
         return None
     if isinstance(values, Tensor):
         raise bad_argument(name, "a tensor", "a sequence of numbers (reading a tensor would wait for the device)")
-    numbers = [float(v) for v in values]
+    numbers = [] if isinstance(values, (int, float)) else [float(v) for v in values]
     if len(numbers) != channels or (name == "std" and 0.0 in numbers):
         raise bad_argument(name, values, f"{channels} {'nonzero ' if name == 'std' else ''}numbers, one per channel")
     return numbers
@@ -356,5 +356,5 @@ def _unplanned(settings: tuple[Any, ...], tensors: Tensors) -> Tensor:
 
 
 def _numbers(values: Sequence[float] | None) -> Sequence[float] | None:
-    """``values`` as plain numbers that can be compared. A tensor is left to be refused."""
-    return values if values is None or isinstance(values, Tensor) else tuple(map(float, values))
+    """``values`` as plain numbers that can be compared. A tensor, or a number alone, is left to be refused."""
+    return values if values is None or isinstance(values, (Tensor, int, float)) else tuple(map(float, values))

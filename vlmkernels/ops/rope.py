@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from vlmkernels.ops._op import LIBRARY, Op, bad_argument, forced_backend
+from vlmkernels.ops._op import LIBRARY, Op, bad_argument, forced_backend, refuse_leaf
 
 _TENSORS = "Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight"
 
@@ -158,6 +158,16 @@ def _tables(
     return cos, sin
 
 
+def _shares_memory(x: torch.Tensor) -> bool:
+    """Whether elements of ``x`` may lie at one place, as those of an expanded tensor do."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def _check_weights(q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, like: torch.Tensor, head_dim: int) -> None:
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is None:
@@ -227,9 +237,10 @@ def _unplanned(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> Any:
     """Check everything, run, and leave a plan for the next such call."""
     q, k, cos, sin, q_weight, k_weight = tensors
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
-    dims, lead, head_dim = len(q_shape), q_shape[:-2], q_shape[-1]
+    dims = len(q_shape)
     if (dims != 4 and dims != 3) or not dtype.is_floating_point:
         raise bad_argument("q", f"{tuple(q_shape)} {dtype}", "[B, S, H, D] or [T, H, D] of a floating dtype")
+    lead, head_dim = q_shape[:-2], q_shape[-1]
     if head_dim % 2:
         raise bad_argument("q", f"a head dimension of {head_dim}", "an even one")
     if k_shape != q_shape and (len(k_shape) != dims or k_shape[:-2] != lead or k_shape[-1] != head_dim):
@@ -306,8 +317,8 @@ def _unplanned_qkv(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> torch
     if qkv.dim() not in (2, 3) or not qkv.is_floating_point() or qkv.shape[-1] % (2 * heads):
         wanted = f"[B, S, {heads} D] or [T, {heads} D] of a floating dtype, D even"
         raise bad_argument("qkv", f"{tuple(qkv.shape)} {qkv.dtype}", wanted)
-    if 0 in qkv.stride() and any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
-        raise bad_argument("qkv", "an expanded tensor, whose elements share memory", "a tensor that can be written in place")
+    if _shares_memory(qkv):
+        raise bad_argument("qkv", f"strides {qkv.stride()}: its elements share memory", "a tensor that can be written in place")
     head_dim = qkv.shape[-1] // heads
     cos, sin = _tables(cos, sin, qkv.shape[:-1], head_dim, qkv.device)
     _check_weights(q_weight, k_weight, qkv, head_dim)
@@ -319,12 +330,8 @@ def _unplanned_qkv(settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> torch
     if q_weight is not None or k_weight is not None:
         what = "q_weight" if q_weight is not None else "k_weight"
         raise bad_argument(what, "a norm in place while a gradient is needed", "None, or rope() on the slices of qkv")
-    if qkv.is_leaf:
-        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    refuse_leaf(qkv)
     compiling = torch.compiler.is_compiling()
-    # torch would find this too, but only after the write.
-    if not compiling and qkv._base is not None and qkv._base.is_leaf and qkv._base.requires_grad:
-        raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
     # Before torch 2.13 torch.compile loses mark_dirty, and with it the gradient. In a graph, where nothing is in place until the
     # end, the copy says the same.
     out: torch.Tensor = _RopeQkv.apply(qkv, cos, sin, num_heads, num_kv_heads, interleaved, name, not compiling)

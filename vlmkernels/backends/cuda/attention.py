@@ -151,6 +151,7 @@ def plan_attention_fwd(
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_bwd(
+    device: torch.device,
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
     value_dim: int,
@@ -165,7 +166,8 @@ def _prepared_bwd(
 ) -> AttentionBwdParams | str:
     """All but the pointers, or why the kernel doesn't take them.
 
-    ``strides``: of dout, q, k and v; ``ranges``: over the batch; ``together``: whether the gradients of a token are one row.
+    ``device``: the current one, whose multiprocessors the workspace is for; ``strides``: of dout, q, k and v; ``ranges``: over
+    the batch; ``together``: whether the gradients of a token are one row.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, these are {dtype}"
@@ -190,7 +192,7 @@ def _prepare_bwd(
 ) -> AttentionBwdParams | str:
     layout = q.shape, k.shape, v.shape[3], (dout.stride(), q.stride(), k.stride(), v.stride())
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _prepared_bwd(*layout, q.dtype, _range_stride(start), *settings, together, deterministic)
+    return _prepared_bwd(q.device, *layout, q.dtype, _range_stride(start), *settings, together, deterministic)
 
 
 def why_not_attention_bwd(

@@ -18,7 +18,7 @@ PANELS = (12, 12, 3), (8, 12, 3), (8, 8, 3), (7, 7, 3)
 #: The same below 640 channels, where tiles of logits take little time beside those of the products that their panels wait for.
 PANELS_OF_FEW_CHANNELS = (12, 12, 3), (8, 8, 4), (8, 7, 4), (7, 7, 3)
 #: Up to how many rows of either side Triton's kernels, of fewer launches, are faster.
-FEW = 2048
+FEW_PAIRS = 2048
 #: What panels and the low bits of the sums may always take together.
 LEAST_ROOM = 33 << 20
 #: Row tiles whose shares of the log-sum-exps are there at a time. With 66 clusters and an even number of column tiles all are
@@ -78,11 +78,11 @@ def yields_clip_loss_bwd(dloss: Tensor, a: Tensor, b: Tensor, *rest: Any) -> boo
 
 
 def yields_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> bool:
-    return _few(a, b)
+    return rest[-3] and _few(a, b)  # with gradients
 
 
 def _few(a: Tensor, b: Tensor) -> bool:
-    return max(len(a), len(b)) <= FEW
+    return max(len(a), len(b)) <= FEW_PAIRS
 
 
 def panel_shape(rows: int, columns: int, dim: int, low_b: int, room: int) -> tuple[int, int, int]:

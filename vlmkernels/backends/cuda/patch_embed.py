@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch embedding on ``csrc/patch_embed``: images in patches of 14 or 16 pixels, or rows with positions, in one kernel, and the
-gradients of the parameters of 16-bit images in two."""
+"""Patch embedding on ``csrc/patch_embed``: images in patches of 14, 16 or (of 16 bits) 32 pixels, or rows with positions, in one
+kernel, and the gradients of the parameters of 16-bit images in two."""
 
 import functools
 import math
@@ -214,6 +214,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_bwd(
+    device: torch.device,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     weight_shape: tuple[int, ...],
@@ -258,7 +259,7 @@ def _prepare_bwd(
     n_prefix = grad.shape[1] - patches.shape[1:4].numel()
     pos_prefix = n_prefix if pos_shape and pos_shape[-2] == grad.shape[1] else 0
     layout = patches.shape, patches.stride(), weight.shape, patches.dtype, weight.dtype
-    return _prepared_bwd(*layout, n_prefix, pos_prefix, norm, eps)
+    return _prepared_bwd(grad.device, *layout, n_prefix, pos_prefix, norm, eps)
 
 
 def why_not_patch_embed_bwd(

@@ -26,6 +26,11 @@ def why_not(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 # triton.cdiv and triton.next_power_of_2 serve kernels too, and cost a launcher 2 microseconds a call.
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -14,6 +14,7 @@ from vlmkernels.backends.triton._attention_common import (
     CAUSAL,
     DENSE,
     LOG2E,
+    MAX_ROW_STRIDE,
     PRECISION,
     TILE,
     aligned,
@@ -353,6 +354,9 @@ def attention_bwd(
     mask = make_mask(q, k, start, stop, causal)
     delta = torch.empty_like(lse)
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
+    if dout.stride(1) > MAX_ROW_STRIDE:
+        dout = dout.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
     strides = strides_in_eights(q.stride(), k.stride(), v.stride(), dout.stride())
     dims = pieces(dim, value_dim)
     block_m = 64 if value_dim <= 64 else 32

@@ -2,7 +2,8 @@
 """The contrastive losses of few pairs, whose time is that of launches: no more of them than what one writes and another reads.
 
 The tiles of logits are those of ``_contrastive_tiles``, small enough to fill the GPU. The gradient of the logits is one panel,
-and one launch takes it to the gradients of ``a`` and of ``b``.
+and one launch takes it to the gradients of ``a`` and of ``b``, of
+features that were divided by their lengths a second.
 """
 
 import functools
@@ -15,12 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
-from vlmkernels.backends.triton._contrastive_tiles import LN2, _clip_bwd_kernel, _clip_fwd_kernel, _siglip_kernel, merged_lse
+from vlmkernels.backends.triton._contrastive_tiles import (
+    GROUPED,
+    LN2,
+    _clip_bwd_kernel,
+    _clip_fwd_kernel,
+    _siglip_kernel,
+    merged_lse,
+)
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch, Layout
-from vlmkernels.backends.triton._product import Config, aligned, generation
+from vlmkernels.backends.triton._product import Config, aligned_matrix, generation
 
 #: The most rows of either side.
-FEW = 2048
+FEW_PAIRS = 2048
 #: How many log-sum-exps a program puts together.
 MERGED = 64
 
@@ -109,7 +117,7 @@ def _few_prepare_kernel(
 
 
 @triton.jit
-def _times(
+def _panel_product(
     g_ptr, x_ptr, offs_r, offs_d, end_r, end_k, depth, stride_r, stride_k, stride_x, EXACT: tl.constexpr,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +131,7 @@ def _times(
         places = offs_r[:, None] * stride_r + offs_k[None, :] * stride_k
         g = tl.load(g_ptr + places, mask=(offs_r < end_r)[:, None] & (offs_k < end_k)[None, :], other=0.0)
         mask = (offs_k < depth)[:, None] & (offs_d < D)[None, :]
-        x = tl.load(x_ptr + offs_k[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + offs_k.to(tl.int64)[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0)
         high = g.to(x.dtype)
         acc = tl.dot(high, x, acc)
         if EXACT:
@@ -147,14 +155,14 @@ def _few_gradients_kernel(
     factor = 1.0 if EXACT else tl.load(factor_ptr).to(tl.float32) * weight
     if pid < tiles_a:
         offs_r = pid // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
-        acc = _times(
+        acc = _panel_product(
             g_ptr, b_ptr, offs_r, offs_d, M, stride_g, N, stride_g, 1, stride_b, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K
         )  # fmt: skip
         mask = (offs_r < M)[:, None] & (offs_d < D)[None, :]
         tl.store(da_ptr + offs_r[:, None] * D + offs_d[None, :], (acc * factor).to(da_ptr.dtype.element_ty), mask=mask)
     else:
         offs_r = (pid - tiles_a) // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
-        acc = _times(
+        acc = _panel_product(
             g_ptr, a_ptr, offs_r, offs_d, stride_g, M, M, 1, stride_g, stride_a, EXACT, D, BLOCK_R, BLOCK_D, BLOCK_K
         )  # fmt: skip
         mask = (offs_r < N)[:, None] & (offs_d < D)[None, :]
@@ -189,7 +197,7 @@ def _few_norm_kernel(
     M, stride_a, stride_b, weight, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of rows that were divided by their lengths, a program for each row of ``a`` and of ``b``."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr).to(tl.float32) * weight
     if row < M:
         inverse = tl.load(inverse_a_ptr + row)
@@ -202,7 +210,7 @@ def _few_norm_kernel(
 
 def few(a: Tensor, b: Tensor) -> bool:
     """Whether these kernels take features like these."""
-    return a.dtype != torch.float32 and max(len(a), len(b)) <= FEW
+    return a.dtype != torch.float32 and max(len(a), len(b)) <= FEW_PAIRS
 
 
 def _configs(device: torch.device, pairs: int) -> tuple[Config, Config]:
@@ -241,7 +249,7 @@ class _Pairs:
         }
         self.options: dict[str, Any] = {
             "D": dim, "EVEN": not m % c.block_m and not n % c.block_n, "USE_TMA": use_tma, "BLOCK_M": c.block_m,
-            "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": 8, "num_warps": c.warps, "num_stages": c.stages,
+            "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": GROUPED, "num_warps": c.warps, "num_stages": c.stages,
         }  # fmt: skip
 
     def panel(self, like: Tensor) -> Tensor:
@@ -359,7 +367,7 @@ def _sizes(a: Tensor, b: Tensor, inverse_a: Tensor | None) -> tuple[Any, ...]:
 def clip_loss_fwd(a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As ``contrastive.clip_loss_fwd``, of few pairs."""
     *vectors, inverse_a, inverse_b, smooth_row, smooth_column = rest
-    a, b = aligned(a), aligned(b)
+    a, b = aligned_matrix(a), aligned_matrix(b)
     run = _clip_fwd(a.device, (a.dtype, scale.dtype), _sizes(a, b, inverse_a), (smooth_row, smooth_column))
     return run(a, b, (inverse_a, inverse_b), scale, *vectors)
 
@@ -367,7 +375,7 @@ def clip_loss_fwd(a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> tuple[Tens
 def clip_loss_bwd(dloss: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``contrastive.clip_loss_bwd``, of few pairs."""
     *vectors, inverse_a, inverse_b, lse_a, lse_b, smooth_row, smooth_column, dtype_b = rest
-    a, b = aligned(a), aligned(b)
+    a, b = aligned_matrix(a), aligned_matrix(b)
     dtypes = dloss.dtype, scale.dtype, a.dtype, dtype_b
     run = _clip_bwd(a.device, dtypes, _sizes(a, b, inverse_a), (smooth_row, smooth_column))
     return run(dloss, a, b, (inverse_a, inverse_b), scale, *vectors, lse_a, lse_b)
@@ -376,6 +384,6 @@ def clip_loss_bwd(dloss: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any
 def siglip_loss_fwd(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``contrastive.siglip_loss_fwd`` with gradients, of few pairs."""
     start, stop, inverse_a, inverse_b, weight, _, *dtypes = rest
-    a, b = aligned(a), aligned(b)
+    a, b = aligned_matrix(a), aligned_matrix(b)
     run = _siglip(a.device, (a.dtype, scale.dtype, bias.dtype, *dtypes), _sizes(a, b, inverse_a), weight)
     return run(a, b, (inverse_a, inverse_b), scale, bias, start, stop)

@@ -16,6 +16,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 NARROW = tl.constexpr(60.0)
 # A sum of exponentials below this, where the largest of the tile is 1, may have lost terms: nothing below 2**-126 is there.
 SMALLEST = tl.constexpr(2.0**-90)
+#: Row blocks that go through all columns together.
+GROUPED = 8
 # Arguments that say where a launch is: whether 16 divides them shall not make another kernel.
 PLACE = ["first_row", "rows", "first_column", "columns", "M", "N"]
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, next_power_of_2
+from vlmkernels.backends.triton import cdiv, multiprocessors, next_power_of_2
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 
 CHANNELS_FIRST, CHANNELS_LAST = (4, 5, 6, 7), (5, 6, 7, 4)
@@ -81,11 +81,6 @@ def _patch_embed_cut_kernel(
         if SCALE is not None:
             x = x.to(tl.float32) * scale[None, :] + shift[None, :]
         tl.store(a_ptr + strip * rows_3 * stride_am * VEC + offs_a, x.to(a_ptr.dtype.element_ty), mask=mask_out)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def collapse(sizes: list[int], strides: list[int]) -> tuple[list[int], list[int]]:

@@ -91,7 +91,7 @@ def _linear_kernel(
     tl.store(out_ptr + rows[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def aligned(x: Tensor) -> Tensor:
+def aligned_matrix(x: Tensor) -> Tensor:
     """``x``, or a copy where it is no matrix of dense rows that begin at multiples of 16 bytes."""
     step = 16 // x.element_size()
     if x.stride(1) == 1 and x.stride(0) % step == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:

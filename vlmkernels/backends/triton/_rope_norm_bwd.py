@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv
+from vlmkernels.backends.triton import INTERPRETED, cdiv, multiprocessors
 from vlmkernels.backends.triton._rope_pairs import (
     BLOCK,
     WARPS,
@@ -144,7 +144,7 @@ def norm_bwd(
     if work == 0:
         return [weight.new_zeros(weight.shape) for weight in weights]
     each = PROGRAMS_OF_MANY if work >= MANY else PROGRAMS
-    most = 2 if INTERPRETED else each * torch.cuda.get_device_properties(cos.device).multi_processor_count
+    most = 2 if INTERPRETED else each * multiprocessors(cos.device)
     # As much work for each program of either side.
     programs = [min(batches * count, max(1, most * count // sum(blocks))) if count else 0 for count in blocks]
     partial = torch.empty(sum(programs), head_dim, dtype=torch.float32, device=cos.device)

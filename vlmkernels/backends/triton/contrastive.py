@@ -2,7 +2,7 @@
 """The contrastive losses in Triton and cuBLAS: tiles of logits that are reduced as they are made, and panels of their gradients.
 
 The gradient of the logits exists in one panel at a time, in the dtype of the features. Two matrix products take it to the
-gradients of ``a`` and ``b``, which are added up in the order of the panels: there are no atomics, and two runs give the same
+gradients of ``a`` and ``b``, which are added up in the order of the panels: no sum is one of atomics, and two runs give the same
 bits.
 """
 
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkernels.backends.triton import INTERPRETED, _contrastive_few, cdiv
+from vlmkernels.backends.triton import INTERPRETED, _contrastive_few, cdiv, multiprocessors
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._contrastive_few import few
 from vlmkernels.backends.triton._contrastive_tiles import (
+    GROUPED,
     _add_narrow_kernel,
     _clip_bwd_kernel,
     _clip_fwd_kernel,
     _merge_lse_kernel,
     _siglip_kernel,
 )
-from vlmkernels.backends.triton._product import Config, aligned
+from vlmkernels.backends.triton._product import Config, aligned_matrix, generation
 
 #: The most rows and columns of a panel of gradients, 128 MiB in bf16.
 PANEL = 8192
@@ -40,8 +41,6 @@ CP_ASYNC_CONFIG = Config(128, 128, 32, 8, 3)
 # Products of fp32 without tensor cores.
 FP32_CONFIG = Config(64, 64, 32, 8, 2)
 INTERPRETER_CONFIG = Config(32, 32, 64, 4, 1)
-#: Row blocks that go through all columns together.
-GROUP = 8
 
 
 @functools.cache
@@ -51,7 +50,7 @@ def _config(device: torch.device, dtype: torch.dtype) -> tuple[Config, bool]:
         return INTERPRETER_CONFIG, dtype != torch.float32
     if dtype == torch.float32:
         return FP32_CONFIG, False
-    major = torch.cuda.get_device_capability(device)[0]
+    major = generation(device)
     return (HOPPER_CONFIG if major == 9 else TMA_CONFIG, True) if major >= 9 else (CP_ASYNC_CONFIG, False)
 
 
@@ -59,7 +58,7 @@ class _Tiles:
     """Two matrices as the kernels take them, and the launches that go over tiles of their products."""
 
     def __init__(self, a: Tensor, b: Tensor, inverse_a: Tensor | None, inverse_b: Tensor | None) -> None:
-        self.a, self.b = aligned(a), aligned(b)
+        self.a, self.b = aligned_matrix(a), aligned_matrix(b)
         self.inverse = inverse_a, inverse_b
         self.size = (len(a), len(b))
         self.config, tma = _config(a.device, a.dtype)
@@ -67,7 +66,7 @@ class _Tiles:
         self.even = not len(a) % c.block_m and not len(b) % c.block_n
         self.options = {
             "D": a.shape[1], "EVEN": self.even, "USE_TMA": tma, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n,
-            "BLOCK_K": c.block_k, "GROUP": GROUP, "num_warps": c.warps, "num_stages": c.stages,
+            "BLOCK_K": c.block_k, "GROUP": GROUPED, "num_warps": c.warps, "num_stages": c.stages,
         }  # fmt: skip
         self.sources: list[Any] = [self.a, self.b]
         if tma:
@@ -103,8 +102,8 @@ def _panel_size(size: int, block: int, dim: int, device: torch.device) -> int:
 
     4096 rows of 768 channels are 96 tiles for 132 multiprocessors: their product runs at 494 TFLOP/s, that of 8192 at 684 (H200).
     """
-    multiprocessors = 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    wave = 128 * max(1, multiprocessors // cdiv(dim, 256))
+    count = 132 if INTERPRETED else multiprocessors(device)
+    wave = 128 * max(1, count // cdiv(dim, 256))
     panels = cdiv(size, min(PANEL, wave))
     return size if panels == 1 else cdiv(cdiv(size, panels), block) * block
 
@@ -206,7 +205,8 @@ def why_not_clip_loss_bwd(dloss: Tensor, a: Tensor, *rest: Any) -> str | None:
 
 
 def why_not_siglip_loss_fwd(a: Tensor, *rest: Any) -> str | None:
-    return _why_not(a, rest[5])
+    inverse_a, grads = rest[5], rest[8]
+    return _why_not(a, inverse_a if grads else None)
 
 
 def clip_loss_fwd(

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.backends.triton import cdiv, next_power_of_2
+from vlmkernels.backends.triton import cdiv, multiprocessors, next_power_of_2
 from vlmkernels.backends.triton._aot import AotCase
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._patch_embed_bwd import norm_gradients, sums_launch
-from vlmkernels.backends.triton._patch_embed_cut import multiprocessors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Of a row. A thread holds 32 of 1,024 columns; in the backward pass of 8,192 in fp32 it would spill.

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.backends.triton import INTERPRETED, cdiv, contiguous, next_power_of_2
+from vlmkernels.backends.triton import cdiv, contiguous, multiprocessors, next_power_of_2
 from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._patch_embed_bwd import add_shares, leave_out_prefix, row_gradients
 from vlmkernels.backends.triton._patch_embed_cut import (
@@ -27,10 +27,9 @@ from vlmkernels.backends.triton._patch_embed_cut import (
     columns_of,
     cut_of,
     matrix_of,
-    multiprocessors,
     written,
 )
-from vlmkernels.backends.triton._product import product_tile
+from vlmkernels.backends.triton._product import generation, product_tile
 from vlmkernels.backends.triton._still import fold
 
 
@@ -134,13 +133,8 @@ CP_ASYNC_CONFIGS = (GemmConfig(128, 128, 64, 8, 3, 1), GemmConfig(64, 64, 64, 4,
 FP32_CONFIGS = (GemmConfig(64, 64, 32, 8, 2, 2),)
 
 
-@functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def _gemm_config(m: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[GemmConfig, bool]:
-    use_tma = dtype != torch.float32 and m > 0 and _has_tma(device)
+    use_tma = dtype != torch.float32 and m > 0 and generation(device) >= 9
     configs = FP32_CONFIGS if dtype == torch.float32 else TMA_CONFIGS if use_tma else CP_ASYNC_CONFIGS
     for config in configs:
         if cdiv(m, config.block_m) * cdiv(dim, config.block_n) >= multiprocessors(device):
