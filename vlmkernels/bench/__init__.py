@@ -26,4 +26,4 @@ def need(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = (error.name or module).partition(".")[0]
-        raise MissingExtra(f"the benchmark needs {package}: pip install 'vlmkernels[bench]'") from error
+        raise MissingExtra(f"this needs {package}: pip install 'vlmkernels[bench]'") from error

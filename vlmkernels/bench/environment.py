@@ -107,7 +107,7 @@ def describe(device: torch.device, known_commit: str | None = None) -> dict[str,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
         "commit": commit() or known_commit,
     }
     record["versions"] = {"vlmkernels": vlmkernels.__version__} | {name: version(name) for name in PACKAGES}

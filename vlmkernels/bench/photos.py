@@ -40,7 +40,7 @@ def photos() -> tuple[Any, ...]:
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise MissingExtra("the benchmark needs the photos of scikit-image: pip install 'vlmkernels[bench]'")
+        raise MissingExtra("this needs the photos of scikit-image: pip install 'vlmkernels[bench]'")
     folder = Path(spec.origin).parent / "data"
     image = need("PIL.Image")
     found = tuple(image.open(folder / name).convert("RGB") for name in NAMES if (folder / name).exists())
