@@ -22,6 +22,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 from vlmkernels import accelerate, restore
 from vlmkernels.integrations._layers import REPLACEMENTS
 from vlmkernels.integrations._swap import Swapped
+from vlmkernels.integrations._verify import Errors
+from vlmkernels.integrations.accelerate import _worst
 from vlmkernels.ops._packed_linear import adjacent
 from vlmkernels.testing import compare
 
@@ -174,6 +176,14 @@ def test_the_class_of_a_layer_makes_originals() -> None:
     for layer in (case.model, case.model.vision_model.encoder.layers[0].self_attn):
         other = type(layer)(layer.config)
         assert not isinstance(other, Swapped) and type(other) is layer.original
+
+
+def test_the_worst_errors_are_shown() -> None:
+    """Beside those of the original, whatever their order."""
+    errors = [Errors(1e-3, 1e-3), Errors(9e-3, 1e-3), Errors(2e-2, 1e-2)]
+    for some in (errors, errors[::-1]):
+        assert _worst(some) == ", error 9.0e-03, the original's 1.0e-03"
+    assert _worst([]) == ""
 
 
 def test_report_with_errors() -> None:

@@ -44,6 +44,8 @@ def test_qformer_returns_what_it_is_asked_for() -> None:
         got = former(queries, encoder_hidden_states=image, output_attentions=True, output_hidden_states=True)
         calls = count_calls(former)
         former(queries, encoder_hidden_states=image)
+        results = former.encoder(queries, encoder_hidden_states=image, query_length=6, return_dict=False)
+    assert isinstance(results, tuple) and len(results) == 1
     for key in ("attentions", "cross_attentions", "hidden_states"):
         assert len(got[key]) > 0 and len(got[key]) == len(wanted[key])
         assert all(torch.equal(a, b) for a, b in zip(got[key], wanted[key], strict=True)), key
@@ -189,6 +191,29 @@ def test_adapters_and_hooks_inside(path: str, hook: bool) -> None:
         wanted = model(x).last_hidden_state
     assert compare(got, wanted.double(), "model")
     assert not compare(got, plain.double(), "model")
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize(("layer", "path"), [("embeddings", "embeddings.patch_embedding"), ("head", "head.mlp")])
+def test_embeddings_and_heads_that_are_watched(layer: str, path: str, kind: str) -> None:
+    case, seen = make("siglip2"), []
+    accelerate(case.model)
+    calls = count_calls(case.model)
+    getattr(case.model.get_submodule(path), f"register_{kind}")(lambda *_: seen.append(kind))
+    case.inputs["pixel_values"].requires_grad_()  # else torch warns of a hook without gradients of inputs
+    case.model(**case.inputs).pooler_output.sum().backward()
+    assert seen == [kind] and {"embeddings", "head"} - set(calls) == {layer}
+
+
+def test_embeddings_and_heads_under_autocast() -> None:
+    case = make("siglip2")
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        wanted = case.model(**case.inputs).pooler_output
+        accelerate(case.model)
+        calls = count_calls(case.model)
+        got = case.model(**case.inputs).pooler_output
+    assert got.dtype == wanted.dtype and "embeddings" not in calls
+    assert compare(got.to(torch.bfloat16), wanted.double(), "model")
 
 
 def test_backward_hooks_of_projections() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ON_GPU, capture
+from conftest import ON_GPU, capture, runnable
 
 from vlmkernels import BackendError, KeyRanges, attention
 from vlmkernels.ops.attention import attention_qkvpacked
@@ -190,9 +190,14 @@ def test_attention_nan_stays(backend, device):
     """NaN in a query reaches its own row; in a key the rows that see it; in padding that nobody sees nothing."""
     q, k, v = (x.detach() for x in make_qkv((1, 2, 2, 70, 140, 16, 16), torch.float32, device))
     ranges = KeyRanges.key_padding(70, lengths=torch.tensor([100], device=device))
-    q[0, 3, 1] = float("nan")
     k[0, 100:] = float("nan")
     v[0, 100:] = float("nan")
+    for softcap in (0.0, 2.0) if backend != "torch" else (0.0,):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, ranges, softcap=softcap, backend=backend)
+        dq, dk, dv = torch.autograd.grad(out.square().sum(), leaves)
+        assert dq.isfinite().all() and all(x[:, :100].isfinite().all() and not x[:, 100:].any() for x in (dk, dv))
+    q[0, 3, 1] = float("nan")
     out = attention(q, k, v, ranges, backend=backend)
     expected = torch.zeros(70, 2, dtype=torch.bool, device=device)
     expected[3, 1] = True
@@ -211,13 +216,14 @@ def test_attention_inputs_unchanged(backend, device):
 def test_attention_causal_and_ranges(device):
     """Both together: the intersection."""
     shape = (1, 1, 1, 50, 60, 16, 16)
-    q, k, v = make_qkv(shape, torch.float32, device)
+    q, k, v = (x.detach() for x in make_qkv(shape, torch.float32, device))
     ranges = make_ranges("random", shape, device)
     i, j = torch.arange(50, device=device)[:, None], torch.arange(60, device=device)
     dense = (j >= ranges.start[0, :, None]) & (j < ranges.stop[0, :, None]) & (j <= i + 10)
     out = attention(q, k, v, ranges, causal=True)
     logits = (q[0, :, 0].double() @ k[0, :, 0].double().T / 4.0).masked_fill(~dense, float("-inf"))
     assert compare(out[0, :, 0], logits.softmax(-1).nan_to_num(0.0) @ v[0, :, 0].double(), "gemm")
+    assert torch.equal(attention(q, k, v, ranges, causal=True), out), "a plan would forget one of the two"
 
 
 def test_attention_reference_gradients(device):
@@ -234,7 +240,7 @@ def test_attention_reference_gradients(device):
 
 
 def refusals() -> dict[str, tuple[str, dict]]:
-    x = torch.zeros(1, 4, 2, 8)
+    x, gaps = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 16)[..., ::2]
     range4, range5 = (KeyRanges(torch.zeros(1, n, dtype=torch.int32), torch.ones(1, n, dtype=torch.int32)) for n in (4, 5))
     return {
         "q-2d": ("q: got", dict(q=x[0, 0], k=x, v=x)),
@@ -246,8 +252,8 @@ def refusals() -> dict[str, tuple[str, dict]]:
         "no values": ("v: got a head dimension of 0", dict(q=x, k=x, v=x[..., :0])),
         "dtype": ("q: got", dict(q=x.int(), k=x.int(), v=x.int())),
         "mixed": ("v: got", dict(q=x, k=x, v=x.double())),
-        "strides": ("q: got", dict(q=x.transpose(2, 3).contiguous().transpose(2, 3), k=x, v=x)),
-        "softcap": ("softcap: got", dict(q=x, k=x, v=x, softcap=-1.0)),
+        **{f"strides of {name}": (f"{name}: got strides", dict(q=x, k=x, v=x) | {name: gaps}) for name in "qkv"},
+        **{f"softcap {cap}": ("softcap: got", dict(q=x, k=x, v=x, softcap=cap)) for cap in (-1.0, math.inf, math.nan)},
         "ranges": ("ranges: got", dict(q=x, k=x, v=x, ranges=range5)),
         "ranges elsewhere": ("ranges: got on meta, wanted on q's cpu", dict(q=x, k=x, v=x, ranges=range4.to("meta"))),
         "backend": ("backend: got", dict(q=x, k=x, v=x, ranges=range4, backend="numpy")),
@@ -269,6 +275,14 @@ def test_attention_forced_backend_says_why(device):
         attention(x, x, x, softcap=1.0, backend="torch")
 
 
+def test_attention_negative_scale(device):
+    q = torch.randn(1, 20, 2, 16, device=device)
+    assert compare(attention(q, q, q, scale=-0.3), attention(*[q.double()] * 3, scale=-0.3, backend="reference"), "gemm")
+    if "triton" in runnable("attention_fwd"):
+        with pytest.raises(BackendError, match="positive scale"):
+            attention(q, q, q, scale=-0.3, backend="triton")
+
+
 def test_attention_second_derivative_refused(device):
     q, k, v = make_qkv((1, 1, 1, 4, 4, 8, 8), torch.float32, device)
     (gradient,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
@@ -287,6 +301,11 @@ def test_attention_opcheck(backend, mask, device):
     out, lse = torch.ops.vlmkernels.attention_fwd(q, k, v, *settings, True, backend)
     args = (torch.randn_like(out), None, q, k, v, out, lse, *settings, backend)
     torch.library.opcheck(torch.ops.vlmkernels.attention_bwd.default, args)
+
+
+def test_attention_opcheck_fp64(device):
+    q, k, v = (x.detach().double() for x in make_qkv((1, 2, 1, 5, 7, 16, 8), torch.float32, device))
+    torch.library.opcheck(torch.ops.vlmkernels.attention_fwd.default, (q, k, v, None, None, False, 0.25, 0.0, True, "reference"))
 
 
 @portable

@@ -152,6 +152,21 @@ def test_what_cannot_be_captured_says_so(clock: str, monkeypatch: pytest.MonkeyP
     assert waits.result == "500.0 µs (not captured)"
 
 
+def test_host_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    times = timing.host_times({"a": lambda: now.__setitem__(0, now[0] + 0.002)}, CPU, calls=5, rounds=3)
+    assert times["a"].ms == pytest.approx(2.0) and times["a"].samples == 3
+
+
+def test_rates_of_a_row() -> None:
+    row = Row("s", "o", "w", "fwd", OURS, "ok", flops=6e8, bytes=4e8)
+    runner._fill(row, timing.Timing(20.0, 15.0, 25.0, 7), CEILINGS)
+    assert (row.ms, row.ms_low, row.ms_high, row.samples) == (20.0, 15.0, 25.0, 7)
+    assert (row.tflops, row.gbs, row.ceiling) == (pytest.approx(0.03), pytest.approx(20.0), "copy")
+    assert row.ceiling_share == pytest.approx(2.0)
+
+
 def test_median_and_quartiles() -> None:
     assert timing.summary([5.0, 1.0, 100.0, 2.0, 3.0]) == timing.Timing(3.0, 2.0, 5.0, 5)
 
@@ -223,6 +238,17 @@ def test_peer_that_cannot_run_says_why() -> None:
         OURS,
         "absent",
     }
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 64), (torch.float16, 64), (torch.float32, 1024)], ids=str)
+def test_peers_may_round_as_they_like(dtype: torch.dtype, bound: int) -> None:
+    """Up to a bound in floors, an eighth of eps for numbers that the dtype holds."""
+    eps = torch.finfo(dtype).eps
+    at, over = (torch.full((3,), 1 + off * eps, dtype=dtype) for off in (bound // 8, bound // 8 + 1))
+    peers = (Provider("at", lambda: lambda: at), Provider("over", lambda: lambda: over))
+    case = _case(peers)
+    rows = one(lambda device: dataclasses.replace(case, dtype=dtype))
+    assert [(row.provider, row.status) for row in rows] == [(OURS, "ok"), ("at", "ok"), ("over", "wrong")]
 
 
 def test_the_fastest_of_our_forms_counts(monkeypatch: pytest.MonkeyPatch) -> None:

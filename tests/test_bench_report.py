@@ -116,6 +116,19 @@ def test_html_is_one_file_and_shows_losses_first() -> None:
     assert "flash-attn-4 was not installed: pip install flash-attn-4" in page and "timm was not" not in page
 
 
+def test_what_failed_is_ours() -> None:
+    rows = [row for status in ("wrong", "failed", "unavailable", "ok") for row in _group(status, None, status)]
+    rows[1].status = rows[3].status = "failed"
+    assert _report(*rows).failed == [rows[0], rows[2]]
+
+
+def test_cells_of_a_row() -> None:
+    ours, peer = _group("w", 3.0)
+    ours.ms, ours.extra_bytes, peer.extra_bytes = 2.0, 0, 100 << 20
+    column = dict(zip(report.COLUMNS, zip(report.cells(ours, ours), report.cells(peer, ours), strict=True), strict=True))
+    assert column["peer time / ours"] == ("3.00x (peer)", "1.50x") and column["extra MiB"] == ("0", "100")
+
+
 def test_standings_by_kind() -> None:
     rows = [*_group("wins", 2.0), *_group("loses", 0.5), *_group("is wrong", None, "wrong"), *_group("leads", 8.0)]
     other = [dataclasses.replace(row, suite="t", direction="bwd") for row in _group("x", 0.25)]

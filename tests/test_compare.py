@@ -62,6 +62,25 @@ def test_product_that_drops_columns_fails_in_fp32(device: torch.device) -> None:
     assert not compare(a[:, :-8] @ b[:-8], a.double() @ b.double(), "gemm")
 
 
+BOUNDS = {"gemm": (64, 2), "grad": (64, 3), "module": (64, 3), "model": (64, 9), "norm": (8, 1.1)}
+
+
+@pytest.mark.parametrize("rule", BOUNDS)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_the_bounds(rule: str, dtype: torch.dtype) -> None:
+    """Of the RMS error, in eighths of eps for numbers that the dtype holds, and of the largest, in eps around it."""
+    exact, bound, eps = torch.ones(1 << 18, dtype=torch.float64), BOUNDS[rule][dtype in LOW], torch.finfo(dtype).eps
+    for share in (0.9, 1.1):
+        step = 2 ** math.ceil(math.log2(max(bound / 4, 1)))
+        rms, peak = (exact.to(dtype, copy=True) for _ in range(2))
+        rms[: round(len(exact) * (share * bound / 8 / step) ** 2)] += step * eps
+        peak[7] += round(share * 8 * bound * 3) * eps
+        results = compare(rms, exact, rule), compare(peak, exact, rule)
+        assert results[0].ratio == pytest.approx(share * bound, rel=1e-2)
+        assert results[1].peak == pytest.approx(share * 8 * bound, rel=3e-2)
+        assert [bool(result) for result in results] == [share < 1] * 2, results
+
+
 @pytest.mark.parametrize("rule", ["gemm", "grad", "module", "model", "norm", "exact"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_one_wrong_element_in_a_million_fails(rule: str, dtype: torch.dtype) -> None:

@@ -262,6 +262,25 @@ def test_what_belongs_to_nothing(backend: str, device: torch.device) -> None:
 
 @portable
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_reversed_ranges_are_empty(loss: Loss, backend: str, device: torch.device) -> None:
+    image, text = features(4, 5, 16, torch.float32, device)
+    start, *stops = (torch.tensor([x], dtype=torch.int32, device=device) for x in ([0, 4, 2, 3], [1, 1, 4, 0], [1, 4, 4, 3]))
+    values = [loss(image, text, 5.0, targets=KeyRanges(start, stop), backend=backend) for stop in stops]
+    assert values[0].isfinite() and torch.equal(*values)
+
+
+@portable
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_a_row_of_zeros_has_no_direction(loss: Loss, backend: str, device: torch.device) -> None:
+    image, text = (x.detach() for x in features(6, 6, 16, torch.float32, device))
+    image[2] = 0
+    wanted, terms = exact(loss, [image, text, *numbers(loss, device)], normalize=True)
+    value = loss(image, text, *(x.detach() for x in numbers(loss, device)), normalize=True, backend=backend)
+    assert compare(value, wanted[0], "gemm", terms=terms[0])
+
+
+@portable
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> None:
     leaves = [*features(30, 30, 16, torch.float32, device), *numbers(loss, device)]
     value = loss(*leaves, backend=backend)
@@ -270,7 +289,8 @@ def test_without_gradients(loss: Loss, backend: str, device: torch.device) -> No
     alone = loss(leaves[0].detach(), leaves[1], *(x.detach() for x in leaves[2:]), backend=backend)
     wanted = torch.autograd.grad(value, leaves[1], retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(alone, leaves[1])[0], wanted)
-    again = [torch.autograd.grad(value, leaves[0], retain_graph=True)[0] for _ in range(2)]
+    times = torch.full_like(value, 3.0)
+    again = [torch.autograd.grad(value, leaves[0], times, retain_graph=True)[0].clone() for _ in range(2)]
     assert torch.equal(*again)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.autograd.grad(value.square(), leaves[0], create_graph=True)[0].sum().backward()
@@ -375,7 +395,8 @@ def test_gradcache(device: torch.device) -> None:
 def test_refusals(device: torch.device) -> None:
     image, text = features(6, 6, 8, torch.float32, device)
     index = torch.arange(6, device=device)
-    short = KeyRanges(index[None, :5].int(), index[None, :5].int())
+    long = KeyRanges(index[None].int(), index[None].int() + 1)
+    short = long[:5]
     refused: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "image: got shape": [
             ((image[0], text, 1.0), {}),
@@ -387,7 +408,8 @@ def test_refusals(device: torch.device) -> None:
         "text: got torch.float64": [((image, text.double(), 1.0), {})],
         "text: got 5 rows for 6 images, wanted targets": [((image, text[:5], 1.0), {})],
         "targets: got": [
-            ((image, text, 1.0), {"targets": t}) for t in (index[:5], index.float(), index + 0j, index[None], short, 3)
+            ((image, text, 1.0), {"targets": t})
+            for t in (index[:5], index.float(), index + 0j, index[None], short, 3, index.to("meta"), long.to("meta"))
         ],
         "logit_scale: got torch.float32 \\(2,\\)": [((image, text, torch.ones(2, device=device)), {})],
         "logit_scale: got torch.int64": [((image, text, torch.tensor(1, device=device)), {})],

@@ -98,6 +98,13 @@ def test_ranges(batches: tuple[int, int], kv_heads: int) -> None:
     assert torch.equal(out, p["b_o"].expand_as(out))
 
 
+def test_softcap() -> None:
+    p = parameters()
+    del p["b_k"]  # which a softmax behind a cap does see
+    with use_backend("reference"):
+        check(3 * randn(B, Q, C), randn(B, S, E), p, softcap=1.0)
+
+
 def test_weights_that_are_no_neighbours() -> None:
     check(randn(B, Q, C), randn(B, S, E), {name: value.clone() for name, value in parameters().items()})
 
@@ -151,6 +158,7 @@ def test_inputs_are_unchanged_and_it_compiles(way: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, leaves, strict=True))
 
 
+ABSORB = "way: got 'absorb' with ranges, a softcap, grouped heads or no keys, wanted 'project'"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"x": (Q, C)}, r"x: got shape \(5, 24\), wanted \[B, Sq, C\]"),
     ({"context": (2, S, E)}, r"context: got shape \(2, 13, 40\), wanted \[B, Sk, E\] with x's batch of 3, or 1 in either"),
@@ -164,7 +172,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"w_o": None}, r"b_o: got shape \(20,\), wanted None"),
     ({"way": "absorb", "backend": "tritium"}, "backend: got"),
     ({"way": "fold"}, "way: got 'fold', wanted one of project, absorb"),
-    ({"way": "absorb", "softcap": 2.0}, "way: got 'absorb' with ranges, a softcap, grouped heads or no keys, wanted 'project'"),
+    ({"way": "absorb", "softcap": 2.0}, ABSORB),
+    ({"way": "absorb", "num_kv_heads": 2, "w_k": (2 * D, E), "w_v": (2 * DV, E), "b_k": (2 * D,), "b_v": (2 * DV,)}, ABSORB),
+    ({"way": "absorb", "context": (B, 0, E)}, ABSORB),
 ]
 
 

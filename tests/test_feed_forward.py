@@ -85,6 +85,16 @@ def test_added_to_a_stream(dtype: torch.dtype, backend: str, device: torch.devic
         assert compare(got, exact, "module")
 
 
+def test_a_stream_that_others_read_says_so(device: torch.device) -> None:
+    """Autograd knows that it was written to."""
+    given = tensors((5, 16), 24, torch.float32, device)
+    total = randn(5, 24).to(device).requires_grad_() * 2
+    other, version = total.square(), total._version
+    assert feed_forward(*given[:4], None, "gelu", total=total) is total and total._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        other.sum().backward()
+
+
 @every_backend
 def test_any_strides(backend: str, device: torch.device) -> None:
     """Of rows and weights, and of the gradient that comes: a sum's has strides of 0."""

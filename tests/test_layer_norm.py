@@ -74,6 +74,16 @@ def test_backward(shape: tuple[int, ...], dtype: torch.dtype, streams: bool, bac
 
 
 @pytest.mark.backends("layer_norm_bwd")
+def test_backward_of_a_weight_with_gaps(backend: str, device: torch.device) -> None:
+    x, dy = randn(5, 40).to(device), randn(5, 40).to(device)
+    weight = randn(40, 2).to(device)[:, 0]
+    got = torch.ops.vlmkernels.layer_norm_bwd(dy, None, x, weight, 1e-6, backend)
+    wanted = torch.ops.vlmkernels.layer_norm_bwd(dy.double(), None, x.double(), weight.double(), 1e-6, "reference")
+    for value, exact in zip(got, wanted, strict=True):
+        assert value.is_contiguous() and compare(value, exact, "grad")
+
+
+@pytest.mark.backends("layer_norm_bwd")
 def test_no_numbers_of_gradients(backend: str, device: torch.device) -> None:
     """They stay in their rows, and reach the sums of their columns; rows behind the last one add nothing."""
     x, weight, _, _ = leaves(7, 40, dtype=torch.float32, device=device)

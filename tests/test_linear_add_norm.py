@@ -35,16 +35,16 @@ def tensors(
     return {name: x.to(device, dtype) for name, x in made.items() if bias or name != "bias"}
 
 
-def add_norm(t: dict[str, torch.Tensor], backend: str | None = None) -> torch.Tensor:
+def add_norm(t: dict[str, torch.Tensor], backend: str | None = None, eps: float = EPS) -> torch.Tensor:
     rest = (t["residual"], t["norm_weight"], t["norm_bias"])
-    return linear_add_norm(t["x"], t["weight"], t.get("bias"), *rest, eps=EPS, backend=backend)
+    return linear_add_norm(t["x"], t["weight"], t.get("bias"), *rest, eps=eps, backend=backend)
 
 
-def exact(t: dict[str, torch.Tensor]) -> torch.Tensor:
+def exact(t: dict[str, torch.Tensor], eps: float = EPS) -> torch.Tensor:
     """In fp64 by torch's own functions."""
     w = {name: x.double() for name, x in t.items()}
     y = F.linear(w["x"], w["weight"], w.get("bias")) + w["residual"]
-    return F.layer_norm(y, (y.shape[-1],), w["norm_weight"], w["norm_bias"], EPS)
+    return F.layer_norm(y, (y.shape[-1],), w["norm_weight"], w["norm_bias"], eps)
 
 
 def few_rows_are_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +144,9 @@ def test_compiled_and_in_a_graph(device: torch.device) -> None:
         ("weight", lambda t: t["weight"].double()),
         ("bias", lambda t: t["bias"][1:]),
         ("residual", lambda t: t["residual"][:1]),
+        ("residual", lambda t: t["residual"].t()),
+        ("residual", lambda t: t["residual"].reshape(10, 8)),
+        ("residual", lambda t: t["residual"].flatten()),
         ("residual", lambda t: t["residual"].half()),
         ("norm_weight", lambda t: t["norm_weight"][1:]),
         ("norm_bias", lambda t: t["norm_bias"][1:].requires_grad_()),
@@ -171,6 +174,17 @@ def test_gradients(bias: bool, dtype: torch.dtype, lead: tuple[int, ...], device
     wide = {name: x.double().requires_grad_() for name, x in t.items()}
     got = torch.autograd.grad(add_norm(leaves), list(leaves.values()), cotangent)
     wanted = torch.autograd.grad(exact(wide), list(wide.values()), cotangent.double())
+    for name, value, right in zip(t, got, wanted, strict=True):
+        assert compare(value, right, "module"), name
+
+
+def test_gradients_of_a_large_eps(device: torch.device) -> None:
+    """Of rows whose variance is small beside it."""
+    t = {name: (0.01 * x).requires_grad_() for name, x in tensors(5, 24, 16, torch.float32, device).items()}
+    wide = {name: x.detach().double().requires_grad_() for name, x in t.items()}
+    cotangent = torch.randn(5, 16, device=device)
+    got = torch.autograd.grad(add_norm(t, eps=0.1), list(t.values()), cotangent)
+    wanted = torch.autograd.grad(exact(wide, 0.1), list(wide.values()), cotangent.double())
     for name, value, right in zip(t, got, wanted, strict=True):
         assert compare(value, right, "module"), name
 

@@ -362,6 +362,23 @@ def test_sliced_inputs_and_any_integers(device: torch.device) -> None:
     assert drawn(KeyRanges.image_text(types.bool()), 4) == ["#... ###. ###. ####"]
 
 
+def test_packed_queries_before_their_keys_see_a_range_of_nothing(device: torch.device) -> None:
+    ranges = KeyRanges.packed(ints(0, 4, 6, device=device), 6, cu_seqlens_k=ints(0, 2, 6, device=device), causal=True)
+    assert drawn(ranges, 6) == ["...... ...... #..... ##.... ..###. ..####"]
+    assert (ranges.stop >= ranges.start).all()
+
+
+def test_an_offset_without_dimensions(device: torch.device) -> None:
+    assert_same(KeyRanges.causal(3, 5, offset=torch.tensor(1, device=device)), KeyRanges.causal(3, 5, offset=1, device=device))
+
+
+def test_a_text_without_tokens_is_padded_on_the_right() -> None:
+    mask = ints([1, 0], [0, 0])
+    assert_same(
+        KeyRanges.qformer("itm", 2, 2, text_mask=mask, validate=True), KeyRanges.qformer("itm", 2, 2, text_lengths=ints(1, 0))
+    )
+
+
 def test_is_a_pytree() -> None:
     ranges = KeyRanges.causal(3)
     leaves, spec = _pytree.tree_flatten({"mask": ranges})
@@ -401,9 +418,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "rule": (lambda: KeyRanges.image_text(INT32, window_rule="x"), "window_rule: got 'x', wanted one of window_outside"),
     "types and ids": (lambda: KeyRanges.image_text(INT32, image_ids=INT32), "token_types, image_ids: got both or none"),
     "no tensor of types": (lambda: KeyRanges.image_text([[0]]), "token_types: got a list, wanted a 2-D integer tensor"),
+    "complex types": (lambda: KeyRanges.image_text(INT32 + 0j), "token_types: got torch.complex64"),
     "float types": (lambda: KeyRanges.image_text(INT32.float()), "token_types: got torch.float32"),
     "prefix": (lambda: KeyRanges.prefix_lm(2, INT32), r"prefix: got torch.int32 of shape \(1, 2\)"),
     "offset": (lambda: KeyRanges.causal(2, offset=INT32[0].float()), "offset: got torch.float32"),
+    "offset of a float": (lambda: KeyRanges.causal(2, offset=1.5), "offset: got 1.5, wanted an int"),
     "cu_seqlens": (lambda: KeyRanges.packed(INT32, 2), r"cu_seqlens: got torch.int32 of shape \(1, 2\)"),
     "no cu_seqlens": (lambda: KeyRanges.packed(INT32[0, :0], 2), r"cu_seqlens: got shape \(0,\)"),
     "cu_seqlens_k": (lambda: KeyRanges.packed(INT32[0], 2, cu_seqlens_k=INT32[0, :1]), r"cu_seqlens_k: got shape \(1,\)"),

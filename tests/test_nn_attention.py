@@ -331,6 +331,20 @@ def test_gradient_of_the_values_bias(case: str, monkeypatch: pytest.MonkeyPatch)
         assert compare(value, right, "module"), name
 
 
+def test_a_hook_on_the_values_is_called() -> None:
+    module, seen = randomize(CrossAttention(C, H)), []
+    module.value.register_forward_hook(lambda *_: seen.append(1))
+    module(randn(B, 5, C), randn(B, S, C))
+    assert seen == [1]
+
+
+def test_the_values_bias_of_no_keys_has_no_gradient() -> None:
+    module = randomize(CrossAttention(C, H))
+    with use_backend("reference"):
+        (gradient,) = torch.autograd.grad(module(randn(B, 5, C), randn(B, 0, C)).sum(), module.value.bias)
+    assert not gradient.any()
+
+
 def test_one_context_for_a_batch_of_queries() -> None:
     module = randomize(CrossAttention(C, H, layout="clip"))
     x, context = randn(3, 5, C), randn(1, S, C)
@@ -424,6 +438,7 @@ def test_attention_dropout_cannot_train() -> None:
     [
         (lambda: SelfAttention(C, 5), "embed_dim"),
         (lambda: SelfAttention(C, 4, 3), "num_kv_heads"),
+        (lambda: SelfAttention(16, 0), "num_kv_heads"),
         (lambda: SelfAttention(C, H, layout="no such"), "layout"),
         (lambda: SelfAttention(C, H, qk_norm="batch"), "qk_norm"),
         (lambda: CrossAttention(C, H, layout="timm"), "layout"),

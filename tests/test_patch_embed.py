@@ -383,6 +383,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "positions too many": ("pos_embed", lambda t: {"pos_embed": torch.zeros(8, 24)}),
     "positions of another batch": ("pos_embed", lambda t: {"pos_embed": torch.zeros(3, 7, 24)}),
     "norm": ("norm weight", lambda t: {"norm": (torch.zeros(23), None, 1e-5)}),
+    "norm of another bias": ("norm bias", lambda t: {"norm": (torch.ones(64), torch.zeros(63), 1e-5)}),
     "uint8 without mean": ("mean", lambda t: {"pixels": t["pixels"].to(torch.uint8)}),
     "uint8 without std": ("std", lambda t: {"pixels": t["pixels"].to(torch.uint8), "mean": CLIP_MEAN}),
     "mean for floats": ("mean", lambda t: {"mean": CLIP_MEAN, "std": CLIP_STD}),

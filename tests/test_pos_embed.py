@@ -309,6 +309,15 @@ def test_what_triton_leaves_to_others(device: torch.device) -> None:
         resample_pos_embed(table.double(), grids, 16, backend="triton")
 
 
+@pytest.mark.skipif("triton" not in runnable(*OPS), reason="Triton does not run here")
+def test_the_width_of_its_integers() -> None:
+    from vlmkernels.backends.triton.pos_embed import _integers, tl
+
+    for height, width in ((48, 48), (1, 48), (48, 1)):
+        assert _integers(2**29 // 48, height, width) is tl.int32 and _integers(2**29 // 48 + 1, height, width) is tl.int64
+    assert _integers(1, 23170, 1) is tl.int32 and _integers(1, 1, 23171) is tl.int64
+
+
 @pytest.mark.parametrize("backend", [b for b in runnable(*OPS) if b != "reference"])
 def test_grids_that_do_not_fit(backend: str, device: torch.device) -> None:
     """On a GPU nobody looks at the values first: whatever they are, the other images keep their rows and memory is safe."""

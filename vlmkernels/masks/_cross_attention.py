@@ -33,6 +33,9 @@ def compact_keys(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
         ``order`` ``[B, N * K]`` int64: first the real tokens in the order they had, then the padding;
         ``tokens.gather(1, order[..., None].expand_as(tokens))`` applies it. ``key_start`` and ``key_stop`` ``[B, N]`` int32:
         the span of each image's real tokens in that order.
+
+    Raises:
+        ValueError: ``valid`` is not bool or has not three dimensions.
     """
     if valid.dtype != torch.bool or valid.dim() != 3:
         raise bad_argument("valid", f"{valid.dtype} of shape {tuple(valid.shape)}", "torch.bool of shape [B, N, K]")
@@ -63,6 +66,9 @@ class CrossAttentionMasks(Ranges):
             key_start: ``[B, N]`` or ``[1, N]`` integer, the first key of each image; images come in the order of their keys.
             key_stop: the same, the last key of each image + 1.
             stop_image: ``[B, Sq]`` integer, the last image that a query sees + 1; defaults to ``first_image + 1``.
+
+        Raises:
+            ValueError: a tensor that is no 2-D integer one, or shapes that don't fit.
         """
         first = integers("first_image", first_image, 2)
         last = first + 1 if stop_image is None else integers("stop_image", stop_image, 2)
@@ -90,6 +96,9 @@ class CrossAttentionMasks(Ranges):
             image_tokens: ``[B, Sq]`` bool, where the text has an image token; that token sees its image too.
             key_start: as in ``cross``.
             key_stop: as in ``cross``.
+
+        Raises:
+            ValueError: ``image_tokens`` is no 2-D integer or bool tensor, or what ``cross`` refuses.
         """
         seen = integers("image_tokens", image_tokens, 2).cumsum(1, dtype=torch.int32)
         return cls.cross(seen - 1, key_start, key_stop)
@@ -113,6 +122,9 @@ class CrossAttentionMasks(Ranges):
             key_stop: as in ``cross``.
             before_image: what text before the first image sees: ``"nothing"``, or ``"everything"`` as the Hugging Face model,
                 which lets such rows attend to all keys (there also to padded tiles).
+
+        Raises:
+            ValueError: an unknown ``before_image``, or what ``cross`` refuses.
         """
         if before_image not in BEFORE_IMAGE:
             raise bad_argument("before_image", repr(before_image), f"one of {', '.join(BEFORE_IMAGE)}")
@@ -150,6 +162,10 @@ class CrossAttentionMasks(Ranges):
             text_mask: the same as ``[B, T]`` bool or integer, nonzero at real tokens. Padding on the left would leave a hole
                 between the query tokens and the text.
             validate: check that ``text_mask`` is padded on the right only, which reads values back (a host sync).
+
+        Raises:
+            ValueError: an unknown ``task``, both ``text_lengths`` and ``text_mask``, a shape or dtype that doesn't fit, or
+                ``validate`` found padding elsewhere than on the right.
         """
         if task not in QFORMER_TASKS:
             raise bad_argument("task", repr(task), f"one of {', '.join(QFORMER_TASKS)}")

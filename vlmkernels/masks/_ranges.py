@@ -37,10 +37,12 @@ class Ranges:
 
     @property
     def num_queries(self) -> int:
+        """``Sq``."""
         return self.start.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Where both tensors are."""
         return self.start.device
 
     # From and to a dense mask
@@ -120,7 +122,11 @@ class Ranges:
         return type(self)(*((t - begin).clamp(0, end - begin) for t in (self.start, self.stop)))
 
     def expand(self, batch: int) -> "Self":
-        """Shared ranges ``[1, Sq]`` as ``[batch, Sq]``, without a copy."""
+        """Shared ranges ``[1, Sq]`` as ``[batch, Sq]``, without a copy.
+
+        Raises:
+            ValueError: the ranges have another batch than 1 or ``batch``.
+        """
         if self.batch not in (1, batch):
             raise bad_argument("batch", batch, f"{self.batch}, the batch of these ranges")
         return type(self)(self.start.expand(batch, -1), self.stop.expand(batch, -1))

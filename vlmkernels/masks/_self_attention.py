@@ -41,6 +41,9 @@ class SelfAttentionMasks(Ranges):
                 Defaults to ``num_keys - num_queries``, so that the last query sees the last key (bottom-right alignment, as
                 in FlashAttention).
             window: of the keys seen, only the last ``window``, the query's own included (Mistral's sliding window).
+
+        Raises:
+            ValueError: ``window`` below 1, or an ``offset`` that is neither an int nor a 1-D integer tensor.
         """
         num_keys = num_queries if num_keys is None else num_keys
         position = _positions(num_queries, num_keys, offset, device)
@@ -66,6 +69,9 @@ class SelfAttentionMasks(Ranges):
             offset: as in ``causal``.
             window: as in ``causal``; it never hides the prefix from a query of the prefix under ``"image_outside"``.
             window_rule: as in ``image_text``; PaliGemma-2's local layers use ``"image_outside"``.
+
+        Raises:
+            ValueError: as ``causal``, a ``prefix`` that is neither an int nor a 1-D integer tensor, an unknown ``window_rule``.
         """
         num_keys = num_queries if num_keys is None else num_keys
         prefix_end = _per_batch("prefix", prefix)
@@ -96,6 +102,10 @@ class SelfAttentionMasks(Ranges):
             window: the sliding window of local layers, in keys, the query's own included.
             window_rule: ``"window_outside"``: window AND (causal OR same image), Gemma-3: a long image loses its oldest
                 tokens. ``"image_outside"``: (window AND causal) OR same image, PaliGemma-2: an image stays whole.
+
+        Raises:
+            ValueError: both or none of ``token_types`` and ``image_ids``, one that is no 2-D integer tensor, ``window`` below 1,
+                or an unknown ``window_rule``.
         """
         if (token_types is None) == (image_ids is None):
             raise bad_argument("token_types, image_ids", "both or none", "one of the two")
@@ -148,6 +158,9 @@ class SelfAttentionMasks(Ranges):
             total: the number of query tokens ``T``.
             cu_seqlens_k: the same for the keys, where they are packed otherwise.
             causal: inside each sequence; bottom-right aligned where its queries and keys differ in number.
+
+        Raises:
+            ValueError: ``cu_seqlens`` is no 1-D integer tensor or has no entry, ``cu_seqlens_k`` has another shape.
         """
         cu_q = integers("cu_seqlens", cu_seqlens, 1)
         cu_k = cu_q if cu_seqlens_k is None else integers("cu_seqlens_k", cu_seqlens_k, 1)
@@ -171,6 +184,9 @@ class SelfAttentionMasks(Ranges):
 
         Args:
             window: the tokens per window (the last one may be shorter), or ``cu_window_seqlens`` ``[N + 1]``.
+
+        Raises:
+            ValueError: ``window`` below 1, or what ``packed`` refuses.
         """
         if isinstance(window, torch.Tensor):
             return cls.packed(window, total)
@@ -199,7 +215,7 @@ class SelfAttentionMasks(Ranges):
                 gives wrong ranges.
 
         Raises:
-            ValueError: ``validate`` found a hole.
+            ValueError: both or none of ``lengths`` and ``mask``, one of another shape or dtype, or ``validate`` found a hole.
         """
         if (lengths is None) == (mask is None):
             raise bad_argument("lengths, mask", "both or none", "one of the two")
@@ -229,9 +245,11 @@ class SelfAttentionMasks(Ranges):
 
 def _per_batch(name: str, value: int | torch.Tensor) -> int | torch.Tensor:
     """An int as it is; a tensor ``[B]`` as ``[B, 1]`` int32."""
-    return (
-        integers(name, value.reshape(1) if value.dim() == 0 else value, 1)[:, None] if isinstance(value, torch.Tensor) else value
-    )
+    if isinstance(value, torch.Tensor):
+        return integers(name, value.reshape(1) if value.dim() == 0 else value, 1)[:, None]
+    if isinstance(value, float):
+        raise bad_argument(name, value, "an int or a 1-D integer tensor")
+    return value
 
 
 def _positions(num_queries: int, num_keys: int, offset: int | torch.Tensor | None, device: Any) -> torch.Tensor:

@@ -59,7 +59,7 @@ def feed_forward(
     if activation not in ACTIVATIONS:
         raise bad_argument("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
     out: Tensor = _FeedForward.apply(x, weight1, bias1, weight2, bias2, total, activation, forced_backend(backend))
-    return out
+    return out if total is None or out.requires_grad else total
 
 
 def pays(x: Tensor, weight1: Tensor) -> bool:

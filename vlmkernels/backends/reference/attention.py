@@ -35,9 +35,9 @@ def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> t
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _values(v: torch.Tensor, heads: int, seen: torch.Tensor) -> torch.Tensor:
-    """Values, with zeros where no query looks: 0 * NaN would carry what unused memory holds into the sum."""
-    return _heads_first(v, heads).masked_fill(~seen.any(-2)[..., None], 0.0)
+def _where_seen(x: torch.Tensor, heads: int, seen: torch.Tensor) -> torch.Tensor:
+    """Keys or values, with zeros where no query looks: 0 * NaN would carry what unused memory holds into a sum."""
+    return _heads_first(x, heads).masked_fill(~seen.any(-2)[..., None], 0.0)
 
 
 def attention_fwd(
@@ -56,7 +56,7 @@ def attention_fwd(
     logits = _logits(q, k, scale, softcap).masked_fill(~seen, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     p = torch.exp(logits - lse[..., None]).masked_fill(~seen, 0.0)
-    out = (p @ _values(v, heads, seen)).transpose(1, 2).to(q.dtype).contiguous()
+    out = (p @ _where_seen(v, heads, seen)).transpose(1, 2).to(q.dtype).contiguous()
     return out, lse if save_lse else lse.new_empty(0)
 
 
@@ -81,14 +81,15 @@ def attention_bwd(
     do, o = _heads_first(dout, heads), _heads_first(out, heads)
 
     dv = p.transpose(-1, -2) @ do
-    dp = do @ _values(v, heads, seen).transpose(-1, -2)
+    dp = do @ _where_seen(v, heads, seen).transpose(-1, -2)
     delta = (do * o).sum(-1)
     if dlse is not None:
         delta = delta - dlse  # each logit's share of the log-sum-exp is its probability
-    ds = (p * (dp - delta[..., None])).masked_fill(~seen, 0.0)
+    ds = p * (dp - delta[..., None])
     if softcap:
         ds = ds * (1.0 - (logits / softcap).square())
-    dq = scale * (ds @ _heads_first(k, heads))
+    ds = ds.masked_fill(~seen, 0.0)
+    dq = scale * (ds @ _where_seen(k, heads, seen))
     dk = scale * (ds.transpose(-1, -2) @ _heads_first(q, heads))
 
     def sum_group(x: torch.Tensor) -> torch.Tensor:
