@@ -265,6 +265,18 @@ def test_compile_in_place(backend: str, device: torch.device) -> None:
     assert compare(second, first, "exact") and compare(out, first, "exact")
 
 
+def test_compile_in_place_of_any_length(device: torch.device) -> None:
+    """Sizes and strides that the graph does not know go through the checks, too."""
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rope_qkv_(x, cos, sin, num_heads=3, num_kv_heads=1, backend="torch")
+
+    compiled = torch.compile(rotate, fullgraph=True, dynamic=True, backend="eager")
+    for length in (5, 7):
+        qkv, cos, sin = torch.randn(2, length, 80, device=device), *torch.randn(2, length, 8, device=device)
+        assert compare(compiled(qkv.clone(), cos, sin), rotate(qkv, cos, sin), "exact")
+
+
 def test_in_place_and_autograd(device: torch.device) -> None:
     _, _, cos, sin, w = small(device)
     options = {"cos": cos, "sin": sin, "num_heads": 3, "num_kv_heads": 1}

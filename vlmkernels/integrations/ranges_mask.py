@@ -91,9 +91,8 @@ class RangesMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        named = {argument.name: argument for argument in func._schema.arguments}
-        given = [*zip(func._schema.arguments, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
-        for argument, value in given:
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, RangesMask):
                 raise _not_writable(str(func))
         if func in _ADDS:

@@ -341,13 +341,10 @@ def bad_argument(name: str, got: object, wanted: str) -> ValueError:
 
 def refuse_leaf(x: torch.Tensor) -> None:
     """As torch does in every in-place operation that is differentiable, but before anything is written."""
-    what = "in-place operation."
-    if x.is_leaf and x.requires_grad:
-        raise RuntimeError(f"a leaf Variable that requires grad is being used in an {what}")
-    if torch.compiler.is_compiling():
-        return
-    if x._base is not None and x._base.is_leaf and x._base.requires_grad:
-        raise RuntimeError(f"a view of a leaf Variable that requires grad is being used in an {what}")
+    base = None if torch.compiler.is_compiling() else x._base
+    for what, tensor in (("a leaf Variable", x), ("a view of a leaf Variable", base)):
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
+            raise RuntimeError(f"{what} that requires grad is being used in an in-place operation.")
 
 
 def check_sizes(**sizes: int) -> None:

@@ -171,7 +171,7 @@ def _once(make: Callable[..., tuple[torch.Tensor, ...]], device: torch.device, r
 
     Not where somebody watches, and what is made while a CUDA graph is captured is the graph's.
     """
-    if rows > _MOST_ROWS or not unwatched(()):
+    if not unwatched(()) or rows > _MOST_ROWS:
         return make(device, rows, *rest)
     cuda = device.type == "cuda"
     key = (make, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0, rows, *rest)

@@ -68,9 +68,9 @@ def cross_attention(
         raise bad_argument("way", repr(way), f"one of {', '.join(WAYS)}")
     if way == "absorb" and (ranges is not None or softcap or num_heads != num_kv_heads or not context.shape[1]):
         raise bad_argument("way", "'absorb' with ranges, a softcap, grouped heads or no keys", "'project'")
+    name = forced_backend(backend)
     q = F.linear(x, w_q, b_q).unflatten(-1, (num_heads, -1))
     if way == "absorb":
-        forced_backend(backend)  # refuses a name that is none
         y = absorbed_attention(q, context, w_k, w_v, b_v, scale=scale)
     else:
         if (b_k is None) == (b_v is None):
@@ -78,7 +78,7 @@ def cross_attention(
         else:
             k, v = F.linear(context, w_k, b_k), F.linear(context, w_v, b_v)
         k, v = (part.unflatten(-1, (num_kv_heads, -1)) for part in (k, v))
-        heads = attention(*one_batch(q, k, v, ranges), scale=scale, softcap=softcap, backend=backend)
+        heads = attention(*one_batch(q, k, v, ranges), scale=scale, softcap=softcap, backend=name)
         assert isinstance(heads, torch.Tensor)
         y = heads.view(context.shape[0] if x.shape[0] == 1 else x.shape[0], x.shape[1], *heads.shape[2:])
     y = y.flatten(-2)

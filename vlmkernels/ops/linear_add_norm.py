@@ -41,8 +41,8 @@ def linear_add_norm(
         ValueError: shapes, dtypes or devices that don't fit.
         BackendError: the forced backend can't run these inputs.
     """
-    if x.dim() < 1 or not x.is_floating_point():
-        raise bad_argument("x", f"{tuple(x.shape)} {x.dtype}", "[..., K] of a floating dtype")
+    if x.dim() < 1:
+        raise bad_argument("x", "a tensor without dimensions", "[..., K]")
     if weight.dim() != 2:
         raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[N, {x.shape[-1]}]")
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
@@ -67,6 +67,8 @@ def _unplanned(*arguments: Any) -> Any:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
+    if not x.is_floating_point():
+        raise bad_argument("x", x.dtype, "a floating dtype")
     if weight.shape[1] != x.shape[1]:
         raise bad_argument("weight", f"shape {tuple(weight.shape)}", f"[N, {x.shape[1]}]")
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):

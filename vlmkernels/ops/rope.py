@@ -160,11 +160,10 @@ def _tables(
 
 def _shares_memory(x: torch.Tensor) -> bool:
     """Whether elements of ``x`` may lie at one place, as those of an expanded tensor do."""
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
+    dims = [(stride, size - 1) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):  # torch.compile does not sort sizes that it does not know
+        if stride <= sum([other * steps for j, (other, steps) in enumerate(dims) if j != i and other <= stride]):
             return True
-        reach += stride * (size - 1)
     return False
 
 

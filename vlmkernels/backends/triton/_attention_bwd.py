@@ -352,11 +352,11 @@ def attention_bwd(
         return dq.zero_(), dkv.zero_()
     dk, dv = dkv[: k.numel()], dkv[k.numel() :]
     mask = make_mask(q, k, start, stop, causal)
-    delta = torch.empty_like(lse)
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     if dout.stride(1) > MAX_ROW_STRIDE:
         dout = dout.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
     strides = strides_in_eights(q.stride(), k.stride(), v.stride(), dout.stride())
     dims = pieces(dim, value_dim)
     block_m = 64 if value_dim <= 64 else 32

@@ -2,8 +2,7 @@
 """The contrastive losses of few pairs, whose time is that of launches: no more of them than what one writes and another reads.
 
 The tiles of logits are those of ``_contrastive_tiles``, small enough to fill the GPU. The gradient of the logits is one panel,
-and one launch takes it to the gradients of ``a`` and of ``b``, of
-features that were divided by their lengths a second.
+and one launch takes it to the gradients of ``a`` and of ``b``, and where features were divided by their lengths a second one.
 """
 
 import functools

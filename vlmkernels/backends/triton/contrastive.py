@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlmkernels.backends.triton import INTERPRETED, _contrastive_few, cdiv, multiprocessors
 from vlmkernels.backends.triton._aot import AotCase
-from vlmkernels.backends.triton._contrastive_few import few
 from vlmkernels.backends.triton._contrastive_tiles import (
     GROUPED,
     _add_narrow_kernel,
@@ -224,7 +223,7 @@ def clip_loss_fwd(
     smooth_row: float,
     smooth_column: float,
 ) -> tuple[Tensor, ...]:
-    if few(a, b):
+    if _contrastive_few.few(a, b):
         vectors = (start, stop, row, row_positive, column, column_positive, inverse_a, inverse_b)
         return _contrastive_few.clip_loss_fwd(a, b, scale, *vectors, smooth_row, smooth_column)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
@@ -285,7 +284,7 @@ def clip_loss_bwd(
     smooth_column: float,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if few(a, b):
+    if _contrastive_few.few(a, b):
         vectors = (start, stop, row, row_positive, column, column_positive, inverse_a, inverse_b)
         return _contrastive_few.clip_loss_bwd(dloss, a, b, scale, *vectors, lse_a, lse_b, smooth_row, smooth_column, dtype_b)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
@@ -317,7 +316,7 @@ def siglip_loss_fwd(
     dtype_a: torch.dtype,
     dtype_b: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if grads and few(a, b):
+    if grads and _contrastive_few.few(a, b):
         rest = (start, stop, inverse_a, inverse_b, weight, grads, dtype_a, dtype_b)
         return _contrastive_few.siglip_loss_fwd(a, b, scale, bias, *rest)
     tiles = _Tiles(a, b, inverse_a, inverse_b)
