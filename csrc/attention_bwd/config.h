@@ -117,10 +117,12 @@ struct Barriers {
 // The width of the variant that takes heads of so many columns. With a softcap there are those of
 // 64, 128 and 256 alone: the heads of the models that have one are of 128 and 256.
 constexpr int width_for(int columns, bool capped) {
-  return columns <= 64            ? 64
-         : columns > 96 || capped ? ceil_div(columns, 128) * 128
-         : columns <= 88          ? ceil_div(columns, 8) * 8
-                                  : 96;
+  return columns <= 64    ? 64
+         : capped         ? ceil_div(columns, 128) * 128
+         : columns <= 88  ? ceil_div(columns, 8) * 8
+         : columns <= 96  ? 96
+         : columns <= 128 ? 128
+                          : ceil_div(columns, 64) * 64;
 }
 
 // Of a tile: 64 of each of two warpgroups. Above 128 columns the two share 64, as their registers
@@ -169,8 +171,9 @@ struct Config {
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
   // Rows of queries, dout, keys and values lie in panels of so many columns. Where 64 would leave
   // most of the second panel empty there is room for a stage of queries more: with two, those of
-  // keys waited for queries for a third of their time (D 72, 729 tokens, H200).
-  static constexpr int kPanel = kWidth > 64 && kWidth <= 96 ? 32 : 64;
+  // keys waited for queries for a third of their time (D 72, 729 tokens, H200). And half of 192
+  // columns are no panels of 64.
+  static constexpr int kPanel = (kWidth > 64 && kWidth <= 96) || kWidth == 192 ? 32 : 64;
   static constexpr int kRowBytes = 2 * kPanel;  // over which they are swizzled
   static constexpr int kPanels = ceil_div(kDepth, kPanel);
   // Where in a row 8 columns are.

@@ -118,6 +118,8 @@ int dispatch(const VlmkAttentionBwdParams& p, void* stream) {
       return run_width<T, 96>(p, s, w, stream);
     case 128:
       return run_width<T, 128>(p, s, w, stream);
+    case 192:
+      return run_width<T, 192>(p, s, w, stream);
     default:
       return run_width<T, kMaxWidth>(p, s, w, stream);
   }

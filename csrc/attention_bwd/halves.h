@@ -26,15 +26,16 @@ struct HalfGroup : PairGroup<C> {
   __device__ __forceinline__ void start_gradient(float (&sums)[C::kOwnColumns / 2], uint32_t scores,
                                                  uint32_t rows) {
     constexpr int kPanelBytes = kQueries * C::kRowBytes;
-    const uint64_t a = swizzled_descriptor(scores, kPanelBytes);
-    const uint64_t b =
-        swizzled_descriptor(rows + group * (C::kOwnColumns / C::kPanel) * kPanelBytes, kPanelBytes);
+    const uint64_t a = swizzled_descriptor(scores, kQueries * kScoreRow);
+    static_assert(C::kOwnColumns % C::kPanel == 0);
+    const uint64_t b = swizzled_descriptor(
+        rows + group * (C::kOwnColumns / C::kPanel) * kPanelBytes, kPanelBytes, C::kRowBytes);
     keep(sums);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < kQueries / 16; ++step) {
-      const int at = step * 16 * C::kRowBytes >> 4;
-      mma<T, C::kOwnColumns, true, true>(sums, a + at, b + at, true);
+      mma<T, C::kOwnColumns, true, true>(sums, a + (step * 16 * kScoreRow >> 4),
+                                         b + (step * 16 * C::kRowBytes >> 4), true);
     }
     mma_commit();
   }
