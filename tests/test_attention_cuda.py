@@ -44,7 +44,10 @@ SHAPES = {
     "many-S300x577-D80": (66, 4, 4, 300, 577, 80, 80),
     "many-eva-S257-D88": (16, 16, 16, 257, 257, 88, 88),
     "many-S300-D96": (66, 4, 4, 300, 300, 96, 96),
+    "many-bigg-S257-D104": (16, 16, 16, 257, 257, 104, 104),
     "many-S300-D120-Dv112": (66, 4, 2, 300, 300, 120, 112),
+    "many-llama-S700-D128": (2, 16, 4, 700, 700, 128, 128),
+    "many-llama-S1500-D128": (2, 32, 8, 1500, 1500, 128, 128),
     "S4100-D128": (1, 2, 1, 4100, 4100, 128, 128),
 }
 
@@ -69,8 +72,9 @@ def test_forward(shape, dtype, mask, device):
 
 @pytest.mark.parametrize("dim", [*range(8, 136, 8), 160, 192, 224, 256])
 def test_every_head_dim(dim, device):
-    shape = (1, 2, 2, 150, 333, dim, dim)
-    check(make_qkv(shape, torch.bfloat16, device), make_ranges("random", shape, device))
+    for batch in (1, 50):
+        shape = (batch, 2, 2, 150, 333, dim, dim)
+        check(make_qkv(shape, torch.bfloat16, device), make_ranges("random", shape, device))
 
 
 @pytest.mark.parametrize("batch", [2, 132])
@@ -109,13 +113,14 @@ def test_views(view, device):
         check([q, k, v])
 
 
+@pytest.mark.parametrize("heads", [2, 40])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_packed(dim, device):
+def test_packed(dim, heads, device):
     """Segments of all lengths about a tile's edges, in one row; whatever lies behind a segment stays out of it."""
     lengths = [64, 0, 1, 127, 128, 129, 300, 5, 64, 64, 200]
     total = sum(lengths)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    q, k, v = (torch.randn(total, 2, dim, device=device).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(total, heads, dim, device=device).bfloat16() for _ in range(3))
     ranges = KeyRanges.packed(cu_seqlens, total)
     check([q, k, v], ranges)
     bad = cu_seqlens[6].item(), cu_seqlens[7].item()
@@ -144,6 +149,17 @@ def test_longest_first(dim, total, heads, device):
     parts = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
     exact = torch.cat([attention(*(x[None] for x in part), backend="reference")[0] for part in parts])
     assert compare(out, exact, "gemm")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_longest_first_of_images(dim, device):
+    """The last tiles of all images come first, and those behind the first two for each block are sorted."""
+    shape = (40, 1, 1, 1700, 1700, dim, dim)
+    first = torch.randint(0, 1700, (40, 1), device=device, dtype=torch.int32)
+    causal = KeyRanges.causal(1700, device=device)
+    padded = KeyRanges(first.expand(40, 1700), causal.stop.expand(40, 1700))  # on the left
+    for ranges in (padded, make_ranges("random", shape, device)):
+        check(make_qkv(shape, torch.bfloat16, device), ranges)
 
 
 def test_streams_and_graphs(device):

@@ -41,12 +41,13 @@ def test_forward(shape, dtype, mask, device):
 
 
 @pytest.mark.parametrize("mask", MASKS[1:])
+@pytest.mark.parametrize("dim, value_dim", [(64, 40), (72, 80), (96, 96), (128, 112)])
 @pytest.mark.parametrize("batch, heads, kv_heads", [(1, 12, 12), (3, 4, 2), (5, 8, 1)])
-def test_tiles_of_queries(batch, heads, kv_heads, mask, device):
-    """With a mask and few columns, more queries than a tile has are tiles of one head each."""
+def test_tiles_of_queries(batch, heads, kv_heads, dim, value_dim, mask, device):
+    """With a mask, more queries than a tile has are tiles of one head each."""
     for queries in (65, 128, 191, 256):
         for keys in (1, 100, 300):
-            shape = (batch, heads, kv_heads, queries, keys, 64, 40)
+            shape = (batch, heads, kv_heads, queries, keys, dim, value_dim)
             check(tensors(shape, device), make_ranges(mask, shape, device), causal=mask == "causal")
 
 
@@ -115,8 +116,9 @@ def test_padding_of_nan(dim, batch, device):
 
 @pytest.mark.parametrize("batch", [1, 100])
 @pytest.mark.parametrize("mask", ["dense", "causal", "random"])
-def test_softcap_and_scale(mask, batch, device):
-    shape = (batch, 4, 2, 14, 700, 64, 64)
+@pytest.mark.parametrize("queries, dim", [(14, 64), (150, 64), (150, 128)])
+def test_softcap_and_scale(queries, dim, mask, batch, device):
+    shape = (batch, 4, 2, queries, 700, dim, dim)
     inputs = [2 * x for x in tensors(shape, device)]
     ranges = make_ranges(mask, shape, device)
     check(inputs, ranges, causal=mask == "causal", softcap=2.0)

@@ -71,9 +71,11 @@ struct Schedule {
   int32_t main_queries;  // of a head, in tiles; the others are a tail
   int32_t tiles;         // of all heads
   int32_t tiles_of_head;
-  int32_t chunk;        // tiles of a head at a time
-  int32_t entries;      // tiles of one head of all images
-  int32_t sorted_from;  // the entry from which on they are sorted (order.h)
+  int32_t chunk;          // tiles of a head at a time
+  int32_t entries;        // tiles of one head of all images
+  int32_t across_images;  // the last entry of all images first, and not all of an image
+  int32_t minor;          // how many entries that is: images, or tiles of a head
+  int32_t sorted_from;    // the entry from which on they are sorted (order.h)
   // Whoever is free takes the next tile. Else they are dealt out, in turns that shift: the last
   // tile of a head has few rows, and must not always fall to the same blocks.
   int32_t dynamic;

@@ -66,10 +66,17 @@ int run(const VlmkAttentionParams& p, void* stream) {
   s.main_queries = main_queries;
   s.tiles = static_cast<int32_t>(tiles);
   s.tiles_of_head = tiles_of_head;
-  // Chunks of 4 were as fast as others or faster for every mask tried, from windows of 64 tokens to
-  // 32,768 tokens, and better than tiles in the order of their rows over all heads that fit in L2
-  // (H100: windows 47 -> 82 TFLOP/s).
-  s.chunk = C::kMasked ? 4 : tiles_of_head;
+  // The longest rows of all heads start first, which leaves little to do at the end. But the tiles
+  // of windows wait for memory, and in chunks of 4 find more of what they read in L2: 2,048 windows
+  // of D 80 378 instead of 395 us, where many tiles of longer ranges take as long either way
+  // (H200).
+  const bool many = p.start && tiles > 12 * int64_t{blocks};
+  s.chunk = !C::kMasked ? tiles_of_head : many ? 4 : 1;
+  // Of all images, where a block takes few tiles: 4 x 8 heads of 2048, causal, of D 256 112 us
+  // instead of 127, 3 x 8 of 1000 41 instead of 51. Where it takes more, or heads have few, that
+  // costs 2 to 5 %: the shortest, which wait for memory, come all at once (H200).
+  s.across_images = C::kMasked && tiles_of_head > 3 && tiles <= 5 * int64_t{blocks};
+  s.minor = s.across_images ? p.batch : tiles_of_head;
   s.dynamic = C::kMasked && tiles > blocks;
   // Two tiles for each block are dealt out before the order must be known: with one, 512 windows
   // took 1 % longer (H200).
@@ -194,9 +201,20 @@ int64_t weighed_keys(const VlmkAttentionParams& p) {
   return p.num_keys - rest + (rest > C::kPart ? C::kKeys : rest > 0 ? C::kPart : 0);
 }
 
-// Of 105 to 128. A key costs a tile of 192 queries a third more than one of 128 (H200). With a
-// mask, which is finer with 128, 192 pay from 4096 queries on, or where they are fewer tiles of a
-// head.
+// Whether tiles of 192 queries pay with a mask, which is finer with 128, at 105 to 128 columns:
+// where they are fewer of a head, or long, or so many that blocks are done at about the same time
+// and reach little further behind the last query. That is sooner so with ranges (2 x 32 heads of
+// 2048, packed, 104 -> 87 us) than causal (2 x 32 of 1500 77.4 -> 74.2, H200).
+inline bool wide_with_mask(const VlmkAttentionParams& p) {
+  if (p.num_queries >= 4096) return true;
+  const int wide = ceil_div(p.num_queries, 192), narrow = ceil_div(p.num_queries, 128);
+  if (p.num_queries <= 384) return wide < narrow;
+  const int64_t tiles = int64_t{wide} * p.num_heads * p.batch;
+  const int more = 100 * wide * 192 / (narrow * 128);
+  return p.start ? tiles >= 330 && more <= 113 : tiles >= 460 && more <= 100;
+}
+
+// Of 105 to 128. A key costs a tile of 192 queries a third more than one of 128 (H200).
 template <typename T>
 int run_128(const VlmkAttentionParams& p, void* stream) {
   // Heads of one tile, whose keys are two or more: 64 x 8 of 128 take 22.1 us instead of 24.6
@@ -208,10 +226,8 @@ int run_128(const VlmkAttentionParams& p, void* stream) {
     return run_faster<Wide, Narrow>(p, 133 * weighed_keys<Wide>(p), 100 * weighed_keys<Narrow>(p),
                                     stream);
   }
-  const int queries = p.num_queries;
-  const bool fewer = queries <= 384 && ceil_div(queries, 192) < ceil_div(queries, 128);
-  return fewer || queries >= 4096 ? run<Config<T, 128, 80, 3, true>>(p, stream)
-                                  : run<Config<T, 128, 128, 2, true>>(p, stream);
+  return wide_with_mask(p) ? run<Config<T, 128, 80, 3, true>>(p, stream)
+                           : run<Config<T, 128, 128, 2, true>>(p, stream);
 }
 
 // The fastest of the tiles tried (docs/attention_forward.md). Four warpgroups hide each other's

@@ -19,11 +19,15 @@ namespace attention {
 constexpr int kOrderBarrier = 10;    // of the three warps
 constexpr int kOrderedBarrier = 11;  // of the first of them and the producer
 
-// Tile `entry` of a head, counted from the end of each image.
+// Tile `entry` of a head, counted from the end of each image: all of an image, or the last of all
+// images first.
 struct Entry {
   int image, from_end;
-  __device__ __forceinline__ Entry(const Schedule& s, int entry)
-      : image(entry / s.tiles_of_head), from_end(entry - image * s.tiles_of_head) {}
+  __device__ __forceinline__ Entry(const Schedule& s, int entry) {
+    const int major = entry / s.minor, minor = entry - major * s.minor;
+    image = s.across_images ? minor : major;
+    from_end = s.across_images ? major : minor;
+  }
   template <typename C>
   __device__ __forceinline__ int first_query(const Schedule& s) const {
     return (s.tiles_of_head - 1 - from_end) * C::kQueries;
