@@ -15,7 +15,7 @@ from vlmkernels import BackendError, KeyRanges, clip_loss, siglip_loss
 from vlmkernels.ops import _pairs
 from vlmkernels.testing import compare
 
-OPS = ("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd")
+OPS = ("clip_loss_fwd", "clip_loss_bwd", "siglip_loss_fwd", "siglip_loss_bwd_")
 UPSTREAM = 0.7
 Loss = Callable[..., torch.Tensor]
 
@@ -331,6 +331,19 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     opcheck(ops.clip_loss_bwd, (scale, a, b, scale, *vectors, row, column, row, column, 0.1, 0.1, torch.float32, backend))
     opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, None, None, 0.1, False, *dtypes, backend))
     opcheck(ops.siglip_loss_fwd, (a, b, scale, scale, start, start + 1, row, column, 0.1, True, *dtypes, backend))
+    opcheck(ops.siglip_loss_bwd_, (a, b, row[:2], scale, 2.0, backend))
+
+
+@portable
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32,) * 2])
+def test_siglip_gradients_times_that_of_the_loss(backend: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """In place, in fp32: a factor between two numbers of bf16 counts whole."""
+    da, db = (torch.randn(rows, 40, device=device).to(dtype) for rows, dtype in zip((33, 70), dtypes, strict=True))
+    dnumbers, dloss = torch.tensor([3.0, -5.0], device=device), torch.tensor(1.0039, device=device)
+    wanted = [(x.double() * dloss.double() * factor).to(x.dtype) for x, factor in ((da, 3.0), (db, 3.0), (dnumbers, 1.0))]
+    torch.ops.vlmkernels.siglip_loss_bwd_(da, db, dnumbers, dloss, 3.0, backend)
+    for got, exact in zip((da, db, dnumbers), wanted, strict=True):
+        torch.testing.assert_close(got, exact)
 
 
 @compiled

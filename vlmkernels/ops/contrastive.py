@@ -255,18 +255,15 @@ class _SigLipLoss(torch.autograd.Function):
                 a, b, scale, bias, start, stop = ctx.saved_tensors
                 _, *gradients = _siglip_forward(Pairs(a, b, start, stop, ctx.images), scale, bias, *ctx.options)
         da, db, dnumbers = gradients
-        dtype, *number_dtypes = ctx.dtypes
-        # A tensor without dimensions would be rounded to the dtype of the other before the product.
-        factor = dloss.reshape(1, 1)
-        if ctx.times > 1:
-            factor = factor * ctx.times
-        dscale, dbias = (dloss * dnumbers).unbind()
         if torch.compiler.is_compiling():
-            features = [(x * factor).to(dtype) for x in (da, db)]
+            # A tensor without dimensions would be rounded to the dtype of the other before the product.
+            factor = dloss.reshape(1, 1) * ctx.times
+            da, db, dnumbers = da * factor, db * factor, dnumbers * dloss
         else:
-            places = [x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype) for x in (da, db)]
-            features = [torch.mul(x, factor, out=place) for x, place in zip((da, db), places, strict=True)]
-        return *features, dscale.to(number_dtypes[0]), dbias.to(number_dtypes[1]), *[None] * 7
+            _siglip_bwd(da, db, dnumbers, dloss, float(ctx.times), ctx.options[-1])
+        dtype, *number_dtypes = ctx.dtypes
+        dscale, dbias = (x.to(dtype) for x, dtype in zip(dnumbers.unbind(), number_dtypes, strict=True))
+        return da.to(dtype), db.to(dtype), dscale, dbias, *[None] * 7
 
 
 def _clip_fwd_fake(a: torch.Tensor, b: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
@@ -316,4 +313,10 @@ _siglip_fwd = Op(
     "Tensor? inverse_b, float weight, bool grads, ScalarType dtype_a, ScalarType dtype_b, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _siglip_fwd_fake,
+)
+# What that left, times the gradient of the loss, that of the features so many times.
+_siglip_bwd = Op(
+    "contrastive",
+    "siglip_loss_bwd_(Tensor(a!) da, Tensor(b!) db, Tensor(c!) dnumbers, Tensor dloss, float times, str backend) -> ()",
+    lambda *_: None,
 )

@@ -81,6 +81,10 @@ def yields_siglip_loss_fwd(a: Tensor, b: Tensor, *rest: Any) -> bool:
     return rest[-3] and _few(a, b)  # with gradients
 
 
+def yields_siglip_loss_bwd_(*_: Any) -> bool:
+    return True  # one launch of Triton's is faster than torch's three, which are for those who force this backend
+
+
 def _few(a: Tensor, b: Tensor) -> bool:
     return max(len(a), len(b)) <= FEW_PAIRS
 
@@ -229,3 +233,9 @@ def siglip_loss_fwd(
         return loss, da, db, totals
     loss, totals = _run(_siglip, a, b, (_whole(len(a)), _whole(len(b)), 0), weight, **given)
     return loss, a.new_empty(0), b.new_empty(0, dtype=dtype_b), totals.new_empty(0)
+
+
+def siglip_loss_bwd_(da: Tensor, db: Tensor, dnumbers: Tensor, dloss: Tensor, times: float) -> None:
+    factor = (dloss * times).reshape(1, 1)  # not rounded to bf16, as one without dimensions would be
+    for x, by in ((da, factor), (db, factor), (dnumbers, dloss)):
+        torch.mul(x, by, out=x)

@@ -124,3 +124,8 @@ def siglip_loss_fwd(
     g = weight * sign * torch.sigmoid(wrong)
     da, db = _gradients(g, _wide(scale), a, b, inverse_a, inverse_b)
     return loss, da.to(dtype_a), db.to(dtype_b), torch.stack(((g * products).sum(), g.sum()))
+
+
+def siglip_loss_bwd_(da: torch.Tensor, db: torch.Tensor, dnumbers: torch.Tensor, dloss: torch.Tensor, times: float) -> None:
+    for x, factor in ((da, times), (db, times), (dnumbers, 1.0)):
+        x.copy_(_wide(x) * dloss * factor)

@@ -147,3 +147,10 @@ def siglip_loss_fwd(
         return loss, da.flatten(), db.flatten().to(dtype_b), sums.new_empty(0)
     db = _through_norm(db, unit_b, inverse_b).mul_(weight * scale)
     return loss, da, db.to(dtype_b), weight * sums.sum(1)
+
+
+def siglip_loss_bwd_(da: torch.Tensor, db: torch.Tensor, dnumbers: torch.Tensor, dloss: torch.Tensor, times: float) -> None:
+    # A tensor without dimensions would be rounded to the dtype of the other before the product.
+    factor = (dloss * times).reshape(1, 1)
+    for x, by in ((da, factor), (db, factor), (dnumbers, dloss)):
+        torch.mul(x, by, out=x)

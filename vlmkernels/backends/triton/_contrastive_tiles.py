@@ -400,3 +400,24 @@ def _siglip_kernel(
     if GRADS:
         tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale))
         tl.store(dbias_ptr + tl.program_id(0), tl.sum(dbias))
+
+
+@triton.jit
+def _times_part(ptr, block, size, factor, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(ptr + offs, mask=offs < size, other=0.0)
+    tl.store(ptr + offs, (x.to(tl.float32) * factor).to(x.dtype), mask=offs < size)
+
+
+@triton.jit
+def _times_kernel(da_ptr, db_ptr, dnumbers_ptr, dloss_ptr, size_a, size_b, times, BLOCK: tl.constexpr):
+    """All three times ``dloss``, the first two ``times`` so much, in place."""
+    pid = tl.program_id(0)
+    blocks_a = tl.cdiv(size_a, BLOCK)
+    dloss = tl.load(dloss_ptr).to(tl.float32)
+    if pid < blocks_a:
+        _times_part(da_ptr, pid, size_a, dloss * times, BLOCK)
+    else:
+        _times_part(db_ptr, pid - blocks_a, size_b, dloss * times, BLOCK)
+    if pid == 0:
+        _times_part(dnumbers_ptr, pid, 2, dloss, 2)

@@ -23,7 +23,9 @@ from vlmkernels.backends.triton._contrastive_tiles import (
     _clip_fwd_kernel,
     _merge_lse_kernel,
     _siglip_kernel,
+    _times_kernel,
 )
+from vlmkernels.backends.triton._launch import LAUNCHES, Launch
 from vlmkernels.backends.triton._product import Config, aligned_matrix, generation
 
 #: The most rows and columns of a panel of gradients, 128 MiB in bf16.
@@ -208,6 +210,10 @@ def why_not_siglip_loss_fwd(a: Tensor, *rest: Any) -> str | None:
     return _why_not(a, inverse_a if grads else None)
 
 
+def why_not_siglip_loss_bwd_(da: Tensor, *rest: Any) -> str | None:
+    return _why_not(da, None)
+
+
 def clip_loss_fwd(
     a: Tensor,
     b: Tensor,
@@ -330,6 +336,17 @@ def siglip_loss_fwd(
     return loss, out.da, out.db, torch.stack((dscale, dbias)) if grads else loss.new_empty(0)
 
 
+@functools.lru_cache(maxsize=LAUNCHES)
+def _siglip_bwd(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, int], times: float) -> Launch:
+    block = 128 if INTERPRETED else 2048
+    return Launch(_times_kernel, (cdiv(sizes[0], block) + cdiv(sizes[1], block),), (*sizes, times), BLOCK=block, num_warps=4)
+
+
+def siglip_loss_bwd_(da: Tensor, db: Tensor, dnumbers: Tensor, dloss: Tensor, times: float) -> None:
+    tensors = da, db, dnumbers, dloss
+    _siglip_bwd(da.device, tuple(x.dtype for x in tensors), (da.numel(), db.numel()), times)(*tensors)
+
+
 def aot_cases() -> list[AotCase]:
     """Both losses with their gradients: whole tiles and not, several panels, norms and label smoothing, every configuration."""
 
@@ -343,6 +360,7 @@ def aot_cases() -> list[AotCase]:
         clip_loss_bwd(scale, *vectors, row, column, smooth, smooth, dtype)
         for grads in (True,) if norms else (False, True):
             siglip_loss_fwd(a, b, scale, scale, start, start, *inverse, 1.0, grads, dtype, dtype)
+        siglip_loss_bwd_(a, b, row[:2], scale, 1.0)
 
     # With Triton 3.6 whole tiles without norms spill nothing, with 3.9 the gradients of SigLIP up to 96 bytes.
     whole = {80: 96, 90: 96}, "Triton 3.9"
