@@ -146,6 +146,7 @@ struct Consumer {
 #pragma unroll 1
     for (int panel = 0; panel < C::kValuePanels; ++panel) {
       auto* words = reinterpret_cast<uint4*>(tile + panel * C::kKeys * kRowBytes) + first * kWords;
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x) % 128; i < count; i += 128) {
         words[i] = make_uint4(0, 0, 0, 0);
       }
@@ -176,7 +177,7 @@ struct Consumer {
   __device__ __forceinline__ float finish_scores(int first_key) {
     const float scale = p.scale * kLog2E;
     float unit = scale;
-    if (C::kMasked && !C::kTight && p.softcap > 0) {
+    if constexpr (C::kCapped) {
       cap_scores<kColumns / 2>(scores, scale, p.softcap);
       unit = 1;
     }
@@ -220,76 +221,102 @@ struct Consumer {
     return !named_any<128>(kGroupBarrier + group, !settled);
   }
 
-  // The scores of a tile's first kColumns become weights; true if the sums so far have to shrink.
-  // Whether the maximum must grow shows in the weights: to look for it beforehand would be a fifth
-  // of the softmax's instructions, which are what bounds it.
-  //
-  // The registers that packed weights go to are in use until the sums of the tile before are there.
-  // With kSumming these are waited for halfway, when they have long been there, so that packing
-  // runs beside exponentials.
-  template <int kColumns, bool kSumming>
-  __device__ __forceinline__ bool attend_columns(Softmax& softmax, int first_key) {
-    constexpr int kCount = kColumns / 2;
-    const auto free_weights = [this] {
-      if (kSumming) {
-        mma_wait<0>();
-        end_sums();
-      }
-    };
-    const auto pack_from_halfway = [&](int half, int i) {
-      if (!C::kPackEarly || half == 0) return;
-      if (i == 2) {
-        free_weights();
-#pragma unroll
-        for (int j = 0; j < kCount; j += 4) pack_weights(j);
-      }
-      pack_weights(i);
-    };
-    const auto pack_at_once = [this](int, int i) {
-      if (C::kPackEarly) pack_weights(i);
-    };
-    const float unit = finish_scores<kColumns>(first_key);
-    if constexpr (C::kTrusting) {
-      if (C::kTight ? softmax.settled_now() : C::kPackEarly ? trusting : softmax.settled) {
-        if (softmax.template weigh<kCount>(scores, unit, pack_from_halfway)) return false;
-        multiply_keys_again();
-        finish_scores<kColumns>(first_key);
-      } else {
-        free_weights();
-      }
-      const bool grows = softmax.template raise<kCount>(scores, unit);
-      softmax.template weigh<kCount>(scores, unit, pack_at_once);
-      return grows;
-    } else {
-      const bool grows = softmax.template raise<kCount>(scores, unit);
-      softmax.template weigh<kCount>(scores, unit, pack_from_halfway);
-      return grows;
+  // With kPackEarly: the registers that packed weights go to are in use until the sums of the tile
+  // before are there.
+  template <bool kSumming>
+  __device__ __forceinline__ void free_weights() {
+    if (C::kPackEarly && kSumming) {
+      mma_wait<0>();
+      end_sums();
     }
   }
 
-  // The weights of tile i, those of columns that nobody sees 0.
+  // What to do as weights come. With kSumming the sums of the tile before are waited for halfway,
+  // when they have long been there, so that packing runs beside exponentials.
+  template <int kColumns, bool kSumming>
+  __device__ __forceinline__ auto pack_from_halfway() {
+    return [this](int half, int i) {
+      if (!C::kPackEarly || half == 0) return;
+      if (i == 2) {
+        free_weights<kSumming>();
+#pragma unroll
+        for (int j = 0; j < kColumns / 2; j += 4) pack_weights(j);
+      }
+      pack_weights(i);
+    };
+  }
+
+  // The weights of columns that nobody sees, behind the first kColumns.
+  template <int kColumns>
+  __device__ __forceinline__ void clear_weights() {
+#pragma unroll
+    for (int j = kColumns / 2; j < C::kKeys / 2; j += 2) {
+      if (C::kPackEarly) {
+        weights[j / 2] = 0;
+      } else {
+        scores[j] = scores[j + 1] = 0;
+      }
+    }
+  }
+
+  // The scores of a tile's first kColumns become weights by the maximum at hand. False if that is
+  // too small, which shows in the weights: to look for it beforehand would be a fifth of the
+  // softmax's instructions, which are what bounds it.
+  template <int kColumns, bool kSumming>
+  __device__ __forceinline__ bool trust(Softmax& softmax, int first_key) {
+    const float unit = finish_scores<kColumns>(first_key);
+    const auto pack = pack_from_halfway<kColumns, kSumming>();
+    if (!softmax.template weigh<kColumns / 2>(scores, unit, pack)) return false;
+    clear_weights<kColumns>();
+    return true;
+  }
+
+  // The same by their own maximum; true if the sums so far have to shrink.
+  template <int kColumns, typename Pack>
+  __device__ __forceinline__ bool look(Softmax& softmax, int first_key, Pack pack) {
+    const float unit = finish_scores<kColumns>(first_key);
+    const bool grows = softmax.template raise<kColumns / 2>(scores, unit);
+    softmax.template weigh<kColumns / 2>(scores, unit, pack);
+    clear_weights<kColumns>();
+    return grows;
+  }
+
+  // Whether a tile that is not the first is weighed by the maximum at hand.
+  __device__ __forceinline__ bool trusts(const Softmax& softmax) {
+    if (C::kTight) return softmax.settled_now();
+    if (!C::kPackEarly) return softmax.settled;
+    if (!trusting) trusting = all_settled(softmax);
+    return trusting;
+  }
+
+  // Weighs the first kColumns of a tile; true if the sums so far have to shrink.
+  template <int kColumns, bool kSumming>
+  __device__ __forceinline__ bool weigh_columns(Softmax& softmax, int first_key) {
+    if constexpr (!C::kTrusting) {
+      return look<kColumns>(softmax, first_key, pack_from_halfway<kColumns, kSumming>());
+    }
+    if (!kSumming) {
+      trusting = false;
+    } else if (trusts(softmax)) {
+      if (trust<kColumns, kSumming>(softmax, first_key)) return false;
+      multiply_keys_again();
+    } else {
+      free_weights<kSumming>();
+    }
+    return look<kColumns>(softmax, first_key, [this](int, int i) {
+      if (C::kPackEarly) pack_weights(i);
+    });
+  }
+
+  // The weights of tile i, packed.
   template <bool kSumming>
   __device__ __forceinline__ bool attend(Softmax& softmax, int i) {
     const int first_key = work.first_key + i * C::kKeys;
     const int stop_key = C::kMasked ? bounds_at_hand().y : p.num_keys;
-    constexpr bool kEarly = kSumming && C::kPackEarly;
-    if (!kSumming) trusting = false;
-    if (kEarly && C::kTrusting && !trusting) trusting = all_settled(softmax);
     if (!C::kTrusting) end_scores(i);
-    bool grows;
-    if (first_key + C::kPart >= stop_key) {
-      grows = attend_columns<C::kPart, kEarly>(softmax, first_key);
-#pragma unroll
-      for (int j = C::kPart / 2; j < C::kKeys / 2; j += 2) {
-        if (C::kPackEarly) {
-          weights[j / 2] = 0;
-        } else {
-          scores[j] = scores[j + 1] = 0;
-        }
-      }
-    } else {
-      grows = attend_columns<C::kKeys, kEarly>(softmax, first_key);
-    }
+    const bool grows = first_key + C::kPart >= stop_key
+                           ? weigh_columns<C::kPart, kSumming>(softmax, first_key)
+                           : weigh_columns<C::kKeys, kSumming>(softmax, first_key);
     if (C::kTrusting) end_scores(i);
     if (!C::kPackEarly) {
       if (kSumming) {
@@ -463,30 +490,29 @@ struct Consumer {
       if (!early) {
         mma_wait<0>();  // ptxas gives the registers of scores that are nobody's to addresses
         pass_tiles(begin);
-        if (begin == end) {
-          store_nothing(stage);
+      }
+      if (begin == end) {
+        store_nothing(stage);
+      } else {
+        if (!early) begin_scores(true);
+        mma_wait<0>();
+        keep(scores);
+        Softmax softmax;
+        attend_tiles(softmax);
+        const int rest = work.num_tiles - end;
+        if (rest == 0 && work.num_tiles > kFewTiles) {
           early = take_early(more);
+          mma_wait<1>();
+          end_sums();
+          store(softmax, stage);
           continue;
         }
-        begin_scores(true);
-      }
-      mma_wait<0>();
-      keep(scores);
-      Softmax softmax;
-      attend_tiles(softmax);
-      const int rest = work.num_tiles - end;
-      if (rest > 0 || work.num_tiles <= kFewTiles) {
         mma_wait<0>();
         end_sums();
         store(softmax, stage);
         pass_tiles(rest);
-        early = take_early(more);
-      } else {
-        early = take_early(more);
-        mma_wait<1>();
-        end_sums();
-        store(softmax, stage);
       }
+      early = take_early(more);
     }
     mma_wait<0>();
   }

@@ -134,7 +134,7 @@ int run_faster(const VlmkAttentionParams& p, int64_t first_cost, int64_t second_
 // of 256 (D 72, H200).
 template <typename T, int kWidth>
 int run_masked(const VlmkAttentionParams& p, void* stream) {
-  const bool one_tile = p.num_queries > 192 && p.num_queries <= 256 && p.softcap <= 0;
+  const bool one_tile = p.num_queries > 192 && p.num_queries <= 256;
   return one_tile ? run<Config<T, kWidth, 64, 4, true>>(p, stream)
                   : run<Config<T, kWidth, 96, 3, true>>(p, stream);
 }
@@ -172,8 +172,8 @@ inline bool better_with_tail(int num_queries) {
 template <typename T>
 int run_64(const VlmkAttentionParams& p, void* stream) {
   if (needs_mask(p)) {
-    return p.num_queries <= 128 && p.softcap <= 0 ? run<Config<T, 64, 48, 2, true>>(p, stream)
-                                                  : run_masked<T, 64>(p, stream);
+    return p.num_queries <= 128 ? run<Config<T, 64, 48, 2, true>>(p, stream)
+                                : run_masked<T, 64>(p, stream);
   }
   using Few = Config<T, 64, 48, 2, false>;
   return better_with_tail(p.num_queries)
@@ -230,12 +230,21 @@ int run_128(const VlmkAttentionParams& p, void* stream) {
                            : run<Config<T, 128, 128, 2, true>>(p, stream);
 }
 
+// With a softcap.
+template <typename T>
+int run_capped(const VlmkAttentionParams& p, int width, void* stream) {
+  if (width <= 64) return run<Config<T, 64, 96, 3, true, true>>(p, stream);
+  if (width <= 128) return run<Config<T, 128, 128, 2, true, true>>(p, stream);
+  return run<Config<T, 256, 80, 2, true, true>>(p, stream);
+}
+
 // The fastest of the tiles tried (docs/attention_forward.md). Four warpgroups hide each other's
 // softmax best, but have registers for few columns; up to 256 queries they take a head at once.
 template <typename T>
 int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);
   const bool masked = needs_mask(p);
+  if (p.softcap > 0) return run_capped<T>(p, width, stream);
   if (width <= 64) return run_64<T>(p, stream);
   if (width <= 72) return masked ? run_masked<T, 72>(p, stream) : run_72<T>(p, stream);
   if (width <= 80) {

@@ -59,6 +59,7 @@ struct Order {
     if (count <= 0) return;
     auto* order = reinterpret_cast<uint16_t*>(shared + C::kOrderAt);
     auto* sizes = reinterpret_cast<uint8_t*>(order + kMaxSorted);
+#pragma unroll 1
     for (int i = 32 * warp + lane; i < count; i += kThreads) {
       sizes[i] = static_cast<uint8_t>(size_of(s.sorted_from + i));
     }
@@ -67,6 +68,7 @@ struct Order {
     if (warp > 0) return;
     // Each lane has a size.
     int own = 0;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) own += sizes[i] == lane;
     int place = own;  // behind those of larger sizes
 #pragma unroll
@@ -75,6 +77,7 @@ struct Order {
       if (lane + step < 32) place += more;
     }
     place -= own;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       if (sizes[i] == lane) order[place++] = static_cast<uint16_t>(s.sorted_from + i);
     }

@@ -33,12 +33,14 @@ __device__ __forceinline__ Head head_of_item(const Params& p, int item) {
   return head;
 }
 
-// Of all rows, as bounds_of_queries.
+// Of `count` queries, as bounds_of_queries. A loop, as its code is large where it is needed in
+// several places.
 template <typename Params>
-__device__ __forceinline__ int4 bounds_of_rows(const Params& p, int batch) {
-  int4 bounds = bounds_of_queries(p, batch, 0);
-  if (p.num_queries > kGroupQueries) {
-    const int4 more = bounds_of_queries(p, batch, kGroupQueries);
+__device__ __forceinline__ int4 bounds_of_run(const Params& p, int batch, int first, int count) {
+  int4 bounds = make_int4(p.num_keys, 0, 0, p.num_keys);
+#pragma unroll 1
+  for (int i = 0; i < count; i += kGroupQueries) {
+    const int4 more = bounds_of_queries(p, batch, first + i);
     bounds = make_int4(min(bounds.x, more.x), max(bounds.y, more.y), max(bounds.z, more.z),
                        min(bounds.w, more.w));
   }

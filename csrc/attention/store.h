@@ -114,10 +114,12 @@ __device__ __forceinline__ void store_direct(const VlmkAttentionParams& p, const
 template <typename C>
 __device__ __forceinline__ void store_zeros(const VlmkAttentionParams& p, const Work& work,
                                             int own) {
+#pragma unroll 1
   for (int query = own; query < min(own + 16, p.num_queries); query += 8) {
     auto* out =
         static_cast<typename C::Element*>(p.out) +
         ((int64_t{work.batch} * p.num_queries + query) * p.num_heads + work.head) * p.value_dim;
+#pragma unroll 1
     for (int column = lane_index() % 4 * 8; column < p.value_dim; column += 32) {
       *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
     }

@@ -26,6 +26,7 @@ __device__ __forceinline__ void clear_gradients(const VlmkAttentionBwdParams& p,
   const int chunks = p.dim / 8, unseen = before + max(p.num_keys - behind, 0);
   const int threads = C::kThreads * static_cast<int>(cluster_size());
   int i = static_cast<int>(cluster_rank()) * C::kThreads + static_cast<int>(threadIdx.x);
+#pragma unroll 1
   for (; i / chunks < unseen; i += threads) {
     const int row = i / chunks;
     const int64_t key = row < before ? row : behind + row - before;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     fence_barrier_init();
     load_queries<C>(p, maps, head, shared, barriers.queries_full());
   }
-  const int4 bounds = attention::bounds_of_rows(p, head.batch);
+  const int4 bounds = attention::bounds_of_run(p, head.batch, 0, p.num_queries);
   const int first = bounds.y > bounds.x ? bounds.x / C::kKeys : 0;
   const int tiles = bounds.y > bounds.x ? ceil_div(bounds.y, C::kKeys) - first : 0;
   Tiles<C> work{p, maps, head, shared, barriers, bounds};

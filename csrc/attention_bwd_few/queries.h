@@ -112,6 +112,7 @@ __device__ __forceinline__ void prepare_rows(const VlmkAttentionBwdParams& p, co
   for (int panel = 0; panel < C::kPanels; ++panel) {
     const int words = C::Columns::row_bytes(panel) / 16;
     char* at = shared + panel * C::kRows * kRowBytes;
+#pragma unroll 1
     for (int i = head.rows * words + static_cast<int>(threadIdx.x); i < C::kRows * words;
          i += C::kThreads) {
       reinterpret_cast<uint4*>(at)[i] = make_uint4(0, 0, 0, 0);
@@ -156,27 +157,33 @@ __device__ __forceinline__ void store_queries(const VlmkAttentionBwdParams& p, c
     }
     cluster_sync();
   }
+  const auto put = [&](int panel, int step, const float* sums) {
+    uint32_t packed[4];
 #pragma unroll
-  for (int panel = 0; panel < C::kOwnPanels; ++panel) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int unit = (own_panel + panel) * kSteps + step;
+    for (int i = 0; i < 4; ++i) {
+      packed[i] = pack<typename C::Element>(sums[2 * i] * p.scale, sums[2 * i + 1] * p.scale);
+    }
+    store_columns(base + (own_panel + panel) * C::kRows * kRowBytes, step, packed);
+  };
+  if (ranks > 1) {
+#pragma unroll 1  // 24 KB of code else, with 64 rows of 128 columns
+    for (int own = 0; own < C::kOwnPanels * kSteps; ++own) {
+      const int unit = own_panel * kSteps + own;
       if (unit % ranks != rank) continue;
-      float sums[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i] = ranks > 1 ? 0 : dq[panel][8 * step + i];
-      for (int other = 0; ranks > 1 && other < ranks; ++other) {
+      float sums[8] = {};
+      for (int other = 0; other < ranks; ++other) {
         const uint32_t at = in_block(base + C::kStagesAt + (2 * unit * 128 + thread) * 16, other);
         const float4 x = load_from_block(at), y = load_from_block(at + 128 * 16);
         sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
         sums[4] += y.x, sums[5] += y.y, sums[6] += y.z, sums[7] += y.w;
       }
-      uint32_t packed[4];
+      put(own / kSteps, own % kSteps, sums);
+    }
+  } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<typename C::Element>(sums[2 * i] * p.scale, sums[2 * i + 1] * p.scale);
-      }
-      store_columns(base + (own_panel + panel) * C::kRows * kRowBytes, step, packed);
+    for (int panel = 0; panel < C::kOwnPanels; ++panel) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) put(panel, step, &dq[panel][8 * step]);
     }
   }
   __syncthreads();

@@ -29,13 +29,23 @@ struct Maps {
   CUtensorMap last_keys, last_values;  // of their last panel, where that is narrow
 };
 
+// What blocks take one after another: all rows of a head of keys, or a tile of one head's queries.
+struct Items {
+  int32_t count;
+  int32_t tiles_of_head;  // 0: all rows
+  int32_t heads;          // of an image: of keys, or of queries
+  int32_t group;          // heads of queries that read a head of keys
+};
+
 // A row is a query of one of the heads that read the block's key head, head by head.
-template <typename T, int kWidth_, int kGroups_>
+// kCapped: with a softcap.
+template <typename T, int kWidth_, int kGroups_, bool kCapped_ = false>
 struct Config {
   using Element = T;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kWidth = kWidth_;    // columns of a head
   static constexpr int kGroups = kGroups_;  // warpgroups of 64 rows
+  static constexpr bool kCapped = kCapped_;
   static constexpr int kRows = kGroups * attention::kGroupQueries;
   static constexpr int kThreads = kGroups * 128;
   static constexpr int kKeys = 64;  // of a tile

@@ -59,9 +59,13 @@ int run(const VlmkAttentionParams& p, bool tiled, void* stream) {
   Maps maps;
   code = encode_maps<C>(p, tiled, maps);
   if (code) return code;
-  const int tiles = tiled ? ceil_div(p.num_queries, C::kRows) : 0;
-  const int64_t items = int64_t{p.batch} * (tiled ? p.num_heads * int64_t{tiles} : p.num_kv_heads);
+  Items of;
+  of.tiles_of_head = tiled ? ceil_div(p.num_queries, C::kRows) : 0;
+  of.heads = tiled ? p.num_heads : p.num_kv_heads;
+  of.group = p.num_heads / p.num_kv_heads;
+  const int64_t items = int64_t{p.batch} * of.heads * std::max(of.tiles_of_head, 1);
   VLMK_CHECK(items < INT_MAX / 2, "more than 2^30 tiles of queries");
+  of.count = static_cast<int32_t>(items);
   const int64_t room = int64_t{count} * C::kBlocks;
   code = choose_splits<C>(p, items, room, splits);
   if (code) return code;
@@ -74,20 +78,24 @@ int run(const VlmkAttentionParams& p, bool tiled, void* stream) {
   // Early, as what comes before the first copy is a tenth of the time of one image.
   const LaunchConfig config(dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
                             static_cast<unsigned>(splits), C::kSharedBytes, stream, true);
-  return launch("attention_few_kernel", attention_few_kernel<C>, config, p, maps, tiles);
+  return launch("attention_few_kernel", attention_few_kernel<C>, config, p, maps, of);
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kCapped = false>
 int run_width(const VlmkAttentionParams& p, void* stream) {
-  if (in_tiles(p)) return run<Config<T, kWidth, 1>>(p, true, stream);
+  const bool tiled = in_tiles(p);
   const int rows = p.num_queries * (p.num_heads / p.num_kv_heads);
-  return rows <= attention::kGroupQueries ? run<Config<T, kWidth, 1>>(p, false, stream)
-                                          : run<Config<T, kWidth, 2>>(p, false, stream);
+  return tiled || rows <= attention::kGroupQueries
+             ? run<Config<T, kWidth, 1, kCapped>>(p, tiled, stream)
+             : run<Config<T, kWidth, 2, kCapped>>(p, false, stream);
 }
 
 template <typename T>
 int dispatch(const VlmkAttentionParams& p, void* stream) {
   const int width = std::max(p.dim, p.value_dim);
+  if (p.softcap > 0) {
+    return width <= 64 ? run_width<T, 64, true>(p, stream) : run_width<T, 128, true>(p, stream);
+  }
   if (width <= 64) return run_width<T, 64>(p, stream);
   if (width <= 80) return run_width<T, 80>(p, stream);
   if (width <= 96) return run_width<T, 96>(p, stream);

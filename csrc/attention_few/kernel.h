@@ -23,18 +23,15 @@ namespace attention_few {
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     attention_few_kernel(const __grid_constant__ VlmkAttentionParams p,
-                         const __grid_constant__ Maps maps, int tiles_of_head) {
+                         const __grid_constant__ Maps maps, const __grid_constant__ Items items) {
   extern __shared__ __align__(1024) char shared[];
   const Barriers barriers{shared_address(shared + C::kBarriersAt)};
   const int ranks = static_cast<int>(cluster_size());
-  const int items = p.batch * (tiles_of_head == 0 ? p.num_kv_heads : p.num_heads * tiles_of_head);
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
-  Loader<C> loader{p, maps, shared_address(shared), barriers};
-  loader.tiles_of_head = tiles_of_head;
-  loader.item = static_cast<int>(blockIdx.x) / ranks;
-  loader.items = items;
+  Loader<C> loader{p, maps, shared_address(shared), barriers, items};
   loader.stride = static_cast<int>(gridDim.x) / ranks;
-  int item = loader.item;
+  int item = static_cast<int>(blockIdx.x) / ranks;
+  loader.item = item - loader.stride;
   if (warp == 0) {
     if (lane_index() == 0) {
       // All at once: what is described is read from memory first.
@@ -46,6 +43,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         prefetch_map(maps.last_values);
       }
       barrier_init(barriers.rows_full(), 1);
+#pragma unroll 1
       for (int stage = 0; stage < C::kStages; ++stage) {
         barrier_init(barriers.full(stage), 1);
         barrier_init(barriers.empty(stage), C::kThreads / 32);
@@ -56,22 +54,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     wait_for_previous_grids();
     if (lane_index() == 0) loader.load_rows(item);
     __syncwarp();
-    loader.find();
 #pragma unroll 1
-    for (int stage = 0; stage < C::kStages; ++stage) loader.load(stage);
+    for (int stage = -1; stage < C::kStages; ++stage) loader.load(stage);
   }
   Tiles<C> tiles{p, shared, barriers, warp};
-  const int rows = tiles_of_head == 0 ? p.num_queries * (p.num_heads / p.num_kv_heads) : C::kRows;
-  tiles.name_rows(rows, tiles_of_head > 0);
+  const bool tiled = items.tiles_of_head > 0;
+  const int rows = tiled ? C::kRows : p.num_queries * items.group;
+  tiles.name_rows(rows, tiled);
   tiles.clear_rows(rows);
   __syncthreads();
   wait_for_previous_grids();
 #pragma unroll 1
-  for (; item < items; item += loader.stride) {
-    tiles.at_hand = rows_of_item<C>(p, tiles_of_head, item);
-    tiles.span = span_of_rows<C>(p, tiles_of_head, tiles.at_hand);
+  for (; item < items.count; item += loader.stride) {
+    tiles.at_hand = rows_of_item<C>(p, items, item);
+    tiles.span = span_of_rows<C>(p, items, tiles.at_hand);
     tiles.take_rows();
-    if (threadIdx.x == 0 && item + loader.stride < items) {
+    if (threadIdx.x == 0 && item + loader.stride < items.count) {
       loader.load_rows(item + loader.stride);
     }
     __syncwarp();

@@ -25,24 +25,19 @@ struct Rows {
 };
 
 template <typename C>
-__device__ __forceinline__ Rows rows_of_item(const VlmkAttentionParams& p, int tiles, int item) {
-  const int group = p.num_heads / p.num_kv_heads;
+__device__ __forceinline__ Rows rows_of_item(const VlmkAttentionParams& p, const Items& items,
+                                             int item) {
+  const bool tiled = items.tiles_of_head > 0;
+  const int head = tiled ? item / items.tiles_of_head : item;  // of the whole batch
   Rows rows;
-  if (tiles == 0) {
-    rows.batch = item / p.num_kv_heads;
-    rows.head = item - rows.batch * p.num_kv_heads;
-    rows.query_head = rows.head * group;
-    rows.first_query = 0;
-    rows.count = p.num_queries * group;
-  } else {
-    const int head = item / tiles;  // of the whole batch
-    // The last first, as those of a causal mask see most.
-    rows.first_query = (tiles - 1 - (item - head * tiles)) * C::kRows;
-    rows.batch = head / p.num_heads;
-    rows.query_head = head - rows.batch * p.num_heads;
-    rows.head = rows.query_head / group;
-    rows.count = min(C::kRows, p.num_queries - rows.first_query);
-  }
+  rows.batch = head / items.heads;
+  const int of_batch = head - rows.batch * items.heads;
+  rows.head = tiled ? of_batch / items.group : of_batch;
+  rows.query_head = tiled ? of_batch : of_batch * items.group;
+  // The last tile first, as those of a causal mask see most.
+  rows.first_query = tiled ? ((head + 1) * items.tiles_of_head - 1 - item) * C::kRows : 0;
+  rows.count =
+      tiled ? min(C::kRows, p.num_queries - rows.first_query) : p.num_queries * items.group;
   return rows;
 }
 
@@ -54,12 +49,12 @@ struct Span {
 };
 
 template <typename C>
-__device__ __forceinline__ Span span_of_rows(const VlmkAttentionParams& p, int tiles,
+__device__ __forceinline__ Span span_of_rows(const VlmkAttentionParams& p, const Items& items,
                                              const Rows& rows) {
   const unsigned rank = cluster_rank(), ranks = cluster_size();
   Span span;
-  span.bounds = tiles == 0 ? attention::bounds_of_rows(p, rows.batch)
-                           : attention::bounds_of_queries(p, rows.batch, rows.first_query);
+  span.bounds = attention::bounds_of_run(p, rows.batch, rows.first_query,
+                                         items.tiles_of_head > 0 ? C::kRows : p.num_queries);
   // Of at most 2^24, shared out among 16.
   const unsigned count = max(ceil_div(span.bounds.y - span.bounds.x, C::kKeys), 0);
   span.begin = static_cast<int>(count * rank / ranks);
@@ -74,25 +69,27 @@ struct Loader {
   const Maps& maps;
   uint32_t shared;
   Barriers barriers;
-  int tiles_of_head;
-  int item, items, stride;  // see Rows
+  const Items& items;
+  int item, stride;
   Rows rows;
-  int first_key, tile, end;
+  int first_key, tile = 0, end = 0;
 
-  // Goes to the rows at hand, or the next that see any keys.
-  __device__ __forceinline__ void find() {
-    for (; item < items; item += stride) {
-      rows = rows_of_item<C>(p, tiles_of_head, item);
-      const Span span = span_of_rows<C>(p, tiles_of_head, rows);
+  // Goes to the next tile, if need be of the next rows that see any keys.
+  __device__ __forceinline__ void find_next() {
+    if (++tile < end) return;
+#pragma unroll 1
+    while ((item += stride) < items.count) {
+      rows = rows_of_item<C>(p, items, item);
+      const Span span = span_of_rows<C>(p, items, rows);
       first_key = span.bounds.x, tile = span.begin, end = span.end;
       if (tile < end) return;
     }
   }
 
-  // The next tile, if there is one.
+  // The tile at hand, if there is one, to a stage (-1: nowhere), and goes to the next.
   __device__ __forceinline__ void load(int stage) {
-    if (item >= items) return;
-    if (lane_index() == 0) {
+    if (item >= items.count) return;
+    if (stage >= 0 && lane_index() == 0) {
       const uint32_t barrier = barriers.full(stage);
       const uint32_t at = shared + C::kStagesAt + stage * 2 * C::kTileBytes;
       barrier_expect(barrier, 2 * C::kTileBytes);
@@ -107,16 +104,13 @@ struct Loader {
       }
     }
     __syncwarp();
-    if (++tile == end) {
-      item += stride;
-      find();
-    }
+    find_next();
   }
 
   // By one thread. A tile comes with zeros behind the last query.
   __device__ __forceinline__ void load_rows(int of_item) {
-    const Rows x = rows_of_item<C>(p, tiles_of_head, of_item);
-    const int count = tiles_of_head == 0 ? x.count : C::kRows;
+    const Rows x = rows_of_item<C>(p, items, of_item);
+    const int count = items.tiles_of_head > 0 ? C::kRows : x.count;
     barrier_expect(barriers.rows_full(), C::kPanels * count * kRowBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {

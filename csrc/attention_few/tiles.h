@@ -69,6 +69,7 @@ struct Tiles {
   __device__ __forceinline__ void clear_rows(int count) {
     constexpr int kWords = kRowBytes / 16;
     const int words = (ceil_div(count, 16) * 16 - count) * kWords;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < C::kPanels * words; i += C::kThreads) {
       auto* panel = reinterpret_cast<uint4*>(shared + i / words * C::kRows * kRowBytes);
       panel[count * kWords + i % words] = make_uint4(0, 0, 0, 0);
@@ -145,6 +146,7 @@ struct Tiles {
     for (int panel = 0; panel < C::kPanels; ++panel) {
       const int in_row = (panel == C::kPanels - 1 ? C::kLastBytes : kRowBytes) / 16;
       auto* words = reinterpret_cast<uint4*>(values + panel * C::kKeys * kRowBytes);
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < (C::kKeys - seen) * in_row;
            i += C::kThreads) {
         words[seen * in_row + i] = make_uint4(0, 0, 0, 0);
@@ -157,7 +159,7 @@ struct Tiles {
   // Scores become weights, relative to the maximum; where that grows, the sums so far shrink.
   __device__ __forceinline__ void weigh(int first_key) {
     float unit = p.scale * kLog2E;
-    if (p.softcap > 0) {
+    if constexpr (C::kCapped) {
       attention::cap_scores<C::kKeys / 2>(scores, unit, p.softcap);
       unit = 1;
     }
