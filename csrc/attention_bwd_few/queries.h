@@ -166,27 +166,18 @@ __device__ __forceinline__ void store_queries(const VlmkAttentionBwdParams& p, c
     store_columns(base + (own_panel + panel) * C::kRows * kRowBytes, step, packed);
   };
   if (ranks > 1) {
-    constexpr int kAtOnce = 2, kUnits = C::kOwnPanels * kSteps;
-    const int of_rank = ranks - 1;  // a mask: ranks are a power of 2
-#pragma unroll 1                    // 20 KB of code else, with 64 rows of 128 columns
-    for (int own = (rank - own_panel * kSteps) & of_rank; own < kUnits; own += kAtOnce * ranks) {
-      float sums[kAtOnce][8] = {};
+#pragma unroll 1  // 24 KB of code else, with 64 rows of 128 columns
+    for (int own = 0; own < C::kOwnPanels * kSteps; ++own) {
+      const int unit = own_panel * kSteps + own;
+      if (unit % ranks != rank) continue;
+      float sums[8] = {};
       for (int other = 0; other < ranks; ++other) {
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          // Behind the last, the first again.
-          const int unit = own_panel * kSteps + own + (own + i * ranks < kUnits ? i * ranks : 0);
-          const uint32_t at = in_block(base + C::kStagesAt + (2 * unit * 128 + thread) * 16, other);
-          const float4 x = load_from_block(at), y = load_from_block(at + 128 * 16);
-          sums[i][0] += x.x, sums[i][1] += x.y, sums[i][2] += x.z, sums[i][3] += x.w;
-          sums[i][4] += y.x, sums[i][5] += y.y, sums[i][6] += y.z, sums[i][7] += y.w;
-        }
+        const uint32_t at = in_block(base + C::kStagesAt + (2 * unit * 128 + thread) * 16, other);
+        const float4 x = load_from_block(at), y = load_from_block(at + 128 * 16);
+        sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
+        sums[4] += y.x, sums[5] += y.y, sums[6] += y.z, sums[7] += y.w;
       }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int unit = own + i * ranks;
-        if (unit < kUnits) put(unit / kSteps, unit % kSteps, sums[i]);
-      }
+      put(own / kSteps, own % kSteps, sums);
     }
   } else {
 #pragma unroll
