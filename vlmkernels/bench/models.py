@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of transformers, and one of timm, of the published widths with random weights and fewer layers, before and after
-``accelerate``.
+"""The models of ``published``, before and after ``accelerate``.
 
 Ours is the accelerated model, as it is and compiled, of which the faster counts; its peers are the same model before, as it is
 and compiled. How many floors a model of so many layers is off says little about a kernel: here ours is right where its error
@@ -10,7 +9,6 @@ against fp32 is at most 1.1 times that of the model before, both in bf16.
 import copy
 import dataclasses
 import functools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +17,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmkernels import accelerate
-from vlmkernels.bench import photos, towers
+from vlmkernels.bench import towers
 from vlmkernels.bench.peers import Provider
+from vlmkernels.bench.published import MODELS, Inputs, Model
 from vlmkernels.bench.workloads import OURS, Case, num_bytes, work_dtype
 from vlmkernels.integrations.accelerate import Replaced, Report
 from vlmkernels.ops._op import bad_argument
@@ -31,27 +30,6 @@ from vlmkernels.testing.compare import FP32_BOUNDS
 MOST = 1.1
 #: The layers of a tower whose weights' gradients are compared.
 LEARNT = ("patch_embedding", "q_proj")
-#: What a model is called with.
-Inputs = dict[str, Any]
-Maker = Callable[[Any, torch.device, torch.dtype, int], Inputs]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published model, or a part of one.
-
-    Args:
-        model: the module in ``transformers.models`` (or ``"timm"``) and the name of the model class.
-        config: the name of the configuration class and what differs from its defaults; of timm what the class is called with.
-        inputs: makes what it is called with of its configuration, the device, the dtype and the batch.
-        batch: entries of the batch; 1 for what is packed.
-    """
-
-    name: str
-    model: tuple[str, str]
-    config: tuple[str, dict[str, Any]]
-    inputs: Maker
-    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -189,137 +167,3 @@ def _flops(model: torch.nn.Module, inputs: Inputs) -> float:
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         model(**inputs)
     return float(counter.get_total_flops())
-
-
-def _images(statistics: photos.Statistics) -> Maker:
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        return {"pixel_values": photos.normalized(photos.batch(batch, config.image_size).to(device), statistics, dtype)}
-
-    return make
-
-
-def _patches(*grids: tuple[int, int, int]) -> Maker:
-    """Rows of images (or frames) of so many rows and columns of patches."""
-
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        columns = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        rows = sum(frames * height * width for frames, height, width in grids)
-        hidden = torch.randn(rows, columns, device=device, dtype=dtype)
-        return {"hidden_states": hidden, "grid_thw": torch.tensor(grids, device=device)}
-
-    return make
-
-
-def _ids(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    return torch.randint(5, 50, (batch, tokens), device=device)
-
-
-def _text(tokens: int) -> Maker:
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        return {"input_ids": _ids(batch, tokens, device), "use_cache": False}
-
-    return make
-
-
-def _padded_text(tokens: int) -> Maker:
-    """Each entry has between half of the tokens and all."""
-
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        lengths = [tokens, *(random.Random(i).randint(tokens // 2, tokens) for i in range(batch - 1))]
-        real = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
-        return {"input_ids": _ids(batch, tokens, device), "attention_mask": real.long()}
-
-    return make
-
-
-def _images_in_text(tokens: int, images: int, size: int) -> Maker:
-    """Tokens of images that see each other both ways, between causal text. Their embeddings are those of text."""
-
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        types = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-        for first in range(32, tokens - size, tokens // images):
-            types[:, first : first + size] = 1
-        return {"input_ids": _ids(batch, tokens, device), "token_type_ids": types, "use_cache": False}
-
-    return make
-
-
-def _text_and_tiles(tokens: int, image_tokens: int) -> Maker:
-    """Text, and the features of an image's tiles that its cross-attention reads."""
-
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        features = torch.randn(batch, image_tokens, config.hidden_size, device=device, dtype=dtype)
-        # As MllamaModel makes them; without a mask sdpa takes the cross-attention for a causal one.
-        mask = torch.zeros(batch, 1, tokens, image_tokens, device=device, dtype=dtype)
-        rows = torch.ones(batch, 1, tokens, 1, device=device, dtype=dtype)
-        masks = {"cross_attention_mask": mask, "full_text_row_masked_out_mask": rows}
-        return {**_text(tokens)(config, device, dtype, batch), "cross_attention_states": features, **masks}
-
-    return make
-
-
-def _captions(tokens: int) -> Maker:
-    def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
-        pixels = _images(photos.CLIP)(config.vision_config, device, dtype, batch)
-        return {**pixels, "input_ids": _ids(batch, tokens, device), "use_cache": False}
-
-    return make
-
-
-def _vision(hidden: int, mlp: int, resolution: int, patch: int, layers: int = 8) -> dict[str, Any]:
-    return {**towers.vit_config(hidden, 16, mlp, resolution, patch), "num_hidden_layers": layers}
-
-
-#: Four photos of different sizes, 11,220 patches.
-PHOTOS = _patches((1, 64, 44), (1, 52, 52), (1, 60, 50), (1, 54, 50))
-LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32064, "pad_token_id": 0}
-GEMMA3 = {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
-GEMMA3 |= {"num_hidden_layers": 6, "sliding_window": 1024, "vocab_size": 32064, "query_pre_attn_scalar": 256}
-MLLAMA = {
-    **LLAMA,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 5,
-    "cross_attention_layers": [3],
-}
-HALF, CLIP = _images(photos.HALF), _images(photos.CLIP)
-VIT_L, SO400M = _vision(1024, 4096, 224, 16), _vision(1152, 4304, 384, 14)
-QWEN2_5_CONFIG = {"depth": 8, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
-QWEN3 = {"depth": 8, "deepstack_visual_indexes": [2, 4, 6]}
-QWEN2, QWEN2_5 = "Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"
-TOWERS = (
-    Model("ViT-L/16@224, 8 layers, B128", ("vit", "ViTModel"), ("ViTConfig", VIT_L), HALF, 128),
-    Model(
-        "CLIP-L/14@336, 8 layers, B32", ("clip", "CLIPVisionModel"), ("CLIPVisionConfig", _vision(1024, 4096, 336, 14)),
-        CLIP, 32,
-    ),
-    Model("SigLIP-So400m/14@384, 8 layers, B32", ("siglip", "SiglipVisionModel"), ("SiglipVisionConfig", SO400M), HALF, 32),
-    Model(
-        "EVA-g/14@224, 8 layers, B64", ("blip_2", "Blip2VisionModel"), ("Blip2VisionConfig", _vision(1408, 6144, 224, 14)),
-        CLIP, 64,
-    ),
-)  # fmt: skip
-TRAINED = TOWERS[1:3]
-TIMM_VIT_L = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 8, "num_heads": 16}
-MODELS = (
-    *TOWERS,
-    Model("ViT-L/16@224 of timm, 8 layers, B128", ("timm", "VisionTransformer"), ("", TIMM_VIT_L), HALF, 128),
-    Model("Qwen2-VL tower, 8 layers", ("qwen2_vl", QWEN2), ("Qwen2VLVisionConfig", {"depth": 8}), PHOTOS),
-    Model("Qwen2.5-VL tower, 8 layers", ("qwen2_5_vl", QWEN2_5), ("Qwen2_5_VLVisionConfig", QWEN2_5_CONFIG), PHOTOS),
-    Model("Qwen3-VL tower, 8 layers", ("qwen3_vl", "Qwen3VLVisionModel"), ("Qwen3VLVisionConfig", QWEN3), PHOTOS),
-    Model(
-        "Gemma-3 4B, 6 layers, 4096 tokens, 8 images", ("gemma3", "Gemma3Model"),
-        ("Gemma3Config", {"text_config": GEMMA3, "vision_config": _vision(1152, 4304, 896, 14, 1)}),
-        _images_in_text(4096, 8, 256),
-    ),
-    Model(
-        "LLaVA-1.5 text, 4 layers, 8x1024", ("llama", "LlamaModel"),
-        ("LlamaConfig", {**LLAMA, "intermediate_size": 11008, "num_hidden_layers": 4}), _text(1024), 8,
-    ),
-    Model(
-        "Llama-3.2-Vision text, 5 layers, 2x2048x6404", ("mllama", "MllamaTextModel"), ("MllamaTextConfig", MLLAMA),
-        _text_and_tiles(2048, 6404), 2,
-    ),
-    Model("GIT-base B64", ("git", "GitModel"), ("GitConfig", {}), _captions(16), 64),
-    Model("BERT-base B64 S256 padded", ("bert", "BertModel"), ("BertConfig", {}), _padded_text(256), 64),
-)  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vlmkernels.bench import cross_attention, models, overhead, towers
+from vlmkernels.bench import cross_attention, models, overhead, published, towers
 from vlmkernels.bench.attention import mask_cost, packed_attention, random_attention, tower_attention
 from vlmkernels.bench.contrastive import large, loss_case
 from vlmkernels.bench.patch_embed import MIXED, mixed_patch_embed, rows_patch_embed, tower_latency, tower_patch_embed
@@ -216,11 +216,11 @@ def _sweep() -> list[Workload]:
 
 
 def _models() -> list[Workload]:
-    work = [Workload("models", "accelerate", model.name, "fwd", models.build(model), LARGE) for model in models.MODELS]
-    for model in models.TOWERS:
+    work = [Workload("models", "accelerate", model.name, "fwd", models.build(model), LARGE) for model in published.MODELS]
+    for model in published.TOWERS:
         name = f"{model.name.rpartition(' ')[0]} batch 1"
         work.append(Workload("models", "accelerate", name, "fwd", models.build(model, 1, "graph"), GRAPH))
-    for model in models.TRAINED:
+    for model in published.TRAINED:
         work.append(Workload("models", "accelerate", model.name, "fwd+bwd", models.build(model, training=True), LARGE))
     return work
 
