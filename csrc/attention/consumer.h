@@ -490,29 +490,30 @@ struct Consumer {
       if (!early) {
         mma_wait<0>();  // ptxas gives the registers of scores that are nobody's to addresses
         pass_tiles(begin);
-      }
-      if (begin == end) {
-        store_nothing(stage);
-      } else {
-        if (!early) begin_scores(true);
-        mma_wait<0>();
-        keep(scores);
-        Softmax softmax;
-        attend_tiles(softmax);
-        const int rest = work.num_tiles - end;
-        if (rest == 0 && work.num_tiles > kFewTiles) {
+        if (begin == end) {
+          store_nothing(stage);
           early = take_early(more);
-          mma_wait<1>();
-          end_sums();
-          store(softmax, stage);
           continue;
         }
+        begin_scores(true);
+      }
+      mma_wait<0>();
+      keep(scores);
+      Softmax softmax;
+      attend_tiles(softmax);
+      const int rest = work.num_tiles - end;
+      if (rest > 0 || work.num_tiles <= kFewTiles) {
         mma_wait<0>();
         end_sums();
         store(softmax, stage);
         pass_tiles(rest);
+        early = take_early(more);
+      } else {
+        early = take_early(more);
+        mma_wait<1>();
+        end_sums();
+        store(softmax, stage);
       }
-      early = take_early(more);
     }
     mma_wait<0>();
   }
