@@ -21,6 +21,14 @@ HEAD: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden
 TEXT: dict[str, Any] = {**HEAD, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "pad_token_id": 0}
 IMAGE: dict[str, Any] = {**HEAD, "image_size": 32, "patch_size": 8}
 QWEN = {"num_heads": 4, "depth": 2, "patch_size": 4}
+IDEFICS_VISION = {"embed_dim": 64, "image_size": 32, "patch_size": 8, "intermediate_size": 96, "num_attention_heads": 4}
+
+
+def paligemma(text: str) -> dict[str, Any]:
+    sizes = {"vision_config": IMAGE, "text_config": {**TEXT, "model_type": text}, "projection_dim": 64}
+    return {**sizes, "image_token_index": published.IMAGE_TOKEN}
+
+
 #: By the class of the model, or where two have one class by name: settings of its size, and what it is called with.
 SMALL: dict[str, tuple[dict[str, Any], published.Maker | None]] = {
     "ViTModel": (IMAGE, None),
@@ -55,16 +63,8 @@ SMALL: dict[str, tuple[dict[str, Any], published.Maker | None]] = {
         | {"image_token_index": published.IMAGE_TOKEN},
         published.prompts(16, 8, photos.CLIP),
     ),
-    "PaliGemmaModel": (
-        {"vision_config": IMAGE, "text_config": {**TEXT, "model_type": "gemma"}, "projection_dim": 64}
-        | {"image_token_index": published.IMAGE_TOKEN},
-        published.prompts(16, 8, photos.HALF, 4),
-    ),
-    "PaliGemma 2": (
-        {"vision_config": IMAGE, "text_config": {**TEXT, "model_type": "gemma2"}, "projection_dim": 64}
-        | {"image_token_index": published.IMAGE_TOKEN},
-        published.prompts(16, 8, photos.HALF, 4),
-    ),
+    "PaliGemmaModel": (paligemma("gemma"), published.prompts(16, 8, photos.HALF, 4)),
+    "PaliGemma 2": (paligemma("gemma2"), published.prompts(16, 8, photos.HALF, 4)),
     "Qwen2VLTextModel": (
         {**TEXT, "rope_parameters": {**published.MROPE, "mrope_section": [4, 2, 2]}},
         published.text(12),
@@ -82,15 +82,7 @@ SMALL: dict[str, tuple[dict[str, Any], published.Maker | None]] = {
     ),
     "IdeficsModel": (
         {**HEAD, "vocab_size": 64, "additional_vocab_size": 0, "pad_token_id": 0, "use_resampler": True, "alpha_type": "vector"}
-        | {
-            "vision_config": {
-                "embed_dim": 64,
-                "image_size": 32,
-                "patch_size": 8,
-                "intermediate_size": 96,
-                "num_attention_heads": 4,
-            }
-        }
+        | {"vision_config": IDEFICS_VISION}
         | {"perceiver_config": {**published.IDEFICS_RESAMPLER, "resampler_n_latents": 6, "resampler_depth": 2}},
         published.images_beside_text(12),
     ),

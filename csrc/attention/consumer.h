@@ -221,11 +221,10 @@ struct Consumer {
     return !named_any<128>(kGroupBarrier + group, !settled);
   }
 
-  // With kPackEarly: the registers that packed weights go to are in use until the sums of the tile
-  // before are there.
+  // The registers that packed weights go to are in use until the sums of the tile before are there.
   template <bool kSumming>
   __device__ __forceinline__ void free_weights() {
-    if (C::kPackEarly && kSumming) {
+    if (kSumming) {
       mma_wait<0>();
       end_sums();
     }
@@ -300,7 +299,7 @@ struct Consumer {
     } else if (trusts(softmax)) {
       if (trust<kColumns, kSumming>(softmax, first_key)) return false;
       multiply_keys_again();
-    } else {
+    } else if (C::kPackEarly) {
       free_weights<kSumming>();
     }
     return look<kColumns>(softmax, first_key, [this](int, int i) {
@@ -319,10 +318,7 @@ struct Consumer {
                            : weigh_columns<C::kKeys, kSumming>(softmax, first_key);
     if (C::kTrusting) end_scores(i);
     if (!C::kPackEarly) {
-      if (kSumming) {
-        mma_wait<0>();
-        end_sums();
-      }
+      free_weights<kSumming>();
 #pragma unroll
       for (int j = 0; j < C::kKeys / 2; j += 2) pack_weights(j);
     }

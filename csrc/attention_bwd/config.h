@@ -117,12 +117,11 @@ struct Barriers {
 // The width of the variant that takes heads of so many columns. With a softcap there are those of
 // 64, 128 and 256 alone: the heads of the models that have one are of 128 and 256.
 constexpr int width_for(int columns, bool capped) {
-  return columns <= 64    ? 64
-         : capped         ? ceil_div(columns, 128) * 128
-         : columns <= 88  ? ceil_div(columns, 8) * 8
-         : columns <= 96  ? 96
-         : columns <= 128 ? 128
-                          : ceil_div(columns, 64) * 64;
+  return columns <= 64   ? 64
+         : capped        ? ceil_div(columns, 128) * 128
+         : columns <= 88 ? ceil_div(columns, 8) * 8
+         : columns <= 96 ? 96
+                         : ceil_div(columns, 64) * 64;
 }
 
 // Of a tile: 64 of each of two warpgroups. Above 128 columns the two share 64, as their registers

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     wait_for_previous_grids();
     if (lane_index() == 0) loader.load_rows(item);
     __syncwarp();
+    // -1 finds the first tile, in the place that finds the next ones: its code is large.
 #pragma unroll 1
     for (int stage = -1; stage < C::kStages; ++stage) loader.load(stage);
   }

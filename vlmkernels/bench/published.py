@@ -75,14 +75,14 @@ def padded_text(tokens: int) -> Maker:
     return make
 
 
-def images_in_text(tokens: int, images: int, size: int) -> Maker:
+def images_in_text(tokens: int, count: int, size: int) -> Maker:
     """Tokens of images that see each other both ways, between causal text. Their embeddings are those of text."""
 
     def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
         types = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-        for first in range(32, tokens - size, tokens // images):
+        for first in range(32, tokens - size, tokens // count):
             types[:, first : first + size] = 1
-        return {"input_ids": ids(batch, tokens, device), "token_type_ids": types, "use_cache": False}
+        return {**text(tokens)(config, device, dtype, batch), "token_type_ids": types}
 
     return make
 
@@ -104,7 +104,7 @@ def text_and_tiles(tokens: int, image_tokens: int) -> Maker:
 def captions(tokens: int) -> Maker:
     def make(config: Any, device: torch.device, dtype: torch.dtype, batch: int) -> Inputs:
         pixels = images(photos.CLIP)(config.vision_config, device, dtype, batch)
-        return {**pixels, "input_ids": ids(batch, tokens, device), "use_cache": False}
+        return {**pixels, **text(tokens)(config, device, dtype, batch)}
 
     return make
 
