@@ -17,7 +17,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmkernels import accelerate
-from vlmkernels.bench import towers
 from vlmkernels.bench.peers import Provider
 from vlmkernels.bench.published import MODELS, Inputs, Model
 from vlmkernels.bench.workloads import OURS, Case, num_bytes, work_dtype
@@ -62,7 +61,7 @@ def build(model: Model, batch: int = 0, clock: str = "queue", training: bool = F
 
 def _case(model: Model, device: torch.device, clock: str, training: bool) -> Case:
     dtype = work_dtype(device)
-    before: Any = towers.build(model.model, model.config, device, dtype, attention=None).requires_grad_(training)
+    before: Any = model.build(device, dtype).requires_grad_(training)
     after = copy.deepcopy(before)
     accelerate(after)
     inputs = model.inputs(before.config, device, dtype, model.batch)
@@ -134,7 +133,7 @@ def verified(name: str, device: torch.device) -> list[tuple[str, Report]]:
         raise bad_argument("model", repr(name), f"one of {names}")
     found = []
     for model in chosen:
-        module: Any = towers.build(model.model, model.config, device, work_dtype(device), attention=None)
+        module: Any = model.build(device, work_dtype(device))
         inputs = model.inputs(module.config, device, work_dtype(device), min(model.batch, 2))
         found.append((f"{model.model[1]} ({model.name})", accelerate(module, verify=inputs)))
     return found
