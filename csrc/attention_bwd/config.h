@@ -160,11 +160,14 @@ constexpr int kEndColumns = 16, kEndBytes = kEndColumns * 2;
 __device__ constexpr float kParts[] = {32768, 1, 1.f / 4096};
 constexpr float kLargest = 65504;  // of fp16
 
-template <typename T, int kWidth_, Sums kSums_, bool kCapped_ = false>
+// kWhole: blocks have whole heads. Else they share them, and what each needs of the other is some
+// 20 KB of code that a launch may find in no cache.
+template <typename T, int kWidth_, bool kWhole_, bool kCapped_ = false>
 struct Config {
   using Element = T;
-  static constexpr bool kCapped = kCapped_;     // with a softcap
-  using Uncapped = Config<T, kWidth_, kSums_>;  // what comes before and behind knows of none
+  static constexpr bool kWhole = kWhole_;
+  static constexpr bool kCapped = kCapped_;      // with a softcap
+  using Uncapped = Config<T, kWidth_, kWhole_>;  // what comes before and behind knows of none
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kWidth = kWidth_;                    // columns of a head
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys
@@ -193,7 +196,7 @@ struct Config {
   static constexpr int kOwnQueries = kHalves ? kQueries / 2 : kQueries;
   __device__ static constexpr int own_key(int group) { return kHalves ? 0 : group * 64; }
   __device__ static constexpr int own_query(int group) { return kHalves ? group * kOwnQueries : 0; }
-  static constexpr Sums kSums = kSums_;
+  static constexpr Sums kSums = sums_of(kWidth, kWhole, kCapped);
   static constexpr bool kSumsInProducts = kSums != Sums::kNumbers;
   static_assert(!(kCapped && kSumsInProducts));
   static constexpr int kGroups = kWide ? kKeyGroups : kKeyGroups + 1;  // that multiply
@@ -201,12 +204,15 @@ struct Config {
   // Warps that tell of an item that what it gives to dQ is in memory.
   static constexpr int kDone = kHalves ? 8 : kWide ? 2 : 4;
 
-  static constexpr bool kTakesLastKeys = takes_last_keys(kWidth, kCapped);
+  static constexpr bool kTakesLastKeys = kWhole && takes_last_keys(kWidth, kCapped);
   // The warpgroup of dQ has its sums and 28 others, with last keys 40, those of keys what is left
   // of what a block is launched with: whoever asks for more than that waits for ever.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
   static constexpr int kProducerRegisters = kWide || kTakesLastKeys ? 24 : 32;
-  static constexpr int kQueryRegisters = kWide ? 0 : !kTakesLastKeys ? 64 : kWidth <= 64 ? 72 : 88;
+  static constexpr int kQueryRegisters = kWide             ? 0
+                                         : !kTakesLastKeys ? ceil_div(kWidth / 2 + 28, 8) * 8
+                                         : kWidth <= 64    ? 72
+                                                           : 88;
   static constexpr int kKeyRegisters =
       (kRegisters - kProducerRegisters - kQueryRegisters) / kKeyGroups / 8 * 8;
 

@@ -87,14 +87,14 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
 template <typename T, int kWidth>
 int run_width(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w,
               void* stream) {
-  constexpr Sums kWhole = sums_of(kWidth, true, false), kShared = sums_of(kWidth, false, false);
-  if constexpr (kWhole != kShared) {
-    if (s.whole) return run<Config<T, kWidth, kWhole>>(p, s, w, stream);
-  }
   if constexpr (width_for(kWidth, true) == kWidth) {
-    if (p.softcap > 0) return run<Config<T, kWidth, Sums::kNumbers, true>>(p, s, w, stream);
+    if (p.softcap > 0) {
+      return s.whole ? run<Config<T, kWidth, true, true>>(p, s, w, stream)
+                     : run<Config<T, kWidth, false, true>>(p, s, w, stream);
+    }
   }
-  return run<Config<T, kWidth, kShared>>(p, s, w, stream);
+  return s.whole ? run<Config<T, kWidth, true>>(p, s, w, stream)
+                 : run<Config<T, kWidth, false>>(p, s, w, stream);
 }
 
 template <typename T>

@@ -68,24 +68,24 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       KeyGroup<C> keys{p, maps, s, w, shared, barriers, group};
       keys.run();
     }
-    if (!s.whole) rounding.round_all(group);
+    if (!C::kWhole) rounding.round_all(group);
   } else if (!C::kWide && group == kKeyGroups) {
     if constexpr (!C::kWide) {
       shrink_registers<C::kQueryRegisters>();
       QueryGroup<C> queries{p, s, w, shared, barriers};
       queries.run();
-      if (!s.whole) rounding.leave();
+      if (!C::kWhole) rounding.leave();
     }
   } else {
     shrink_registers<C::kProducerRegisters>();
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32 % 4, 0);
     if (warp == 0) {
       Producer<C>{p, maps, s, w, shared, barriers}.run();
-      if (!s.whole) typename Rounding<C>::Loader{rounding}.run();
+      if (!C::kWhole) typename Rounding<C>::Loader{rounding}.run();
     } else if (C::kCopiedSums && warp <= kKeyGroups) {
       Adder<C>{p, s, w, shared, warp - 1}.run();
-      if (!s.whole) rounding.leave();
-    } else if (warp == 3 && !s.whole) {
+      if (!C::kWhole) rounding.leave();
+    } else if (warp == 3 && !C::kWhole) {
       clear_others<C>(p, s, w);
     }
   }

@@ -500,7 +500,7 @@ struct KeyGroup {
       } else {
         attend_all(count, item.tail, item.first_key, items > 0);
       }
-      if (schedule.parts > 1) {
+      if (!C::kWhole && schedule.parts > 1) {
         add_part(*this);
       } else {
         write(dv, 1, dv_tile());

@@ -97,11 +97,11 @@ struct PairGroup : KeyGroup<C> {
   // Of a tile of queries, as QueryGroup::add_up.
   __device__ __forceinline__ void add_up(const QueryTile& tile) {
     if constexpr (C::kCopiedSums) {
-      if (!schedule.whole) return give(tile);
+      if (!C::kWhole) return give(tile);
     }
     float4* const sums_there = place(tile);
-    const bool first = schedule.whole && tile.flags & kFirst;
-    const bool last = schedule.whole && tile.flags & kLast;
+    const bool first = C::kWhole && tile.flags & kFirst;
+    const bool last = C::kWhole && tile.flags & kLast;
     if (last && !first) {
 #pragma unroll
       for (int i = 0; i < kColumns / 8; ++i) {
@@ -229,14 +229,14 @@ struct PairGroup : KeyGroup<C> {
       if (C::kCopiedSums && count == 0) barrier_wait(barriers.values_full(), values_parity);
       if (count > 0) end();
       meet();  // nobody multiplies the keys any more
-      if (schedule.parts > 1) {
+      if (!C::kWhole && schedule.parts > 1) {
         add_part(*this);
       } else {
         this->write(dv, 1, this->dv_tile());
         this->write(dk, p.scale, this->dk_tile());
         this->send();
       }
-      if (!schedule.whole) tell_done(item_at<C>(shared, keys.stage).done);
+      if (!C::kWhole) tell_done(item_at<C>(shared, keys.stage).done);
       if (C::kItemStages == 1) this->end_item(keys.stage);
       if (C::kCopiedSums) {
         if (lane_index() == 0) store_wait_read<1>();  // all but dK's

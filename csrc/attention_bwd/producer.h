@@ -173,7 +173,7 @@ struct Producer {
     const int head = item.head * schedule.group_heads + of_group;
     const int row = item.batch * p.num_heads + head;
     const int row_of_sums =
-        schedule.whole ? static_cast<int>(blockIdx.x) * schedule.group_heads + of_group : row;
+        C::kWhole ? static_cast<int>(blockIdx.x) * schedule.group_heads + of_group : row;
     const QueryTile tile{flags, item.batch, head, first, row_of_sums * num_tiles + of_head};
     const int slot = C::kTileSlots > C::kStages ? tiles.stage : stage;
     query_tile_at<C>(shared, slot) = tile;
@@ -213,7 +213,7 @@ struct Producer {
     for (int of_group = 0; of_group < schedule.group_heads; ++of_group) {
 #pragma unroll 1
       for (int base = span.x; base < span.y; base += 32) {
-        const bool backwards = schedule.whole && item.first_key / C::kKeys % 2;
+        const bool backwards = C::kWhole && item.first_key / C::kKeys % 2;
         const int next = base + lane_index(), end = span.y - item.tail;
         const int own = backwards && next < end ? span.x + end - 1 - next : next;
         const Seen seen = look(item, own, span.y);
@@ -261,7 +261,7 @@ struct Producer {
     count(item, span);
     item.done = head * schedule.chunks + (schedule.masked ? tile / kChunk : 0);
     copy_keys(item);
-    if (!schedule.whole) wait_for_sums(head);
+    if (!C::kWhole) wait_for_sums(head);
     values_due = true;
     if (C::kCopiedSums && item.count == 0) copy_values_alone(item);
     copy_all_queries(item, span);
@@ -274,7 +274,7 @@ struct Producer {
       prefetch_map(maps.keys);
       prefetch_map(maps.values);
     }
-    if (schedule.whole) {
+    if (C::kWhole) {
       const int blocks = static_cast<int>(gridDim.x);
       for (int head = static_cast<int>(blockIdx.x); head < schedule.heads; head += blocks) {
         for (int tile = 0; tile < schedule.tiles_of_head; ++tile) run_item(head, tile);

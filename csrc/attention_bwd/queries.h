@@ -91,8 +91,8 @@ struct QueryGroup {
   // finds there what it has left itself.
   __device__ __forceinline__ void add_up(const QueryTile& tile, int of_item) {
     float4* place = sums_of_tile<C>(static_cast<char*>(p.workspace) + workspace.dq, tile.dq);
-    const bool first = schedule.whole && tile.flags & kFirst;
-    const bool last = schedule.whole && tile.flags & kLast;
+    const bool first = C::kWhole && tile.flags & kFirst;
+    const bool last = C::kWhole && tile.flags & kLast;
     if (last && !first) {
       take_sums(place, dq);  // while dS is not there yet
     } else {
@@ -138,7 +138,7 @@ struct QueryGroup {
         queries.advance();
         add_up(tile, with_last_keys ? i : -1);
       }
-      if (!schedule.whole) {
+      if (!C::kWhole) {
         Counters::add(Counters(p, schedule, workspace).done(item.done));
       } else if (with_last_keys) {
         last_keys(0).end();
