@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/ranges.h"
 #include "attention/rows.h"
@@ -166,18 +167,35 @@ __device__ __forceinline__ void store_queries(const VlmkAttentionBwdParams& p, c
     store_columns(base + (own_panel + panel) * C::kRows * kRowBytes, step, packed);
   };
   if (ranks > 1) {
-#pragma unroll 1  // 24 KB of code else, with 64 rows of 128 columns
-    for (int own = 0; own < C::kOwnPanels * kSteps; ++own) {
-      const int unit = own_panel * kSteps + own;
-      if (unit % ranks != rank) continue;
-      float sums[8] = {};
+    constexpr int kUnits = C::kOwnPanels * kSteps;
+    // Two at a time while there are two: one waits for memory before the next begins (four images
+    // of 64 x 1024 46.1 -> 40.4 us, H200).
+    const auto add_up = [&](auto at_once, int own) {
+      constexpr int kAtOnce = decltype(at_once)::value;
+      float sums[kAtOnce][8] = {};
       for (int other = 0; other < ranks; ++other) {
-        const uint32_t at = in_block(base + C::kStagesAt + (2 * unit * 128 + thread) * 16, other);
-        const float4 x = load_from_block(at), y = load_from_block(at + 128 * 16);
-        sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
-        sums[4] += y.x, sums[5] += y.y, sums[6] += y.z, sums[7] += y.w;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int unit = own_panel * kSteps + own + i * ranks;
+          const uint32_t at = in_block(base + C::kStagesAt + (2 * unit * 128 + thread) * 16, other);
+          const float4 x = load_from_block(at), y = load_from_block(at + 128 * 16);
+          sums[i][0] += x.x, sums[i][1] += x.y, sums[i][2] += x.z, sums[i][3] += x.w;
+          sums[i][4] += y.x, sums[i][5] += y.y, sums[i][6] += y.z, sums[i][7] += y.w;
+        }
       }
-      put(own / kSteps, own % kSteps, sums);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        put((own + i * ranks) / kSteps, (own + i * ranks) % kSteps, sums[i]);
+      }
+    };
+    const int of_rank = ranks - 1;  // a mask: ranks are a power of 2
+#pragma unroll 1                    // 24 KB of code else, with 64 rows of 128 columns
+    for (int own = (rank - own_panel * kSteps) & of_rank; own < kUnits; own += 2 * ranks) {
+      if (own + ranks < kUnits) {
+        add_up(std::integral_constant<int, 2>{}, own);
+      } else {
+        add_up(std::integral_constant<int, 1>{}, own);
+      }
     }
   } else {
 #pragma unroll
