@@ -166,8 +166,7 @@ template <typename T, int kWidth_, bool kWhole_, bool kCapped_ = false>
 struct Config {
   using Element = T;
   static constexpr bool kWhole = kWhole_;
-  static constexpr bool kCapped = kCapped_;      // with a softcap
-  using Uncapped = Config<T, kWidth_, kWhole_>;  // what comes before and behind knows of none
+  static constexpr bool kCapped = kCapped_;  // with a softcap
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kWidth = kWidth_;                    // columns of a head
   static constexpr int kDepth = ceil_div(kWidth, 16) * 16;  // of queries times keys

@@ -76,8 +76,8 @@ int run(const VlmkAttentionBwdParams& p, const Schedule& s, const Workspace& w, 
     if (code) return code;
   }
   const int tiles = p.batch * p.num_heads * ceil_div(p.num_queries, kQueries);
-  code = launch("prepare_rows_kernel", prepare_rows_kernel<typename C::Uncapped>, dim3(tiles),
-                dim3(kRowThreads), 0, stream, p, s, w);
+  code = launch("prepare_rows_kernel", prepare_rows_kernel<C>, dim3(tiles), dim3(kRowThreads), 0,
+                stream, p, s, w);
   if (code) return code;
   const int blocks = std::min(count, s.whole ? s.heads : s.items);
   return launch("attention_bwd_kernel", attention_bwd_kernel<C>, dim3(blocks), dim3(C::kThreads),
