@@ -79,7 +79,8 @@ struct PairGroup : KeyGroup<C> {
     tell_adder(of);
   }
   __device__ __forceinline__ void tell_adder(int tile) {
-    if (attention::thread_again() % 128 == 0) staged_tile_at<C>(shared, group) = tile;
+    store_shared_if(attention::thread_again() % 128 == 0,
+                    shared_address(&staged_tile_at<C>(shared, group)), tile);
     __syncwarp();
     named_arrive<kGiveThreads>(kStagingFull + group);
   }

@@ -58,7 +58,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const int4 bounds = attention::bounds_of_run(p, head.batch, 0, p.num_queries);
   const int first = bounds.y > bounds.x ? bounds.x / C::kKeys : 0;
   const int tiles = bounds.y > bounds.x ? ceil_div(bounds.y, C::kKeys) - first : 0;
-  Tiles<C> work{p, maps, head, shared, barriers, bounds};
+  // By a shuffle, which is the same to all lanes: what products read is described in registers
+  // else.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+  Tiles<C> work{p, maps, head, shared, barriers, bounds, warp};
   work.begin = first + static_cast<int>(int64_t{tiles} * rank / ranks);
   work.end = first + static_cast<int>(int64_t{tiles} * (rank + 1) / ranks);
   if (threadIdx.x == 0) work.load_first();

@@ -33,6 +33,7 @@ struct Tiles {
   char* shared;
   Barriers barriers;
   int4 bounds;  // of the keys that rows see: see bounds_of_queries
+  int warp;
   int begin, end;
   Ring<C::kStages> ring{0};
 
@@ -41,8 +42,7 @@ struct Tiles {
   uint32_t weights[C::kRows / 4], ds[C::kRows / 4];
   float dv[C::kWidth / 2], dk[C::kWidth / 2];
 
-  __device__ __forceinline__ int warp() const { return static_cast<int>(threadIdx.x) / 32; }
-  __device__ __forceinline__ int group() const { return static_cast<int>(threadIdx.x) / 128; }
+  __device__ __forceinline__ int group() const { return warp / 4; }
   __device__ __forceinline__ uint32_t keys_at(int stage) const {
     return shared_address(shared) + C::kStagesAt + stage * 2 * C::kTileBytes;
   }
@@ -174,7 +174,7 @@ struct Tiles {
   __device__ __forceinline__ void weigh(int first_key) {
     const float scale = p.scale * kLog2E;
     const uint32_t rows = shared_address(shared) + C::kSumsAt + lane_index() % 4 * 16;
-    const int key = first_key + warp() * 16 + lane_index() / 4;
+    const int key = first_key + warp * 16 + lane_index() / 4;
 #pragma unroll
     for (int i = 0; i < C::kRows / 8; ++i) {
       uint4 sums, ranges;
@@ -209,7 +209,7 @@ struct Tiles {
                                         int first_key) {
     const int lane = lane_index();
     const auto rows = [&](int panel) {
-      return tile + panel * C::kKeys * kRowBytes + warp() * 16 * C::Columns::row_bytes(panel);
+      return tile + panel * C::kKeys * kRowBytes + warp * 16 * C::Columns::row_bytes(panel);
     };
 #pragma unroll
     for (int block = 0; block < C::kWidth / 8; block += 2) {
@@ -223,7 +223,7 @@ struct Tiles {
     }
     fence_async_proxy();
     __syncwarp();
-    const int first = first_key + warp() * 16;
+    const int first = first_key + warp * 16;
     if (lane == 0 && first < p.num_keys) {
 #pragma unroll
       for (int panel = 0; panel < C::kPanels; ++panel) {

@@ -82,7 +82,7 @@ struct ClipForward {
       sums.y = (sums.y + more[0].y) + (more[1].y + more[2].y);
     }
     const bool all = is_exact(rows[0]) && is_exact(rows[1]) && is_exact(sums.x) && is_exact(sums.y);
-    if (named_any<128>(kGroupBarrier + group, !all)) {
+    if (__any_sync(kAllLanes, named_any<128>(kGroupBarrier + group, !all))) {
       finish_far(task, part, x);
       return;
     }
