@@ -254,16 +254,19 @@ def test_torchs_dispatcher_finds_plans_too(op: Op) -> None:
 
 @pytest.mark.backends("attention_fwd", "rope_fwd", exclude=("torch", "reference"))
 def test_a_compiled_graphs_calls_have_plans(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They call the registered op, whose plans give all of its results."""
+    """They call the registered op, whose plans give all of its results, and whose calls a profiler sees at the dispatcher."""
     options = {
         "attention ranges": (False, 0.25, 0.0, False, backend),
         "rope": (None, None, 1e-6, False, backend),
     }
     for name, others in options.items():
         op, tensors, _ = calls(device)[name]
-        found, registered = planned(op, monkeypatch), getattr(torch.ops.vlmkernels, op).default
+        found, registered = planned(op, monkeypatch, "_known"), getattr(torch.ops.vlmkernels, op).default
         first, second = (registered(*copies(tensors).values(), *others) for _ in range(2))
-        assert found == [False, True] and len(first) == len(second)
+        with torch.autograd.profiler.profile(use_cpu=True) as profile:
+            registered(*copies(tensors).values(), *others)
+        assert found == [False, True, True] and len(first) == len(second)
+        assert any(event.name == f"vlmkernels::{op}" for event in profile.function_events)
         assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(first, second, strict=True))
 
 
@@ -361,10 +364,10 @@ def flat(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-def planned(op: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether there was a plan, for each call of the op from now on."""
+def planned(op: str, monkeypatch: pytest.MonkeyPatch, method: str = "planned") -> list[bool]:
+    """Whether there was a plan, for each call of the op from now on; ``_known``: for those that torch's dispatcher makes too."""
     found: list[bool] = []
-    find = Op.planned
+    find = getattr(Op, method)
 
     def watch(self: Op, *args: Any) -> Any:
         plan = find(self, *args)
@@ -372,7 +375,7 @@ def planned(op: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             found.append(plan is not None)
         return plan
 
-    monkeypatch.setattr(Op, "planned", watch)  # undone, it would stay an attribute of an instance
+    monkeypatch.setattr(Op, method, watch)  # undone, it would stay an attribute of an instance
     monkeypatch.setattr(OPS[op], "_plans", {})
     return found
 

@@ -267,6 +267,13 @@ IDEFICS: dict[str, Any] = {
     "additional_vocab_size": 2,
 }
 IDEFICS |= {"use_resampler": True, "alpha_type": "vector", "vision_config": {**IDEFICS_VISION, "num_hidden_layers": 4}}
+QFORMER = Model(
+    "InstructBLIP Q-Former, 64 images, 32+32 x 257",
+    ("instructblip", "InstructBlipQFormerModel"),
+    ("InstructBlipQFormerConfig", {"encoder_hidden_size": 1408}),
+    queries_and_text(32, 32, 257),
+    64,
+)
 TIMM_VIT_L = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 8, "num_heads": 16}
 MODELS = (
     *TOWERS,
@@ -325,10 +332,7 @@ MODELS = (
         ("Qwen2VLTextConfig", {**QWEN2_TEXT, "rope_parameters": MROPE}), text(2048), 4,
     ),
     Model("OPT-2.7B of BLIP-2, 4 layers, 16x512", ("opt", "OPTModel"), ("OPTConfig", OPT), text(512), 16),
-    Model(
-        "InstructBLIP Q-Former, 64 images, 32+32 x 257", ("instructblip", "InstructBlipQFormerModel"),
-        ("InstructBlipQFormerConfig", {"encoder_hidden_size": 1408}), queries_and_text(32, 32, 257), 64,
-    ),
+    QFORMER,
     Model(
         "Kosmos-2, 4 and 4 layers, 16 images, 512", ("kosmos2", "Kosmos2Model"),
         ("Kosmos2Config", {"text_config": KOSMOS_TEXT, "vision_config": vision(1024, 4096, 224, 14, 4)}),

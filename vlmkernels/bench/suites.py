@@ -220,6 +220,9 @@ def _models() -> list[Workload]:
     for model in published.TOWERS:
         name = f"{model.name.rpartition(' ')[0]} batch 1"
         work.append(Workload("models", "accelerate", name, "fwd", models.build(model, 1, "graph"), GRAPH))
+    # Not in a graph it waits for the host, as do its peers.
+    name = f"{published.QFORMER.name} in a CUDA graph"
+    work.append(Workload("models", "accelerate", name, "fwd", models.build(published.QFORMER, clock="replay"), GRAPH))
     for model in published.TRAINED:
         work.append(Workload("models", "accelerate", model.name, "fwd+bwd", models.build(model, training=True), LARGE))
     return work

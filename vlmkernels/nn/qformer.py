@@ -133,7 +133,8 @@ class QFormerLayer(nn.Module):
         if not 0 <= query_length <= x.shape[1]:
             raise bad_argument("query_length", query_length, f"0 to {x.shape[1]}, the tokens of x")
         x = self.attention(x, ranges)
-        queries, text = x[:, :query_length], x[:, query_length:]
+        # Rows that lie apart would be copied before each product; so torch.compile writes them there with the norm.
+        queries, text = (part.contiguous() for part in (x[:, :query_length], x[:, query_length:]))
         parts = []
         if query_length:
             if self.crossattention is not None:

@@ -267,8 +267,17 @@ class Op:
         return self.select(args[-1], *arguments)(*arguments)
 
     def _dispatched(self, *args: Any) -> Any:
-        """``run`` for a call that comes through torch's dispatcher, with a plan like those of the public function."""
-        return self.call(args[self._num_tensors :], args[: self._num_tensors], self.run)
+        """``run`` for a call that comes through torch's dispatcher, with a plan like those of the public function.
+
+        Whoever watches has seen it there: that costs the host a third of what it takes to find a plan.
+        """
+        settings, tensors = args[self._num_tensors :], args[: self._num_tensors]
+        plan = self._known(settings, tensors)
+        if plan is not None:
+            return plan(*tensors)
+        result = self.run(*args)
+        self.plan(settings, tensors, args)
+        return result
 
     def call(self, settings: tuple[Any, ...], tensors: tuple[Any, ...], unplanned: Callable[..., Any]) -> Any:
         """A call whose arguments are those of the schema: by its plan, or by ``unplanned``, which is given all of them.
@@ -296,7 +305,11 @@ class Op:
             settings: all else that decides about the call, the backend's name included. Equal settings must mean the same.
             tensors: all of the call, at least two that are not None. None of them is to have a gradient.
         """
-        if _is_compiling() or not self._plans or _function_modes() or _profiler_enabled():
+        return None if _is_compiling() or _function_modes() or _profiler_enabled() else self._known(settings, tensors)
+
+    def _known(self, settings: tuple[Any, ...], tensors: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The plan of an earlier call like this one, or None."""
+        if not self._plans:
             return None
         present, key = _key(settings, tensors)
         try:

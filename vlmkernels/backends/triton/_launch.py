@@ -36,8 +36,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: How many launches each of those functions remembers.
 LAUNCHES = 1024
-#: How many addresses of its tensors a launch remembers TMA descriptors for: making one takes 2 microseconds of Python on a Xeon.
-_DESCRIPTORS = 8
+#: How many addresses of its tensors a launch remembers TMA descriptors for, as those of the weights of a model's layers: making
+#: one takes 2 microseconds of Python on a Xeon.
+_DESCRIPTORS = 256
 
 # The versions of Triton whose compiled kernels take the arguments below; with any other, every launch is left to Triton.
 _KNOWN = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
